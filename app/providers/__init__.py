@@ -1,0 +1,1 @@
+"""AI providers: one contract, one transport, one module per wire dialect."""

@@ -1,0 +1,80 @@
+"""The contract of every provider: a prompt goes in, batches of chunks come out, failures are of one type."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from app.errors import UpstreamFailed
+
+Role = Literal["system", "user", "assistant"]
+FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
+ErrorKind = Literal["unavailable", "timeout", "rate_limited", "busy", "refused", "rejected", "protocol", "too_large"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptMessage:
+    role: Role
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One call: the messages in order and parameters passed on as they are (`temperature`, `max_tokens`, …)."""
+
+    model: str
+    messages: Sequence[PromptMessage]
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """A piece of the answer: never empty, without U+0000 and lone surrogates."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The provider said that the answer is whole, and why it stopped. The last chunk but for usage."""
+
+    reason: FinishReason
+
+
+Chunk = Text | Usage | Finish
+
+
+class ProviderError(UpstreamFailed):
+    """A provider failed. `detail` is sanitised: no key, header, URL or raw body of the provider is in it.
+
+    `retryable` says whether the same call may succeed later; `retry_after` (seconds) is what the provider asked for.
+    """
+
+    def __init__(self, kind: ErrorKind, detail: str, *, retryable: bool, retry_after: float | None = None) -> None:
+        super().__init__(f"upstream_{kind}", detail, retry_after=retry_after)
+        self.kind = kind
+        self.retryable = retryable
+
+
+class Provider(Protocol):
+    """One configured provider. Safe for any number of concurrent calls."""
+
+    def stream(self, prompt: Prompt) -> AsyncGenerator[Sequence[Chunk], None]:
+        """Yield what each read from the network held, in order, without empty batches.
+
+        Ends normally only after a Finish; anything else raises ProviderError. Calls that fail before the first
+        chunk are retried inside. Closing the generator (or cancelling its consumer) closes the upstream connection
+        at once.
+        """
+        ...
+
+    async def check(self) -> str:
+        """One cheap request for `parley doctor`; returns a sentence, raises ProviderError."""
+        ...
+
+    async def aclose(self) -> None: ...

@@ -1,0 +1,93 @@
+"""Every option, once: read from the environment at start, reported all together when wrong, frozen, passed down."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from app.errors import Misconfigured
+
+KIB = 1024
+MIB = 1024 * KIB
+
+
+def _default_data_dir() -> Path:
+    import os
+
+    if os.geteuid() == 0:
+        return Path("/var/lib/parley")
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local/share") / "parley"
+
+
+class Settings(BaseSettings):
+    """The environment, validated. docs/configuration.md lists every field; a test keeps that table complete."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="PARLEY_", frozen=True, extra="ignore", populate_by_name=True, env_ignore_empty=True
+    )
+
+    database_url: str | None = Field(
+        None, validation_alias=AliasChoices("DATABASE_URL", "database_url"), repr=False,
+        description="PostgreSQL to use, as postgresql://user:password@host:port/name. `parley dev` may leave it out.",
+    )
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    data_dir: Path = Field(
+        default_factory=_default_data_dir,
+        description="Folder of the embedded PostgreSQL (`parley dev` only).",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
+    log_format: Literal["json", "text"] = Field("json", description="JSON lines, or text for a person at a terminal.")
+    metrics_open: bool = Field(True, description="Serve /metrics without credentials.")
+    database_wait_s: float = Field(60, ge=0, description="How long a start waits for PostgreSQL before it gives up.")
+    pool_size: int = Field(10, ge=2, le=200, description="Database connections of the API, beside the log's own one.")
+
+    body_limit: int = Field(4 * MIB, ge=KIB, description="Largest request body, in bytes.")
+    message_limit: int = Field(32 * KIB, ge=1, description="Longest message_text, in UTF-8 bytes.")
+    history_limit: int = Field(200, ge=0, description="Most messages in conversation_history, or read from the chat.")
+    history_bytes: int = Field(256 * KIB, ge=0, description="Most UTF-8 bytes of conversation_history.")
+    max_runs: int = Field(2000, ge=1, description="Answers under way on this replica; more are refused with 503.")
+    idempotency_hours: float = Field(24, gt=0, description="How long an Idempotency-Key is remembered, in hours.")
+
+    connect_timeout_s: float = Field(5, gt=0, description="Connecting to a provider, in seconds.")
+    first_token_timeout_s: float = Field(60, gt=0, description="From the request to the first token, in seconds.")
+    gap_timeout_s: float = Field(30, gt=0, description="Longest silence between two tokens, in seconds.")
+    run_timeout_s: float = Field(300, gt=0, description="Longest run of one answer, in seconds.")
+    provider_retries: int = Field(2, ge=0, le=10, description="Retries of a provider call before its first token.")
+    provider_concurrency: int = Field(2000, ge=1, description="Calls under way per provider; more fail with upstream_busy.")
+    answer_limit: int = Field(MIB, ge=KIB, description="Longest answer, in UTF-8 bytes; it is cut there (finish_reason length).")
+
+    flush_gap_ms: float = Field(4, ge=0, le=1000, description="Least time between two flushes of the log under load, in milliseconds.")
+    flush_events: int = Field(2000, ge=1, description="Most events in one flush.")
+    stream_buffer: int = Field(MIB, ge=4 * KIB, description="Unsaved bytes of one stream before its provider read waits.")
+    replica_buffer: int = Field(64 * MIB, ge=64 * KIB, description="Unsaved bytes of all streams before all provider reads wait.")
+    unsaved_s: float = Field(30, gt=0, description="How long a run may wait for the database before it stops, in seconds.")
+    partition_days: int = Field(7, ge=1, le=60, description="Day partitions of the log that are made ahead.")
+    lease_s: float = Field(6, gt=0, description="A replica silent for this long may be declared dead, in seconds.")
+    beat_s: float = Field(2, gt=0, description="Interval of a replica's heartbeat, in seconds.")
+    scan_s: float = Field(1, gt=0, description="Interval of looking for streams of dead replicas, in seconds.")
+
+    sse_heartbeat_s: float = Field(15, gt=0, description="Interval of the SSE heartbeat, in seconds.")
+    sse_send_timeout_s: float = Field(20, gt=0, description="A reader that takes no byte for this long is closed, in seconds.")
+    sse_max_age_s: float = Field(600, gt=0, description="Age at which an SSE connection is closed at a frame boundary, in seconds.")
+    sse_retry_ms: int = Field(1000, ge=0, description="Reconnection time told to EventSource; jittered by half, in milliseconds.")
+    reader_events: int = Field(256, ge=1, description="Events buffered for one live reader before it goes back to reading the table.")
+    reader_bytes: int = Field(MIB, ge=KIB, description="Bytes buffered for one live reader before it goes back to reading the table.")
+    max_readers: int = Field(5000, ge=1, description="SSE readers on this replica; further ones are told to come back later.")
+    poll_s: float = Field(1, gt=0, description="Interval at which a waiting reader looks at the table by itself, in seconds.")
+    drain_s: float = Field(25, ge=0, description="How long a stopping server lets running answers finish, in seconds.")
+
+
+def load(**given: object) -> Settings:
+    """Settings from the environment, `given` first. Raises Misconfigured naming every wrong variable at once."""
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        wrong = "; ".join(f"{_variable(e['loc'])}: {e['msg']}" for e in error.errors())
+        raise Misconfigured("settings_invalid", f"The environment is not usable: {wrong}") from None
+
+
+def _variable(loc: tuple[int | str, ...]) -> str:
+    name = str(loc[0])
+    return name if name.isupper() else f"PARLEY_{name.upper()}"
