@@ -28,7 +28,9 @@ class Settings(BaseSettings):
     )
 
     database_url: str | None = Field(
-        None, validation_alias=AliasChoices("DATABASE_URL", "database_url"), repr=False,
+        None,
+        validation_alias=AliasChoices("DATABASE_URL", "database_url"),
+        repr=False,
         description="PostgreSQL to use, as postgresql://user:password@host:port/name. `parley dev` may leave it out.",
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
@@ -55,27 +57,53 @@ class Settings(BaseSettings):
     gap_timeout_s: float = Field(30, gt=0, description="Longest silence between two tokens, in seconds.")
     run_timeout_s: float = Field(300, gt=0, description="Longest run of one answer, in seconds.")
     provider_retries: int = Field(2, ge=0, le=10, description="Retries of a provider call before its first token.")
-    provider_concurrency: int = Field(2000, ge=1, description="Calls under way per provider; more fail with upstream_busy.")
-    answer_limit: int = Field(MIB, ge=KIB, description="Longest answer, in UTF-8 bytes; it is cut there (finish_reason length).")
+    provider_concurrency: int = Field(
+        2000, ge=1, description="Calls under way per provider; more fail with upstream_busy."
+    )
+    answer_limit: int = Field(
+        MIB, ge=KIB, description="Longest answer, in UTF-8 bytes; it is cut there (finish_reason length)."
+    )
 
-    flush_gap_ms: float = Field(4, ge=0, le=1000, description="Least time between two flushes of the log under load, in milliseconds.")
+    flush_gap_ms: float = Field(
+        4, ge=0, le=1000, description="Least time between two flushes of the log under load, in milliseconds."
+    )
     flush_events: int = Field(2000, ge=1, description="Most events in one flush.")
-    stream_buffer: int = Field(MIB, ge=4 * KIB, description="Unsaved bytes of one stream before its provider read waits.")
-    replica_buffer: int = Field(64 * MIB, ge=64 * KIB, description="Unsaved bytes of all streams before all provider reads wait.")
-    unsaved_s: float = Field(30, gt=0, description="How long a run may wait for the database before it stops, in seconds.")
+    stream_buffer: int = Field(
+        MIB, ge=4 * KIB, description="Unsaved bytes of one stream before its provider read waits."
+    )
+    replica_buffer: int = Field(
+        64 * MIB, ge=64 * KIB, description="Unsaved bytes of all streams before all provider reads wait."
+    )
+    unsaved_s: float = Field(
+        30, gt=0, description="How long a run may wait for the database before it stops, in seconds."
+    )
     partition_days: int = Field(7, ge=1, le=60, description="Day partitions of the log that are made ahead.")
     lease_s: float = Field(6, gt=0, description="A replica silent for this long may be declared dead, in seconds.")
     beat_s: float = Field(2, gt=0, description="Interval of a replica's heartbeat, in seconds.")
     scan_s: float = Field(1, gt=0, description="Interval of looking for streams of dead replicas, in seconds.")
 
     sse_heartbeat_s: float = Field(15, gt=0, description="Interval of the SSE heartbeat, in seconds.")
-    sse_send_timeout_s: float = Field(20, gt=0, description="A reader that takes no byte for this long is closed, in seconds.")
-    sse_max_age_s: float = Field(600, gt=0, description="Age at which an SSE connection is closed at a frame boundary, in seconds.")
-    sse_retry_ms: int = Field(1000, ge=0, description="Reconnection time told to EventSource; jittered by half, in milliseconds.")
-    reader_events: int = Field(256, ge=1, description="Events buffered for one live reader before it goes back to reading the table.")
-    reader_bytes: int = Field(MIB, ge=KIB, description="Bytes buffered for one live reader before it goes back to reading the table.")
-    max_readers: int = Field(5000, ge=1, description="SSE readers on this replica; further ones are told to come back later.")
-    poll_s: float = Field(1, gt=0, description="Interval at which a waiting reader looks at the table by itself, in seconds.")
+    sse_send_timeout_s: float = Field(
+        20, gt=0, description="A reader that takes no byte for this long is closed, in seconds."
+    )
+    sse_max_age_s: float = Field(
+        600, gt=0, description="Age at which an SSE connection is closed at a frame boundary, in seconds."
+    )
+    sse_retry_ms: int = Field(
+        1000, ge=0, description="Reconnection time told to EventSource; jittered by half, in milliseconds."
+    )
+    reader_events: int = Field(
+        256, ge=1, description="Events buffered for one live reader before it goes back to reading the table."
+    )
+    reader_bytes: int = Field(
+        MIB, ge=KIB, description="Bytes buffered for one live reader before it goes back to reading the table."
+    )
+    max_readers: int = Field(
+        5000, ge=1, description="SSE readers on this replica; further ones are told to come back later."
+    )
+    poll_s: float = Field(
+        1, gt=0, description="Interval at which a waiting reader looks at the table by itself, in seconds."
+    )
     drain_s: float = Field(25, ge=0, description="How long a stopping server lets running answers finish, in seconds.")
 
 

@@ -1,0 +1,79 @@
+"""The schema's version: which one this build wants, which one a database has, and the way from one to the other."""
+
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+
+from app.errors import Misconfigured
+
+_PACKAGED = Path(__file__).parent / "_migrations"
+MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "migrations"
+
+# Any constant will do, as long as no other advisory lock of ours uses it.
+_MIGRATION_LOCK = 0x7061_726C_6579_0001
+
+
+def wanted() -> list[str]:
+    """All revisions of this build, oldest first. Files are named NNNN_what.py, so no import of alembic is needed."""
+    return sorted(path.name[:4] for path in (MIGRATIONS / "versions").glob("[0-9][0-9][0-9][0-9]_*.py"))
+
+
+async def pending(connection: asyncpg.Connection[Any]) -> list[str]:
+    """The revisions this database still lacks. Raises Misconfigured where it is newer than this build."""
+    exists = await connection.fetchval("select to_regclass('alembic_version') is not null")
+    current = await connection.fetchval("select version_num from alembic_version") if exists else None
+    revisions = wanted()
+    if current is None:
+        return revisions
+    if current > revisions[-1]:
+        raise Misconfigured(
+            "schema_newer",
+            f"The database has schema {current}, this build knows {revisions[-1]}: run the newer Parley.",
+        )
+    return [revision for revision in revisions if revision > current]
+
+
+async def require_current(connection: asyncpg.Connection[Any]) -> None:
+    """Raises Misconfigured naming `parley migrate` where revisions are missing."""
+    if missing := await pending(connection):
+        raise Misconfigured("schema_old", f"The database lacks migrations {', '.join(missing)}: run `parley migrate`.")
+
+
+async def migrate(dsn: str) -> list[str]:
+    """Bring the database to the newest revision, one transaction each; returns the revisions applied.
+
+    Several may call it at once: one works under an advisory lock, the others wait and find nothing to do.
+    """
+    connection = await asyncpg.connect(dsn)
+    try:
+        await connection.execute("select pg_advisory_lock($1)", _MIGRATION_LOCK)
+        missing = await pending(connection)
+        if missing:
+            await _upgrade(dsn)
+        return missing
+    finally:
+        await connection.close()
+
+
+async def _upgrade(dsn: str) -> None:
+    # Imported here: a server that finds its schema current never pays for alembic and SQLAlchemy (0.4 s).
+    from alembic import command
+    from alembic.config import Config
+    from sqlalchemy import Connection
+    from sqlalchemy.ext.asyncio import create_async_engine
+    from sqlalchemy.pool import NullPool
+
+    def upgrade(connection: Connection) -> None:
+        config = Config()
+        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+    engine = create_async_engine(
+        "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(dsn), poolclass=NullPool
+    )
+    async with engine.connect() as connection:
+        await connection.run_sync(upgrade)
+        await connection.commit()
+    await engine.dispose()

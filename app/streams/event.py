@@ -1,0 +1,66 @@
+"""An event of a stream: how it is encoded once, stored as text, and framed for SSE without parsing it again.
+
+The stored payload is the event object of wire.md without its id, which is known only when the log commits it:
+`{"event": …, "data": …, "timestamp": …}`. Putting the id in front is a splice of bytes.
+"""
+
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from functools import lru_cache
+from time import time_ns
+from typing import Any, Literal
+from uuid import UUID
+
+import orjson
+
+Kind = Literal[
+    "stream_start",
+    "flow_selected",
+    "flow_start",
+    "token",
+    "flow_output",
+    "flow_end",
+    "flow_error",
+    "flow_restart",
+    "message",
+    "gap",
+    "stream_end",
+]
+TERMINAL: Kind = "stream_end"
+Status = Literal["queued", "active", "completed", "failed", "cancelled"]
+
+_PREFIX = '{"event":"'
+
+
+def encode(kind: Kind, data: Mapping[str, Any]) -> str:
+    """The payload to store, stamped with this machine's clock (ids give the order, never times)."""
+    now = _timestamp(time_ns() // 1_000_000)
+    return orjson.dumps({"event": kind, "data": data, "timestamp": now}).decode()
+
+
+@lru_cache(maxsize=8)
+def _timestamp(ms: int) -> str:
+    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03}Z"
+
+
+def kind_of(payload: str) -> str:
+    return payload[len(_PREFIX) : payload.index('"', len(_PREFIX))]
+
+
+def data_of(payload: str) -> dict[str, Any]:
+    data = orjson.loads(payload)["data"]
+    assert isinstance(data, dict)
+    return data
+
+
+def to_object(event_id: int, payload: str) -> str:
+    """The event object's JSON, in one line."""
+    return f'{{"id":{event_id},{payload[1:]}'
+
+
+def to_frames(stream_id: UUID, first_id: int, payloads: Sequence[str]) -> bytes:
+    """SSE frames of neighbouring events. A payload holds no raw CR or LF: JSON escapes both."""
+    return "".join(
+        f"id: {stream_id}:{event_id}\nevent: {kind_of(payload)}\ndata: {to_object(event_id, payload)}\n\n"
+        for event_id, payload in enumerate(payloads, first_id)
+    ).encode()

@@ -1,0 +1,123 @@
+"""Wakes the readers of this process: each committed batch is framed once and handed to all who follow its stream."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from uuid import UUID
+
+from app.streams.event import TERMINAL, kind_of, to_frames
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Neighbouring events first..last of one stream as SSE frames; `ended` if the last one is terminal."""
+
+    first: int
+    last: int
+    frames: bytes
+    ended: bool
+
+
+def batch_of(stream_id: UUID, first: int, payloads: Sequence[str]) -> Batch:
+    """`payloads` must not be empty."""
+    last = first + len(payloads) - 1
+    return Batch(first, last, to_frames(stream_id, first, payloads), kind_of(payloads[-1]) == TERMINAL)
+
+
+class Subscription:
+    """What one reader has not taken yet: at most `max_events` and `max_bytes`, else it must read the table again."""
+
+    __slots__ = ("_batches", "_bytes", "_events", "_max_bytes", "_max_events", "_wake", "behind", "quiet")
+
+    def __init__(self, max_events: int, max_bytes: int) -> None:
+        self._batches: deque[Batch] = deque()
+        self._events = self._bytes = 0
+        self._max_events, self._max_bytes = max_events, max_bytes
+        self._wake = asyncio.Event()
+        # behind: something may be in the table that is not in here. True at first: nothing was read yet.
+        self.behind = True
+        # quiet: no batch came since the last look around, so the table is worth a look.
+        self.quiet = False
+
+    def push(self, batch: Batch) -> None:
+        self.quiet = False
+        if not self.behind:
+            self._batches.append(batch)
+            self._events += batch.last - batch.first + 1
+            self._bytes += len(batch.frames)
+            if self._events > self._max_events or self._bytes > self._max_bytes:
+                self.fall_behind()
+        self._wake.set()
+
+    def fall_behind(self) -> None:
+        """Forget what is buffered and have the reader look into the table."""
+        self._batches.clear()
+        self._events = self._bytes = 0
+        self.behind = True
+        self._wake.set()
+
+    def take(self) -> Batch | None:
+        if not self._batches:
+            return None
+        batch = self._batches.popleft()
+        self._events -= batch.last - batch.first + 1
+        self._bytes -= len(batch.frames)
+        return batch
+
+    def poke(self) -> None:
+        self._wake.set()
+
+    async def wait(self) -> None:
+        """Return when there is something to do: a batch, a fall behind, or a poke."""
+        await self._wake.wait()
+        self._wake.clear()
+
+
+class Hub:
+    """The subscriptions of this process by stream. Bounded by the readers the endpoints admit."""
+
+    def __init__(self, *, max_events: int, max_bytes: int) -> None:
+        self._max_events, self._max_bytes = max_events, max_bytes
+        self._subscriptions: dict[UUID, set[Subscription]] = {}
+        self.closing = False
+
+    def subscribe(self, stream_id: UUID) -> Subscription:
+        subscription = Subscription(self._max_events, self._max_bytes)
+        self._subscriptions.setdefault(stream_id, set()).add(subscription)
+        return subscription
+
+    def unsubscribe(self, stream_id: UUID, subscription: Subscription) -> None:
+        followers = self._subscriptions[stream_id]
+        followers.discard(subscription)
+        if not followers:
+            del self._subscriptions[stream_id]
+
+    def publish(self, stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
+        """After the commit: hand the events to whoever follows the stream here."""
+        if followers := self._subscriptions.get(stream_id):
+            batch = batch_of(stream_id, first, payloads)
+            for subscription in followers:
+                subscription.push(batch)
+
+    def look_around(self, owned: Callable[[UUID], bool]) -> None:
+        """Send readers that heard nothing since the last call to the table: publishing is only a hint (G16).
+
+        Streams this process owns are published here without fail; their readers are only woken, to see whether
+        it is time to leave.
+        """
+        for stream_id, followers in self._subscriptions.items():
+            for subscription in followers:
+                if not subscription.quiet:
+                    subscription.quiet = True
+                elif owned(stream_id):
+                    subscription.poke()
+                else:
+                    subscription.fall_behind()
+
+    def close(self) -> None:
+        """Have every reader leave at its next frame boundary."""
+        self.closing = True
+        for followers in self._subscriptions.values():
+            for subscription in followers:
+                subscription.poke()

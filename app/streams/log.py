@@ -1,0 +1,379 @@
+"""The event log: group commits under the fence, ids without gaps.
+
+All events of this process go through one lane: what arrives while a flush is under way is committed by the next
+one. Readers hear of an event after its commit, never before (G3). Bounded: `Writer.room` holds back a stream at
+`stream_bytes` and all streams at `total_bytes` of unsaved payload; a flush carries at most `flush_events`.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from math import exp
+from time import perf_counter
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import structlog
+
+from app.errors import Unavailable
+from app.postgres import AWAY, Connection, open_connection, why
+from app.streams.event import Kind, encode
+from app.streams.hub import Hub
+from app.streams.replicas import Fenced, Replica
+from app.telemetry import Metrics
+
+log = structlog.get_logger(__name__)
+
+# One autocommit statement appends a whole flush. The share lock makes a takeover wait for it; the first count tells
+# "fenced" from "the batch was there already", which also inserts nothing when a lost COMMIT answer is retried.
+_APPEND = """
+with o as materialized (select 1 from replicas where id = $4 and alive for share),
+     ins as (insert into streaming_events (stream_id, id, payload)
+             select u.s, u.i, u.p from o, unnest($1::uuid[], $2::int[], $3::text[]) as u(s, i, p)
+             {conflict} returning 1)
+select (select count(*) from o) as owners, (select count(*) from ins) as inserted
+"""
+_APPEND_FIRST = _APPEND.format(conflict="")
+_APPEND_AGAIN = _APPEND.format(conflict="on conflict do nothing")
+_STORED = """
+select e.stream_id, e.id, e.payload from unnest($1::uuid[], $2::int[]) as u(s, i)
+join streaming_events e on e.stream_id = u.s and e.id = u.i
+"""
+_INSERT = "insert into streaming_events (stream_id, id, payload) values ($1, $2, $3)"
+_Events = list[tuple[UUID, int, str]]
+
+
+class StreamLost(Exception):
+    """The log refuses this stream: its payload cannot be stored, or its next id holds something else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes in bytes of payload, times in seconds."""
+
+    flush_events: int = 2000
+    flush_gap_s: float = 0.004
+    stream_bytes: int = 1 << 20
+    total_bytes: int = 64 << 20
+    unsaved_s: float = 30
+
+
+class Writer:
+    """The one place where events of a stream are appended while this replica owns it."""
+
+    __slots__ = ("_barrier", "_failure", "_last", "_log", "_pending", "_size", "_taken", "_waiters", "stream_id")
+
+    def __init__(self, log: "Log", stream_id: UUID, last_id: int) -> None:
+        self.stream_id = stream_id
+        self._log = log
+        self._last = last_id
+        self._pending: list[str] = []
+        self._taken = 0
+        self._size = 0
+        # How many of the pending events the lane may still take while somebody writes alone; None: all of them.
+        self._barrier: int | None = None
+        self._failure: Exception | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+
+    @property
+    def last_id(self) -> int:
+        """The last committed id."""
+        return self._last
+
+    def append(self, kind: Kind, data: Mapping[str, Any]) -> None:
+        """Queue one event; ids are given in this order. Raises Fenced or StreamLost when there is no more writing."""
+        if self._failure is not None:
+            raise self._failure
+        payload = encode(kind, data)
+        self._pending.append(payload)
+        self._size += len(payload)
+        self._log._arrived(self, len(payload))
+
+    def crowded(self) -> bool:
+        """Whether the provider's read must wait in `room`; checked first, because it is hardly ever true."""
+        return self._size > self._log.limits.stream_bytes or self._log.full
+
+    async def room(self) -> None:
+        """Wait until there is room for more. Raises Unavailable after `unsaved_s` without progress (G12)."""
+        try:
+            async with asyncio.timeout(self._log.limits.unsaved_s):
+                while self.crowded():
+                    await self._progress()
+        except TimeoutError:
+            raise Unavailable(
+                "log_unavailable", "The answer could not be saved in time: the database is away."
+            ) from None
+
+    async def saved(self) -> int:
+        """Wait until everything appended is committed; returns the last id. Raises what ended the writing."""
+        while self._pending:
+            await self._progress()
+        if self._failure is not None:
+            raise self._failure
+        return self._last
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncGenerator[int, None]:
+        """Commit what was appended so far, then keep the lane off this stream; yields the next id.
+
+        For an event that is committed in a transaction with other rows. Events appended meanwhile wait. The caller
+        reports the commit with `committed_alone`; leaving without that leaves the id to the next event.
+        """
+        while self._barrier is not None:
+            await self._progress()
+        self._barrier = len(self._pending)
+        try:
+            while self._barrier:
+                await self._progress()
+            if self._failure is not None:
+                raise self._failure
+            yield self._last + 1
+        finally:
+            self._barrier = None
+            self._log._resume(self)
+            self._wake()
+
+    def committed_alone(self, payload: str) -> None:
+        self._last += 1
+        self._log._publish(self.stream_id, self._last, [payload])
+
+    async def _progress(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        await waiter
+
+    def _wake(self) -> None:
+        waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def _take(self, most: int) -> _Events:
+        """The next events with their ids; `_acknowledge` or `_fail` must follow."""
+        payloads = self._pending[: most if self._barrier is None else min(most, self._barrier)]
+        self._taken = len(payloads)
+        return [(self.stream_id, event_id, payload) for event_id, payload in enumerate(payloads, self._last + 1)]
+
+    def _acknowledge(self) -> int:
+        """Move the taken events behind the last committed id; returns their bytes."""
+        done = self._pending[: self._taken]
+        del self._pending[: self._taken]
+        self._last += self._taken
+        if self._barrier is not None:
+            self._barrier -= self._taken
+        self._taken = 0
+        size = sum(map(len, done))
+        self._size -= size
+        self._wake()
+        return size
+
+    def _fail(self, failure: Exception) -> int:
+        """No more writing; returns the bytes dropped."""
+        size, self._size = self._size, 0
+        self._failure = failure
+        self._pending.clear()
+        self._taken = 0
+        self._wake()
+        return size
+
+
+class Log:
+    """The lane of this process. `run` must be running for anything to be saved."""
+
+    def __init__(self, dsn: str, replica: Replica, hub: Hub, *, limits: Limits, metrics: Metrics) -> None:
+        self._dsn = dsn
+        self._replica = replica
+        self._hub = hub
+        self.limits = limits
+        self._metrics = metrics
+        self._writers: dict[UUID, Writer] = {}
+        self._ready: dict[UUID, Writer] = {}
+        self._bytes = 0
+        self._wake = asyncio.Event()
+        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
+        self._pace = _Pace(limits.flush_gap_s)
+        self.on_fenced: Callable[[], None] = lambda: None
+
+    @property
+    def full(self) -> bool:
+        return self._bytes > self.limits.total_bytes
+
+    def owns(self, stream_id: UUID) -> bool:
+        """Whether this process writes the stream, so that its readers here hear of every event from the lane."""
+        return stream_id in self._writers
+
+    def open(self, stream_id: UUID, *, last_id: int) -> Writer:
+        """The writer of a stream whose row names this replica as its owner. `close` must follow."""
+        writer = self._writers[stream_id] = Writer(self, stream_id, last_id)
+        return writer
+
+    def close(self, writer: Writer) -> None:
+        if self._writers.get(writer.stream_id) is writer:
+            del self._writers[writer.stream_id]
+            self._ready.pop(writer.stream_id, None)
+        self._bytes -= writer._fail(Fenced("closed"))
+
+    # -- the lane
+
+    async def run(self) -> None:
+        """Flush for ever. Cancelling it in mid flush is safe: the statement commits or not, and ids are not reused."""
+        try:
+            while True:
+                await self._wake.wait()
+                await self._pace.wait()
+                await self.flush()
+        finally:
+            if self._connection is not None:
+                self._connection.terminate()
+                self._connection = None
+
+    async def flush(self) -> None:
+        """Commit what is pending now, up to one batch, however often the connection breaks on the way."""
+        self._wake.clear()
+        writers, events = self._take()
+        if not events:
+            return
+        started = perf_counter()
+        await self._commit(writers, events)
+        self._metrics.flush_seconds.observe(perf_counter() - started)
+        self._metrics.flush_events.observe(len(events))
+        self._pace.flushed(len(events))
+        if self._ready:
+            self._wake.set()
+
+    def _arrived(self, writer: Writer, size: int) -> None:
+        self._bytes += size
+        self._ready[writer.stream_id] = writer
+        self._wake.set()
+
+    def _resume(self, writer: Writer) -> None:
+        if writer._pending:
+            self._ready[writer.stream_id] = writer
+            self._wake.set()
+
+    def _take(self) -> tuple[list[Writer], _Events]:
+        writers: list[Writer] = []
+        events: _Events = []
+        while self._ready and len(events) < self.limits.flush_events:
+            writer = self._ready.pop(next(iter(self._ready)))
+            if taken := writer._take(self.limits.flush_events - len(events)):
+                writers.append(writer)
+                events += taken
+        return writers, events
+
+    async def _commit(self, writers: list[Writer], events: _Events) -> None:
+        try:
+            await self._append(events)
+        except (StreamLost, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
+            await self._bisect(writers, events, error)
+        except Fenced as fenced:
+            self._fenced(fenced)
+        else:
+            for writer in writers:
+                self._committed(writer)
+
+    def _committed(self, writer: Writer) -> None:
+        # A writer closed meanwhile (its run was cancelled) has dropped what it had; the rows stay, as they must.
+        if taken := writer._pending[: writer._taken]:
+            first = writer._last + 1
+            self._bytes -= writer._acknowledge()
+            self._publish(writer.stream_id, first, taken)
+            self._resume(writer)
+
+    def _publish(self, stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
+        self._metrics.events_stored.inc(len(payloads))
+        self._hub.publish(stream_id, first, payloads)
+
+    async def _bisect(self, writers: list[Writer], events: _Events, error: Exception) -> None:
+        """One stream's bad payload must not stop the others: halve the batch by streams until it stands alone."""
+        if len(writers) == 1:
+            log.error("stream_lost", streaming_session_id=str(writers[0].stream_id), reason=type(error).__name__)
+            self._bytes -= writers[0]._fail(StreamLost(str(error)))
+            return
+        middle = len(writers) // 2
+        for half in (writers[:middle], writers[middle:]):
+            mine = {writer.stream_id for writer in half}
+            await self._commit(half, [event for event in events if event[0] in mine])
+
+    def _fenced(self, fenced: Fenced) -> None:
+        log.error("replica_fenced", replica=str(self._replica.id))
+        for writer in self._writers.values():
+            self._bytes -= writer._fail(fenced)
+        self._ready.clear()
+        self.on_fenced()
+
+    async def _append(self, events: _Events) -> None:
+        """Append under the fence, for as long as it takes; the same ids each time, so that nothing doubles (D9)."""
+        again, pause = False, 0.02
+        while True:
+            try:
+                await self._append_once(events, again)
+                return
+            except AWAY as error:
+                log.warning("log_waiting", reason=why(error), events=len(events))
+                self._drop_connection(error)
+                again = True
+                await asyncio.sleep(pause)
+                pause = min(pause * 2, 1.0)
+
+    async def _append_once(self, events: _Events, again: bool) -> None:
+        if self._connection is None or self._connection.is_closed():
+            self._connection = await open_connection(self._dsn, timeout=2)
+        streams, ids, payloads = map(list, zip(*events, strict=True))
+        async with asyncio.timeout(10):
+            row = await self._connection.fetchrow(
+                _APPEND_AGAIN if again else _APPEND_FIRST, streams, ids, payloads, self._replica.id
+            )
+        assert row is not None
+        if not row["owners"]:
+            raise Fenced(str(self._replica.id))
+        if row["inserted"] != len(events):
+            await self._verify(self._connection, events)
+
+    async def _verify(self, connection: Connection, events: _Events) -> None:
+        rows = await connection.fetch(_STORED, [e[0] for e in events], [e[1] for e in events])
+        if {tuple(row) for row in rows} != set(events):
+            raise StreamLost("an id of this stream holds another event")
+
+    def _drop_connection(self, error: Exception) -> None:
+        # A full disk is no reason to reconnect; everything else may have left the connection in any state.
+        if self._connection is not None and not isinstance(error, asyncpg.DiskFullError):
+            self._connection.terminate()
+            self._connection = None
+
+
+class _Pace:
+    """Flush at once while little arrives; under load leave a gap, so that one commit carries several events."""
+
+    _WINDOW_S = 0.2
+    _CALM, _BUSY = 600.0, 1000.0  # events per second between which the gap grows from nothing to all of it
+
+    def __init__(self, gap_s: float) -> None:
+        self._gap_s = gap_s
+        self._rate = 0.0
+        self._last = self._measured = 0.0
+
+    async def wait(self) -> None:
+        load = min(1.0, max(0.0, (self._rate - self._CALM) / (self._BUSY - self._CALM)))
+        pause = self._last + self._gap_s * load - perf_counter()
+        self._last = perf_counter() + max(pause, 0.0)
+        if pause > 0:
+            await asyncio.sleep(pause)
+
+    def flushed(self, events: int) -> None:
+        """Fold a flush into the rate: an average that forgets with the window's time constant."""
+        now = perf_counter()
+        self._rate = self._rate * exp((self._measured - now) / self._WINDOW_S) + events / self._WINDOW_S
+        self._measured = now
+
+
+async def insert_event(connection: Connection, stream_id: UUID, event_id: int, payload: str) -> None:
+    """One event inside the caller's fenced transaction. Raises StreamLost where the id is taken."""
+    try:
+        await connection.execute(_INSERT, stream_id, event_id, payload)
+    except asyncpg.UniqueViolationError:
+        raise StreamLost("the next id of this stream holds another event") from None

@@ -1,0 +1,100 @@
+"""This process as an owner of streams: its row, its heartbeat, and the fence that every write of a run takes.
+
+A replica is one incarnation: once its row says `alive = false` it never writes again (G7). The fence is a share
+lock on that row inside the writing transaction, so whoever declares a replica dead waits for the write under way
+and ends all further ones.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from uuid import UUID, uuid4
+
+import asyncpg
+
+from app import __version__
+from app.postgres import ACQUIRE_S, AWAY, Connection, Pool
+
+# Beats live in a table of their own: an UPDATE of the fenced row would starve behind the appends' share locks.
+_REGISTER = "insert into replicas (id, url, version) values ($1, $2, $3)"
+_BEAT = """
+insert into replica_beats (replica_id, beat_at) values ($1, clock_timestamp())
+on conflict (replica_id) do update set beat_at = excluded.beat_at
+"""
+_RETIRE = "update replicas set alive = false where id = $1 and alive"
+_SILENT = """
+select r.id from replicas r left join replica_beats b on b.replica_id = r.id
+where r.alive and r.id <> $1 and coalesce(b.beat_at, r.started_at) < clock_timestamp() - make_interval(secs => $2)
+limit 100
+"""
+
+
+class Fenced(Exception):
+    """This replica was declared dead: it must stop everything it was doing and write nothing more."""
+
+
+class Replica:
+    """The current incarnation. After `renew` the process goes on as another replica, owning nothing."""
+
+    def __init__(self, pool: Pool, *, url: str | None = None) -> None:
+        self._pool = pool
+        self._url = url
+        self.id: UUID = uuid4()
+
+    async def register(self) -> None:
+        async with self._pool.acquire(timeout=ACQUIRE_S) as connection, connection.transaction():
+            await connection.execute(_REGISTER, self.id, self._url, __version__)
+            await connection.execute(_BEAT, self.id)
+
+    async def renew(self) -> None:
+        """Become a new incarnation, after a fence."""
+        self.id = uuid4()
+        await self.register()
+
+    async def beat(self) -> None:
+        await self._pool.execute(_BEAT, self.id)
+
+    async def retire(self) -> None:
+        """The last word of a drained replica: successors may claim what it left at once."""
+        await self._pool.execute(_RETIRE, self.id)
+
+    async def fence_silent(self, lease_s: float) -> list[UUID]:
+        """Declare every other replica dead that has been silent for the lease. By the database's clock alone."""
+        fenced = []
+        for row in await self._pool.fetch(_SILENT, self.id, lease_s):
+            if await self._pool.execute(_RETIRE, row["id"]) == "UPDATE 1":
+                fenced.append(row["id"])
+        return fenced
+
+    @asynccontextmanager
+    async def transaction(self) -> AsyncGenerator[Connection, None]:
+        """A transaction of this replica: the fence is taken last, in one round trip with COMMIT.
+
+        Raises Fenced, and nothing was written, where this replica is no longer alive.
+        """
+        owner = self.id
+        async with self._pool.acquire(timeout=ACQUIRE_S) as connection:
+            await connection.execute("begin")
+            try:
+                yield connection
+                await connection.execute(_fence_and_commit(owner))
+            except asyncpg.DivisionByZeroError:
+                await _roll_back(connection)
+                raise Fenced(str(owner)) from None
+            except BaseException:
+                await _roll_back(connection)
+                raise
+
+
+async def _roll_back(connection: Connection) -> None:
+    try:
+        async with asyncio.timeout(2):
+            await connection.execute("rollback")
+    except (*AWAY, asyncio.CancelledError):
+        connection.terminate()
+
+
+def _fence_and_commit(owner: UUID) -> str:
+    # Simple-protocol text runs in one round trip but takes no parameters; a UUID's text is safe in a literal.
+    # No living owner: the count is 0, the division fails, and COMMIT is never reached.
+    return f"select 1 / count(*) from (select from replicas where id = '{owner}' and alive for share) o; commit"  # noqa: S608

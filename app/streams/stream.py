@@ -1,0 +1,163 @@
+"""The stream of one answer as a row: begun when a message is accepted, ended once, claimed when its owner died."""
+
+import asyncio
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+from uuid import UUID
+
+import asyncpg
+import structlog
+
+from app.postgres import AWAY, CONFLICT, Connection, Pool, why
+from app.streams.event import Kind, Status, encode
+from app.streams.log import StreamLost, Writer, insert_event
+from app.streams.replicas import Replica
+
+log = structlog.get_logger(__name__)
+
+# The id's milliseconds come from the database's clock (RFC 9562, version 7): the stream lies in one day partition
+# for life, and replicas whose clocks differ still agree which one.
+_BEGIN = """
+insert into streaming_sessions (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status, replica_id)
+values ((lpad(to_hex((extract(epoch from parley_now()) * 1000)::bigint), 12, '0') || $1)::uuid,
+        $2, $3, $4, $5, $6, 'active', $7)
+returning id
+"""
+_END = """
+update streaming_sessions set status = $2, last_event_id = $3, ended_at = now()
+where id = $1 and status in ('queued', 'active')
+"""
+# Runs after the fencing of dead owners has committed: in one statement its snapshot would be older than that.
+_CLAIM = """
+with o as materialized (select 1 from replicas where id = $1 and alive for share),
+     orphans as (
+        select s.id from streaming_sessions s
+        where s.status in ('queued', 'active') and exists (select from o)
+          and (not exists (select from replicas r where r.id = s.replica_id and r.alive) or s.id = any($3::uuid[]))
+        order by s.id limit $2 for update of s skip locked)
+update streaming_sessions s set replica_id = $1, attempt = s.attempt + 1
+from orphans where s.id = orphans.id
+returning s.id, s.user_id, s.session_id, s.chatbot_id, s.chatbot_version, s.flow_type, s.attempt, s.created_at
+"""
+_LAST_ID = "select coalesce(max(id), 0) from streaming_events where stream_id = $1"
+_PAYLOAD = "select payload from streaming_events where stream_id = $1 and id = $2"
+
+# How long an accept whose COMMIT got no answer is looked for, in seconds.
+_DOUBT_S = 60
+
+Work = Callable[[Connection], Awaitable[object]]
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What a run has to know of its stream."""
+
+    id: UUID
+    user_id: str
+    session_id: str
+    chatbot_id: str
+    chatbot_version: int
+    flow_type: str
+
+
+@dataclass(frozen=True, slots=True)
+class Orphan:
+    """A claimed stream: this replica owns it now and nobody else will write it any more."""
+
+    stream: Stream
+    last_id: int
+    attempt: int
+
+
+class Streams:
+    """The rows of streaming_sessions, as far as this replica owns them."""
+
+    def __init__(self, pool: Pool, replica: Replica) -> None:
+        self._pool = pool
+        self._replica = replica
+        self._doubtful: dict[UUID, float] = {}
+
+    async def begin(self, connection: Connection, stream: Mapping[str, Any], start: Mapping[str, Any]) -> Stream:
+        """An active stream of this replica with its first event `stream_start`, in the caller's transaction.
+
+        `stream` holds the fields of Stream but the id. The transaction must be `Replica.transaction`.
+        """
+        fields = ("user_id", "session_id", "chatbot_id", "chatbot_version", "flow_type")
+        values = [stream[field] for field in fields]
+        stream_id: UUID = await connection.fetchval(_BEGIN, _random_part(), *values, self._replica.id)
+        # Until the caller confirms: a COMMIT without an answer may leave a stream that nobody runs.
+        self._doubtful[stream_id] = monotonic() + _DOUBT_S
+        await insert_event(connection, stream_id, 1, encode("stream_start", start))
+        return Stream(stream_id, *values)
+
+    def confirm(self, stream: Stream) -> None:
+        """The accepting transaction has committed and a run takes the stream over."""
+        self._doubtful.pop(stream.id, None)
+
+    async def conclude(
+        self, writer: Writer, kind: Kind, data: Mapping[str, Any], *, work: Work, status: Status | None = None
+    ) -> None:
+        """Append one event in one fenced transaction with `work`, and end the stream where `status` is given.
+
+        Tries for ever while the database is away, with the same id and payload each time; `work` must bear being
+        run again in a new transaction. Raises Fenced or StreamLost.
+        """
+        payload = encode(kind, data)
+        async with writer.alone() as event_id:
+
+            async def transaction() -> None:
+                async with self._replica.transaction() as connection:
+                    await work(connection)
+                    if status is not None:
+                        await connection.execute(_END, writer.stream_id, status, event_id)
+                    await insert_event(connection, writer.stream_id, event_id, payload)
+
+            await self._until_committed(transaction, writer.stream_id, event_id, payload)
+            writer.committed_alone(payload)
+
+    async def _until_committed(
+        self, transaction: Callable[[], Awaitable[None]], stream_id: UUID, event_id: int, payload: str
+    ) -> None:
+        pause, doubt = 0.02, False
+        while True:
+            try:
+                if doubt and await self._is_stored(stream_id, event_id, payload):
+                    return
+                await transaction()
+                return
+            except CONFLICT:
+                log.info("transaction_conflict", streaming_session_id=str(stream_id))
+            except AWAY as error:
+                log.warning("log_waiting", streaming_session_id=str(stream_id), reason=why(error))
+                doubt = True
+            await asyncio.sleep(pause)
+            pause = min(pause * 2, 1.0)
+
+    async def _is_stored(self, stream_id: UUID, event_id: int, payload: str) -> bool:
+        stored = await self._pool.fetchval(_PAYLOAD, stream_id, event_id)
+        if stored not in (None, payload):
+            raise StreamLost("the next id of this stream holds another event")
+        return stored is not None
+
+    async def claim(self, most: int) -> list[Orphan]:
+        """Up to `most` unfinished streams whose owner is dead, or whose accept was left in doubt, now ours."""
+        now = monotonic()
+        self._doubtful = {stream_id: until for stream_id, until in self._doubtful.items() if until > now}
+        doubtful = [stream_id for stream_id, until in self._doubtful.items() if until < now + _DOUBT_S - 5]
+        rows = await self._pool.fetch(_CLAIM, self._replica.id, most, doubtful)
+        return [await self._orphan(row) for row in rows]
+
+    async def _orphan(self, row: asyncpg.Record) -> Orphan:
+        stream = Stream(*(row[field] for field in Stream.__slots__))
+        self._doubtful.pop(stream.id, None)
+        return Orphan(stream, await self._pool.fetchval(_LAST_ID, stream.id), row["attempt"])
+
+
+def _random_part() -> str:
+    """The 20 hexadecimal digits of a version 7 UUID behind its 48 bits of time."""
+    digits = secrets.token_hex(10)
+    variant = "89ab"[int(digits[3], 16) & 3]
+    return f"7{digits[:3]}{variant}{digits[4:19]}"

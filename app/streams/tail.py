@@ -1,0 +1,110 @@
+"""Reading a stream from any position: subscribe, catch up from the table, follow; each event once and in order."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from uuid import UUID
+
+from app.errors import BadRequest, Gone, NotFound
+from app.postgres import AWAY, Pool
+from app.streams.event import Status
+from app.streams.hub import Batch, Hub, Subscription, batch_of
+from app.streams.log import Log
+from app.telemetry import Metrics
+
+_STATE = """
+select status, last_event_id,
+       coalesce(last_event_id, (select max(id) from streaming_events where stream_id = $1), 0) as tail
+from streaming_sessions where id = $1
+"""
+_EVENTS = "select id, payload from streaming_events where stream_id = $1 and id > $2 order by id limit $3"
+
+# With payloads of at most some 16 KiB (the runner cuts longer tokens) a page stays around a MiB.
+_PAGE = 128
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A stream as its row and the log's end say: `tail` is the last id written so far, of an ended stream the last."""
+
+    status: Status
+    ended: bool
+    tail: int
+
+
+class Tail:
+    """All reading of streams. Holds no connection while a reader waits."""
+
+    def __init__(self, pool: Pool, hub: Hub, log: Log, metrics: Metrics) -> None:
+        self._pool = pool
+        self._hub = hub
+        self._log = log
+        self._metrics = metrics
+
+    async def state(self, stream_id: UUID, cursor: int = 0) -> State:
+        """Raises NotFound for an unknown stream, BadRequest for a cursor beyond its end."""
+        row = await self._pool.fetchrow(_STATE, stream_id)
+        if row is None:
+            raise NotFound("stream_unknown", "There is no such stream; the id comes from POST /api/process-message.")
+        if cursor > row["tail"]:
+            raise BadRequest("cursor_beyond_end", f"The cursor {cursor} lies beyond the last event {row['tail']}.")
+        return State(row["status"], row["last_event_id"] is not None, row["tail"])
+
+    async def read(self, stream_id: UUID, cursor: int, limit: int, state: State) -> list[str]:
+        """Payloads of the events cursor+1, cursor+2, … Raises Gone where they were cleaned up."""
+        rows = await self._pool.fetch(_EVENTS, stream_id, cursor, limit)
+        if (rows and rows[-1]["id"] != cursor + len(rows)) or (not rows and state.ended and cursor < state.tail):
+            raise Gone("stream_cleaned", "The events of this stream were cleaned up; its messages are in the chat.")
+        return [row["payload"] for row in rows]
+
+    async def wait(self, stream_id: UUID, cursor: int, seconds: float, state: State) -> list[str]:
+        """The next events as they come, or nothing after `seconds`: the long poll."""
+        subscription = self._hub.subscribe(stream_id)
+        try:
+            async with asyncio.timeout(seconds):
+                while not (payloads := await self.read(stream_id, cursor, _PAGE, state)) and not self._hub.closing:
+                    await subscription.wait()
+                return payloads
+        except TimeoutError:
+            return []
+        finally:
+            self._hub.unsubscribe(stream_id, subscription)
+
+    async def follow(self, stream_id: UUID, cursor: int, max_age_s: float) -> AsyncGenerator[Batch, None]:
+        """Batches from cursor+1 to the terminal event. Ends early at `max_age_s` or when the server closes.
+
+        Raises Gone when the events are cleaned up under the reader. While the database is away it waits.
+        """
+        leave_at = asyncio.get_running_loop().time() + max_age_s
+        subscription = self._hub.subscribe(stream_id)
+        try:
+            while not self._hub.closing and asyncio.get_running_loop().time() < leave_at:
+                batch = subscription.take() or await self._catch_up(stream_id, cursor, subscription)
+                if batch is None:
+                    await subscription.wait()
+                elif cursor + 1 == batch.first:
+                    cursor = batch.last
+                    yield batch
+                    if batch.ended:
+                        return
+                elif cursor < batch.last:
+                    # Not the next one, or one that the table gave in part: the table has it all.
+                    subscription.fall_behind()
+        finally:
+            self._hub.unsubscribe(stream_id, subscription)
+
+    async def _catch_up(self, stream_id: UUID, cursor: int, subscription: Subscription) -> Batch | None:
+        if not subscription.behind:
+            return None
+        # From here on pushes are kept, so nothing committed after the read is missed.
+        subscription.behind = False
+        try:
+            state = await self.state(stream_id)
+            payloads = await self.read(stream_id, cursor, _PAGE, state)
+        except AWAY:
+            subscription.fall_behind()
+            await asyncio.sleep(0.2)
+            return None
+        if len(payloads) == _PAGE:
+            subscription.fall_behind()
+        return batch_of(stream_id, cursor + 1, payloads) if payloads else None

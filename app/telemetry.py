@@ -1,0 +1,122 @@
+"""What operators see: structured logs with request and stream ids, and the Prometheus metrics of one server.
+
+Message texts, keys and query strings are never logged. Each server has a registry of its own, so that several in
+one process count for themselves.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Iterable
+from typing import Any, TextIO
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+_MILLISECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.125, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
+_COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+
+
+class Metrics:
+    """All metrics of one server. Times are seconds; the GenAI ones are named after OpenTelemetry's conventions."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+
+        def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...] = _MILLISECONDS) -> Histogram:
+            return Histogram(name, text, buckets=buckets, registry=registry)
+
+        self.first_token = histogram(
+            "gen_ai_client_time_to_first_token_seconds", "From the accepted message to the first token."
+        )
+        self.added_latency = histogram(
+            "parley_event_added_latency_seconds", "From a provider's bytes to the commit of their events."
+        )
+        self.tokens = counter("gen_ai_client_token_usage_tokens", "Tokens as providers count them.", ["kind"])
+        self.active_streams = Gauge("parley_active_streams", "Answers under way on this replica.", registry=registry)
+        self.readers = Gauge("parley_readers", "Connected SSE readers.", registry=registry)
+        self.flush_events = histogram("parley_flush_events", "Events per flush of the log.", _COUNTS)
+        self.flush_seconds = histogram("parley_flush_seconds", "Time of a flush, commit included.")
+        self.events_stored = counter("parley_events_stored", "Events committed to the log.")
+        self.events_delivered = counter("parley_events_delivered", "Events handed to SSE readers and pollers.")
+        self.events_lost = counter("parley_events_lost", "Gaps seen by readers. Must stay 0.")
+        self.events_doubled = counter("parley_events_doubled", "Repeated events seen by readers. Must stay 0.")
+        self.errors = counter("parley_errors", "Errors by their stable code.", ["code"])
+        self.streams_ended = counter("parley_streams_ended", "Answers ended, by status.", ["status"])
+        self.journal_dropped = counter("parley_journal_dropped", "Error rows dropped because too many came at once.")
+
+
+def configure_logging(level: str, form: str, *, stream: TextIO = sys.stderr) -> None:
+    """Route structlog and the standard library's loggers through one processor chain to `stream`."""
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer() if form == "json" else structlog.dev.ConsoleRenderer(colors=False)
+    )
+    structlog.configure(
+        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, renderer],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(level.upper())
+    for noisy in ("uvicorn.access", "sse_starlette", "asyncio", "httpx2", "httpcore2", "aiohttp"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestIds:
+    """ASGI middleware: every request has an id, the client's if it is harmless; it is in each log line and answer."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request_id = _given_id(scope) or _new_id()
+        scope["request_id"] = request_id
+
+        async def send_with_id(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            await self._app(scope, receive, send_with_id)
+
+
+def _given_id(scope: Scope) -> str | None:
+    headers: list[tuple[bytes, bytes]] = scope["headers"]
+    given = next((value for name, value in headers if name == b"x-request-id"), b"").decode("latin-1")
+    return given if _REQUEST_ID.fullmatch(given) else None
+
+
+def _new_id() -> str:
+    import uuid
+
+    return uuid.uuid4().hex
+
+
+def request_id(scope: dict[str, Any] | Scope) -> str | None:
+    value = scope.get("request_id")
+    return value if isinstance(value, str) else None

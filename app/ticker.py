@@ -1,0 +1,22 @@
+"""The one loop around every periodic job: a failed pass is recorded and the next one comes all the same."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+
+async def every(seconds: float, run_once: Callable[[], Awaitable[object]], *, name: str) -> None:
+    """Call `run_once` now and then `seconds` after each pass has ended, until cancelled."""
+    failing = False
+    while True:
+        try:
+            await run_once()
+            failing = False
+        except Exception as error:  # noqa: BLE001  one pass of a job; the next may do better
+            level = log.debug if failing else log.warning
+            level("job_failed", job=name, error=type(error).__name__, detail=str(error)[:300])
+            failing = True
+        await asyncio.sleep(seconds)
