@@ -1,0 +1,124 @@
+"""What every test may ask for: a real PostgreSQL, started when first needed, and a fresh migrated database.
+
+PARLEY_TEST_DATABASE_URL names another server to use; its role must be allowed to create databases.
+"""
+
+import asyncio
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit, urlunsplit
+from uuid import uuid4
+
+import asyncpg
+import pytest
+
+from app.embedded import embedded_postgres
+
+T = TypeVar("T")
+
+# A test's data may be lost with the machine; synchronous_commit stays on, as the log's answers depend on it.
+_SERVER = {"fsync": "off", "full_page_writes": "off", "max_connections": "300", "log_min_messages": "fatal"}
+
+
+class Server:
+    """A PostgreSQL and an administrator's connection, driven from a thread with a loop of its own.
+
+    A session fixture may not be tied to the loop of one test, and a test may block its own.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self.dsn = dsn
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="test-postgres", daemon=True)
+        self._thread.start()
+        self._admin: asyncpg.Connection | None = None
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    def execute(self, sql: str) -> None:
+        if self._admin is None:
+            self._admin = self.run(asyncpg.connect(self.dsn))
+        self.run(self._admin.execute(sql))
+
+    def create(self, *, template: str = "template0") -> str:
+        """The name of a new database."""
+        name = f"parley_test_{uuid4().hex}"
+        self.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+        return name
+
+    def drop(self, name: str) -> None:
+        self.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+
+    def dsn_of(self, name: str) -> str:
+        return urlunsplit(urlsplit(self.dsn)._replace(path=f"/{name}"))
+
+    def close(self) -> None:
+        if self._admin is not None:
+            self.run(self._admin.close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+@contextmanager
+def _embedded() -> Iterator[str]:
+    """The DSN of a throw-away server; its folder is one that the account PostgreSQL drops to can enter."""
+    folder = Path(tempfile.mkdtemp(prefix="parley-test-"))
+    folder.chmod(0o755)
+    keeper = Server("")
+    postgres = embedded_postgres(folder / "data", settings=_SERVER)
+    try:
+        yield keeper.run(postgres.__aenter__()).dsn
+    finally:
+        keeper.run(postgres.__aexit__(None, None, None))
+        keeper.close()
+        shutil.rmtree(folder)
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[Server]:
+    """The server all tests of this session share."""
+    given = os.environ.get("PARLEY_TEST_DATABASE_URL")
+    with _fixed(given) if given else _embedded() as dsn:
+        shared = Server(dsn)
+        yield shared
+        shared.close()
+
+
+@contextmanager
+def _fixed(dsn: str) -> Iterator[str]:
+    yield dsn
+
+
+@pytest.fixture(scope="session")
+def template(server: Server) -> Iterator[str]:
+    """The name of a database migrated to head, which nobody is connected to."""
+    from app.schema import migrate
+
+    name = server.create()
+    server.run(migrate(server.dsn_of(name)))
+    yield name
+    server.drop(name)
+
+
+@pytest.fixture
+def database(server: Server, template: str) -> Iterator[str]:
+    """The DSN of a fresh database at head, dropped afterwards with whoever is still connected."""
+    name = server.create(template=template)
+    yield server.dsn_of(name)
+    server.drop(name)
+
+
+@pytest.fixture
+def empty_database(server: Server) -> Iterator[str]:
+    """The DSN of a database without any tables, for the tests of migrations."""
+    name = server.create()
+    yield server.dsn_of(name)
+    server.drop(name)
