@@ -1,0 +1,274 @@
+"""One provider's HTTP side: pool, capacity, the deadlines of each phase, retries before the first chunk."""
+
+import asyncio
+import math
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from http.cookiejar import CookieJar, DefaultCookiePolicy
+
+import httpx2
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
+
+from app.errors import Misconfigured
+from app.providers.aio import AioHTTPTransport, unreachable_because
+from app.providers.provider import Chunk, ProviderError
+from app.providers.refusal import Refusals, beginning
+from app.providers.sse import Decoder
+
+_RETRY_WAIT_CAP_S = 10
+# How long the end of the HTTP body may come after the end of the answer, so that the connection can be used again.
+_DRAIN_S = 0.1
+
+Batch = Sequence[Chunk]
+Attempt = AsyncGenerator[Batch, None]
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """The longest silence in each phase, in seconds. A data event breaks the silence, a comment does not."""
+
+    connect_s: float = 5
+    first_token_s: float = 60
+    gap_s: float = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Calls under way at once, and how often one is tried again before its first chunk (backoff doubles, jittered)."""
+
+    concurrency: int = 2000
+    retries: int = 2
+    backoff_s: float = 0.5
+
+
+class Upstream:
+    """The HTTP side of one provider. Raises Misconfigured for a base URL or key that no request could carry."""
+
+    def __init__(self, name: str, base_url: str, *, api_key: str | None, deadlines: Deadlines, effort: Effort) -> None:
+        self.name = name
+        self.refusals = Refusals(name, secret=api_key)
+        self.under_way = 0
+        self._deadlines = deadlines
+        self._effort = effort
+        self._client = httpx2.AsyncClient(
+            base_url=_checked_url(name, base_url),
+            headers=_headers(name, api_key),
+            cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=[])),
+            timeout=httpx2.Timeout(None, connect=deadlines.connect_s),
+            follow_redirects=False,  # it would carry the key to a host nobody configured
+            trust_env=False,
+            transport=AioHTTPTransport(),
+        )
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+    @contextmanager
+    def slot(self) -> Iterator[None]:
+        """Room for one call. Without room ProviderError("busy") at once: a queue here would have no bound."""
+        if self.under_way >= self._effort.concurrency:
+            raise ProviderError("busy", f"Provider '{self.name}' is at capacity.", retryable=True, retry_after=1)
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
+
+    async def begin(self, attempt: Callable[[], Attempt]) -> tuple[Batch, Attempt]:
+        """The first batch, and the generator of the others. An attempt that fails before its first is repeated."""
+        retrying = AsyncRetrying(
+            stop=stop_after_attempt(1 + self._effort.retries),
+            wait=self._wait,
+            retry=retry_if_exception(lambda error: isinstance(error, ProviderError) and error.retryable),
+            reraise=True,
+        )
+        return await retrying(_begun, attempt)
+
+    def _wait(self, state: RetryCallState) -> float:
+        backoff = wait_random_exponential(multiplier=self._effort.backoff_s, max=_RETRY_WAIT_CAP_S)(state)
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.retry_after if isinstance(error, ProviderError) else None
+        return max(backoff, min(asked or 0, _RETRY_WAIT_CAP_S))
+
+    @asynccontextmanager
+    async def post(self, path: str, body: bytes) -> AsyncIterator["Reading"]:
+        """Send one request and read its event stream inside the block; leaving it early closes the connection."""
+        silence = _Silence(self._deadlines.first_token_s)
+        response = await self._send("POST", path, body, within_s=self._deadlines.first_token_s)
+        reads = response.aiter_raw()
+        try:
+            if refusal := await self.refusals.of(response, streaming=True):
+                raise refusal
+            silence.watch(response.extensions["abort"])
+            yield Reading(self.name, reads, silence=silence, gap_s=self._deadlines.gap_s)
+        finally:
+            silence.end()
+            await reads.aclose()
+            await response.aclose()
+
+    async def get(self, path: str, *, within_s: float) -> bytes:
+        """The beginning of one small answer. Raises ProviderError for anything but a 2xx."""
+        response = await self._send("GET", path, None, within_s=within_s)
+        try:
+            if refusal := await self.refusals.of(response, streaming=False):
+                raise refusal
+            return await beginning(response)
+        finally:
+            await response.aclose()
+
+    async def _send(self, method: str, path: str, body: bytes | None, *, within_s: float) -> httpx2.Response:
+        request = self._client.build_request(method, path, content=body)
+        try:
+            async with asyncio.timeout(within_s):
+                return await self._client.send(request, stream=True)
+        except httpx2.ConnectTimeout:
+            raise _silent(self.name, "accept a connection", self._deadlines.connect_s) from None
+        except TimeoutError:
+            raise _silent(self.name, "answer", within_s) from None
+        except httpx2.ConnectError as error:
+            detail = f"Provider '{self.name}' cannot be reached: {unreachable_because(error)}."
+            raise ProviderError("unavailable", detail, retryable=True) from error
+        except httpx2.TransportError as error:
+            raise truncated(self.name) from error
+
+
+class Reading:
+    """The event stream of one answer: iterate it for the data payloads that each network read completed.
+
+    Raises ProviderError when the provider stays silent for too long or the connection breaks.
+    """
+
+    def __init__(self, name: str, reads: AsyncGenerator[bytes, None], *, silence: "_Silence", gap_s: float) -> None:
+        self._name = name
+        self._reads = reads
+        self._decoder = Decoder()
+        self._silence = silence
+        self._gap_s = gap_s
+        self._failure: ProviderError | None = None
+
+    def __aiter__(self) -> "Reading":
+        return self
+
+    async def __anext__(self) -> list[bytes]:
+        if self._failure is not None:
+            raise self._failure
+        self._silence.listen()
+        payloads: list[bytes] = []
+        while not payloads:
+            self._decode(await self._read(), payloads)
+        self._silence.pause()
+        return payloads
+
+    async def _read(self) -> bytes:
+        try:
+            return await anext(self._reads)
+        except httpx2.TransportError as error:
+            if self._silence.too_long:
+                raise _silent(self._name, "send a token", self._silence.allowed_s) from None
+            raise truncated(self._name) from error
+
+    def _decode(self, data: bytes, payloads: list[bytes]) -> None:
+        try:
+            for payload in self._decoder.feed(data):
+                payloads.append(payload)
+        except ProviderError as error:
+            if not payloads:
+                raise
+            self._failure = error  # the events before it are good and go first
+
+    def allow(self, seconds: float | None = None) -> None:
+        """From here on this much silence, the gap between tokens unless given."""
+        self._silence.allow(self._gap_s if seconds is None else seconds)
+
+    async def drain(self) -> None:
+        """Read past the end of the answer: a body that ends soon leaves a connection for the next call."""
+        self._silence.allow(_DRAIN_S)
+        self._silence.listen()
+        try:
+            async for _ in self._reads:
+                pass
+        except httpx2.TransportError:
+            pass  # the answer is whole; only the connection is lost
+
+
+class _Silence:
+    """Aborts a response after too long a silence. Listening again costs one assignment: the timer catches up later."""
+
+    def __init__(self, allowed_s: float) -> None:
+        self.allowed_s = allowed_s
+        self.too_long = False
+        self._loop = asyncio.get_running_loop()
+        self._due = self._loop.time() + allowed_s
+        self._heard = False
+        self._timer: asyncio.TimerHandle | None = None
+
+    def watch(self, abort: Callable[[], None]) -> None:
+        self._abort = abort
+        self._timer = self._loop.call_at(self._due, self._check)
+
+    def allow(self, seconds: float) -> None:
+        if seconds != self.allowed_s:
+            self.end()
+            self.allowed_s = seconds
+            self._timer = self._loop.call_later(seconds, self._check)
+
+    def listen(self) -> None:
+        if self._heard:  # the first wait has counted since the request was sent
+            self._due = self._loop.time() + self.allowed_s
+        self._heard = True
+
+    def pause(self) -> None:
+        self._due = math.inf  # a slow consumer of ours is not the provider's silence
+
+    def end(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _check(self) -> None:
+        now = self._loop.time()
+        if now < self._due:
+            self._timer = self._loop.call_at(min(self._due, now + self.allowed_s), self._check)
+            return
+        self.too_long = True
+        self._abort()
+
+
+async def _begun(attempt: Callable[[], Attempt]) -> tuple[Batch, Attempt]:
+    batches = attempt()
+    return await anext(batches), batches
+
+
+def _silent(name: str, what: str, seconds: float) -> ProviderError:
+    return ProviderError("timeout", f"Provider '{name}' did not {what} within {seconds:g} s.", retryable=True)
+
+
+def truncated(name: str) -> ProviderError:
+    detail = f"Provider '{name}' ended the connection before its answer was whole."
+    return ProviderError("unavailable", detail, retryable=True)
+
+
+def _checked_url(name: str, base_url: str) -> httpx2.URL:
+    try:
+        url = httpx2.URL(base_url)
+    except httpx2.InvalidURL:
+        url = httpx2.URL("")
+    if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
+        detail = f"The base_url of provider '{name}' must look like https://host/v1, without credentials or a query."
+        raise Misconfigured("provider_url_invalid", detail)
+    return url
+
+
+def _headers(name: str, api_key: str | None) -> dict[str, str]:
+    headers = {
+        "Accept": "text/event-stream, application/json",
+        "Accept-Encoding": "identity",
+        "Content-Type": "application/json",
+        "User-Agent": "parley",
+    }
+    if api_key:
+        if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+            detail = f"The key of provider '{name}' holds a space, a line break or a character outside ASCII."
+            raise Misconfigured("provider_key_invalid", detail)
+        headers["Authorization"] = f"Bearer {api_key}"
+    return headers
