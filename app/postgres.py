@@ -2,15 +2,19 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
 
 from app.errors import Misconfigured, Unavailable
 
-Connection = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
-Pool = asyncpg.Pool[asyncpg.Record]
+# asyncpg's classes are generic in their stubs only.
+if TYPE_CHECKING:
+    Connection = asyncpg.Connection[asyncpg.Record] | PoolConnectionProxy[asyncpg.Record]
+    Pool = asyncpg.Pool[asyncpg.Record]
+else:
+    Connection, Pool = asyncpg.Connection, asyncpg.Pool
 
 OLDEST = 15
 # How long a request waits for a free connection before it is told that the database is away (G12: under 2 s).
@@ -39,15 +43,15 @@ _SESSION = {
 }
 
 
-async def open_connection(dsn: str, *, timeout: float = 5) -> asyncpg.Connection[asyncpg.Record]:
+async def open_connection(dsn: str, *, timeout_s: float = 5) -> Connection:
     """One connection of one's own, with the settings that all of ours have."""
-    return await asyncpg.connect(dsn, timeout=timeout, command_timeout=10, server_settings=_SESSION)
+    return await asyncpg.connect(dsn, timeout=timeout_s, command_timeout=10, server_settings=_SESSION)
 
 
 async def open_pool(dsn: str, size: int) -> Pool:
-    """A pool of at most `size` connections; it opens them as needed and survives restarts of the server."""
+    """A pool of at most `size` connections; opened when first needed; it survives restarts of the server."""
     return await asyncpg.create_pool(
-        dsn, min_size=1, max_size=size, timeout=5, command_timeout=10, server_settings=_SESSION, reset=_keep_session
+        dsn, min_size=0, max_size=size, timeout=5, command_timeout=10, server_settings=_SESSION, reset=_keep_session
     )
 
 

@@ -1,11 +1,11 @@
 """The schema's version: which one this build wants, which one a database has, and the way from one to the other."""
 
 from pathlib import Path
-from typing import Any
 
 import asyncpg
 
 from app.errors import Misconfigured
+from app.postgres import Connection
 
 _PACKAGED = Path(__file__).parent / "_migrations"
 MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "migrations"
@@ -19,7 +19,7 @@ def wanted() -> list[str]:
     return sorted(path.name[:4] for path in (MIGRATIONS / "versions").glob("[0-9][0-9][0-9][0-9]_*.py"))
 
 
-async def pending(connection: asyncpg.Connection[Any]) -> list[str]:
+async def pending(connection: Connection) -> list[str]:
     """The revisions this database still lacks. Raises Misconfigured where it is newer than this build."""
     exists = await connection.fetchval("select to_regclass('alembic_version') is not null")
     current = await connection.fetchval("select version_num from alembic_version") if exists else None
@@ -34,7 +34,7 @@ async def pending(connection: asyncpg.Connection[Any]) -> list[str]:
     return [revision for revision in revisions if revision > current]
 
 
-async def require_current(connection: asyncpg.Connection[Any]) -> None:
+async def require_current(connection: Connection) -> None:
     """Raises Misconfigured naming `parley migrate` where revisions are missing."""
     if missing := await pending(connection):
         raise Misconfigured("schema_old", f"The database lacks migrations {', '.join(missing)}: run `parley migrate`.")

@@ -80,16 +80,19 @@ class Hub:
     def __init__(self, *, max_events: int, max_bytes: int) -> None:
         self._max_events, self._max_bytes = max_events, max_bytes
         self._subscriptions: dict[UUID, set[Subscription]] = {}
+        self.readers = 0
         self.closing = False
 
     def subscribe(self, stream_id: UUID) -> Subscription:
         subscription = Subscription(self._max_events, self._max_bytes)
         self._subscriptions.setdefault(stream_id, set()).add(subscription)
+        self.readers += 1
         return subscription
 
     def unsubscribe(self, stream_id: UUID, subscription: Subscription) -> None:
         followers = self._subscriptions[stream_id]
         followers.discard(subscription)
+        self.readers -= 1
         if not followers:
             del self._subscriptions[stream_id]
 

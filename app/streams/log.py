@@ -194,9 +194,11 @@ class Log:
         self._ready: dict[UUID, Writer] = {}
         self._bytes = 0
         self._wake = asyncio.Event()
-        self._connection: asyncpg.Connection[asyncpg.Record] | None = None
+        self._connection: Connection | None = None
         self._pace = _Pace(limits.flush_gap_s)
         self.on_fenced: Callable[[], None] = lambda: None
+        # Set by a fence; whoever makes the replica a new incarnation clears it.
+        self.fenced = False
 
     @property
     def full(self) -> bool:
@@ -304,6 +306,7 @@ class Log:
         for writer in self._writers.values():
             self._bytes -= writer._fail(fenced)
         self._ready.clear()
+        self.fenced = True
         self.on_fenced()
 
     async def _append(self, events: _Events) -> None:
@@ -322,7 +325,7 @@ class Log:
 
     async def _append_once(self, events: _Events, again: bool) -> None:
         if self._connection is None or self._connection.is_closed():
-            self._connection = await open_connection(self._dsn, timeout=2)
+            self._connection = await open_connection(self._dsn, timeout_s=2)
         streams, ids, payloads = map(list, zip(*events, strict=True))
         async with asyncio.timeout(10):
             row = await self._connection.fetchrow(

@@ -8,11 +8,13 @@ and ends all further ones.
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from time import monotonic
 from uuid import UUID, uuid4
 
 import asyncpg
 
 from app import __version__
+from app.errors import Unavailable
 from app.postgres import ACQUIRE_S, AWAY, Connection, Pool
 
 # Beats live in a table of their own: an UPDATE of the fenced row would starve behind the appends' share locks.
@@ -28,6 +30,13 @@ where r.alive and r.id <> $1 and coalesce(b.beat_at, r.started_at) < clock_times
 limit 100
 """
 
+# Rows of the dead, once nothing unfinished names them. The log unit's tables may be asked about each other by key.
+_FORGET_DEAD = """
+delete from replicas r where not r.alive and r.started_at < now() - interval '7 days'
+    and not exists (select from streaming_sessions s where s.replica_id = r.id and s.status in ('queued', 'active'))
+"""
+_FORGET_BEATS = "delete from replica_beats b where not exists (select from replicas r where r.id = b.replica_id)"
+
 
 class Fenced(Exception):
     """This replica was declared dead: it must stop everything it was doing and write nothing more."""
@@ -40,6 +49,11 @@ class Replica:
         self._pool = pool
         self._url = url
         self.id: UUID = uuid4()
+        # Why new work is refused: still starting, draining; None while serving.
+        self.refusal: Unavailable | None = Unavailable(
+            "starting", "The server is starting: it waits for its database.", retry_after=2
+        )
+        self._beating_since: float | None = None
 
     async def register(self) -> None:
         async with self._pool.acquire(timeout=ACQUIRE_S) as connection, connection.transaction():
@@ -52,11 +66,26 @@ class Replica:
         await self.register()
 
     async def beat(self) -> None:
-        await self._pool.execute(_BEAT, self.id)
+        try:
+            await self._pool.execute(_BEAT, self.id)
+        except Exception:
+            self._beating_since = None
+            raise
+        if self._beating_since is None:
+            self._beating_since = monotonic()
+
+    def may_fence(self, lease_s: float) -> bool:
+        """Only after a full lease of one's own beats: the first one back after an outage must not fence them all."""
+        return self._beating_since is not None and monotonic() - self._beating_since >= lease_s
 
     async def retire(self) -> None:
         """The last word of a drained replica: successors may claim what it left at once."""
         await self._pool.execute(_RETIRE, self.id)
+
+    async def forget_dead(self) -> None:
+        """Keep the tables as small as the number of starts in a week."""
+        await self._pool.execute(_FORGET_DEAD)
+        await self._pool.execute(_FORGET_BEATS)
 
     async def fence_silent(self, lease_s: float) -> list[UUID]:
         """Declare every other replica dead that has been silent for the lease. By the database's clock alone."""

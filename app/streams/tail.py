@@ -10,7 +10,6 @@ from app.postgres import AWAY, Pool
 from app.streams.event import Status
 from app.streams.hub import Batch, Hub, Subscription, batch_of
 from app.streams.log import Log
-from app.telemetry import Metrics
 
 _STATE = """
 select status, last_event_id,
@@ -35,11 +34,10 @@ class State:
 class Tail:
     """All reading of streams. Holds no connection while a reader waits."""
 
-    def __init__(self, pool: Pool, hub: Hub, log: Log, metrics: Metrics) -> None:
+    def __init__(self, pool: Pool, hub: Hub, log: Log) -> None:
         self._pool = pool
         self._hub = hub
         self._log = log
-        self._metrics = metrics
 
     async def state(self, stream_id: UUID, cursor: int = 0) -> State:
         """Raises NotFound for an unknown stream, BadRequest for a cursor beyond its end."""
@@ -50,19 +48,26 @@ class Tail:
             raise BadRequest("cursor_beyond_end", f"The cursor {cursor} lies beyond the last event {row['tail']}.")
         return State(row["status"], row["last_event_id"] is not None, row["tail"])
 
-    async def read(self, stream_id: UUID, cursor: int, limit: int, state: State) -> list[str]:
-        """Payloads of the events cursor+1, cursor+2, … Raises Gone where they were cleaned up."""
+    async def read(self, stream_id: UUID, cursor: int, limit: int) -> list[str]:
+        """Payloads of the events cursor+1, cursor+2, … Raises Gone where the first of them were cleaned up."""
         rows = await self._pool.fetch(_EVENTS, stream_id, cursor, limit)
-        if (rows and rows[-1]["id"] != cursor + len(rows)) or (not rows and state.ended and cursor < state.tail):
-            raise Gone("stream_cleaned", "The events of this stream were cleaned up; its messages are in the chat.")
+        if rows and rows[-1]["id"] != cursor + len(rows):
+            raise _gone()
         return [row["payload"] for row in rows]
 
-    async def wait(self, stream_id: UUID, cursor: int, seconds: float, state: State) -> list[str]:
+    async def read_known(self, stream_id: UUID, cursor: int, limit: int, state: State) -> list[str]:
+        """As `read`, and raises Gone also where all events after the cursor were cleaned up."""
+        payloads = await self.read(stream_id, cursor, limit)
+        if not payloads and state.ended and cursor < state.tail:
+            raise _gone()
+        return payloads
+
+    async def wait(self, stream_id: UUID, cursor: int, seconds: float) -> list[str]:
         """The next events as they come, or nothing after `seconds`: the long poll."""
         subscription = self._hub.subscribe(stream_id)
         try:
             async with asyncio.timeout(seconds):
-                while not (payloads := await self.read(stream_id, cursor, _PAGE, state)) and not self._hub.closing:
+                while not (payloads := await self.read(stream_id, cursor, _PAGE)) and not self._hub.closing:
                     await subscription.wait()
                 return payloads
         except TimeoutError:
@@ -99,8 +104,10 @@ class Tail:
         # From here on pushes are kept, so nothing committed after the read is missed.
         subscription.behind = False
         try:
-            state = await self.state(stream_id)
-            payloads = await self.read(stream_id, cursor, _PAGE, state)
+            payloads = await self.read(stream_id, cursor, _PAGE)
+            if not payloads and not self._log.owns(stream_id):
+                # Another replica's stream, or an old one: an end without its events means that they are gone.
+                await self.read_known(stream_id, cursor, 1, await self.state(stream_id))
         except AWAY:
             subscription.fall_behind()
             await asyncio.sleep(0.2)
@@ -108,3 +115,7 @@ class Tail:
         if len(payloads) == _PAGE:
             subscription.fall_behind()
         return batch_of(stream_id, cursor + 1, payloads) if payloads else None
+
+
+def _gone() -> Gone:
+    return Gone("stream_cleaned", "The events of this stream were cleaned up; its messages are in the chat.")

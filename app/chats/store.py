@@ -1,0 +1,52 @@
+"""The tables `chats` and `messages`. Keys are per user, because ids may come from users' devices."""
+
+from app.chats.chat import Message, MessageStatus, title_from
+from app.errors import Conflict
+from app.postgres import Connection
+
+_SAVE_QUESTION = """
+with chat as (
+    insert into chats (user_id, id, title) values ($1, $2, $3)
+    on conflict (user_id, id) do update set updated_at = now(), is_deleted = false)
+insert into messages (user_id, chat_id, id, content, role, position)
+values ($1, $2, $4, $5, 'user',
+        (select coalesce(max(position), 0) + 1 from messages where user_id = $1 and chat_id = $2))
+on conflict (user_id, id) do nothing
+returning 1
+"""
+_SAVE_ANSWER = """
+with chat as (
+    update chats set updated_at = now() where user_id = $1 and id = $2)
+insert into messages (user_id, chat_id, id, content, role, status, position)
+values ($1, $2, $3, $4, 'assistant', $5,
+        (select coalesce(max(position), 0) + 1 from messages where user_id = $1 and chat_id = $2))
+on conflict (user_id, id) do nothing
+"""
+_HISTORY = """
+select role, content from messages
+where user_id = $1 and chat_id = $2 and not is_deleted and status <> 'failed'
+order by position desc limit $3
+"""
+
+
+async def save_question(connection: Connection, *, user_id: str, chat_id: str, message_id: str, content: str) -> None:
+    """The user's message at the end of its chat, which is made where it is new. Raises Conflict for a used id.
+
+    The caller holds the lock of the chat's session, so positions do not collide.
+    """
+    title = title_from(content)
+    if not await connection.fetchval(_SAVE_QUESTION, user_id, chat_id, title, message_id, content):
+        raise Conflict("message_exists", "A message with this client_message_id was stored before; choose a new id.")
+
+
+async def save_answer(
+    connection: Connection, *, user_id: str, chat_id: str, message_id: str, content: str, status: MessageStatus
+) -> None:
+    """The assistant's message; saving it again under the same id changes nothing."""
+    await connection.execute(_SAVE_ANSWER, user_id, chat_id, message_id, content, status)
+
+
+async def history(connection: Connection, *, user_id: str, chat_id: str, limit: int) -> list[Message]:
+    """The last `limit` messages of a chat, oldest first."""
+    rows = await connection.fetch(_HISTORY, user_id, chat_id, limit)
+    return [Message(row["role"], row["content"]) for row in reversed(rows)]

@@ -1,0 +1,39 @@
+"""The usage ledger: one row per attempt of a flow, written by runs only."""
+
+from dataclasses import dataclass
+from typing import Literal
+from uuid import UUID
+
+from app.postgres import Connection
+
+Outcome = Literal["completed", "failed", "cancelled"]
+
+_RECORD = """
+insert into usage_ledger (stream_id, flow, attempt, user_id, chatbot_id, provider, model, outcome,
+                          prompt_tokens, completion_tokens, first_token_ms, duration_ms)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12)
+on conflict (stream_id, flow, attempt) do nothing
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One call of a provider for one flow; times in milliseconds."""
+
+    stream_id: UUID
+    flow: str
+    attempt: int
+    user_id: str
+    chatbot_id: str
+    provider: str
+    model: str
+    outcome: Outcome
+    prompt_tokens: int
+    completion_tokens: int
+    first_token_ms: int | None
+    duration_ms: int
+
+
+async def record(connection: Connection, attempt: Attempt) -> None:
+    """Recording an attempt again changes nothing."""
+    await connection.execute(_RECORD, *(getattr(attempt, field) for field in Attempt.__slots__))

@@ -1,0 +1,151 @@
+"""Accepting a message: everything that must not be lost is committed in one transaction before the client is told."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from time import perf_counter
+from typing import Any
+
+from app.chats import store
+from app.chats.chat import Message, most_recent
+from app.errors import Invalid, Unavailable
+from app.flows import idempotency, sessions
+from app.flows.chatbots import Chatbots
+from app.flows.config import Chatbot
+from app.flows.run import Run
+from app.flows.runner import Runner
+from app.postgres import Connection, retry_conflicts
+from app.providers.provider import Prompt, PromptMessage
+from app.streams.replicas import Fenced, Replica
+from app.streams.stream import Stream, Streams
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A validated message. `history` of None means: what is stored."""
+
+    user_id: str
+    chatbot_id: str
+    text: str
+    session_id: str | None = None
+    message_id: str | None = None
+    history: Sequence[Message] | None = None
+    configuration: dict[str, Any] = field(default_factory=dict)
+    key: idempotency.Key | None = None
+    request_id: str | None = None
+    received: float = field(default_factory=perf_counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """What the client is told, the first time and every time it repeats the request."""
+
+    session_id: str
+    streaming_session_id: str
+    flow_type: str
+    status: str
+    replayed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """How much of a chat the model sees, and for how long an idempotency key is remembered."""
+
+    messages: int = 200
+    bytes: int = 256 << 10
+    key_s: float = 86400
+
+
+class Intake:
+    """The accepting transaction. Its locks, in order: idempotency key, session, chat, message, stream, fence."""
+
+    def __init__(
+        self, replica: Replica, streams: Streams, *, chatbots: Chatbots, runner: Runner, memory: Memory
+    ) -> None:
+        self._replica = replica
+        self._streams = streams
+        self._chatbots = chatbots
+        self._runner = runner
+        self._memory = memory
+
+    async def accept(self, incoming: Incoming) -> Accepted:
+        """Make the message durable, start its run, and say where the answer streams.
+
+        Raises NotFound, Conflict, Invalid or Unavailable; then nothing was written.
+        """
+        if self._replica.refusal is not None:
+            raise self._replica.refusal
+        try:
+            return await retry_conflicts(lambda: self._accept(incoming))
+        except Fenced:
+            raise Unavailable("replica_lost", "The server is recovering; send it again.", retry_after=2) from None
+
+    async def _accept(self, incoming: Incoming) -> Accepted:
+        version, chatbot = await self._chatbots.newest(incoming.chatbot_id)
+        parameters = _allowed(incoming.configuration, chatbot)
+        async with self._replica.transaction() as connection:
+            if incoming.key and (told := await self._replay(connection, incoming.key)):
+                return told
+            # Only now: a repetition is answered even when there is no room for another run.
+            self._runner.admit()
+            stream, history = await self._write(connection, incoming, version, chatbot)
+            accepted = Accepted(stream.session_id, str(stream.id), stream.flow_type, "active")
+            if incoming.key:
+                await idempotency.remember(connection, incoming.key, asdict(accepted))
+        self._streams.confirm(stream)
+        prompt = _prompt(chatbot, history, incoming.text, parameters)
+        flow = chatbot.flows[chatbot.flow_type]
+        self._runner.start(Run(stream, flow, prompt, incoming.request_id, incoming.received))
+        return accepted
+
+    async def _replay(self, connection: Connection, key: idempotency.Key) -> Accepted | None:
+        told = await idempotency.claim(connection, key, remember_s=self._memory.key_s)
+        return Accepted(**{**told, "replayed": True}) if told else None
+
+    async def _write(
+        self, connection: Connection, incoming: Incoming, version: int, chatbot: Chatbot
+    ) -> tuple[Stream, Sequence[Message]]:
+        ids = {"user_id": incoming.user_id, "session_id": incoming.session_id or str(uuid.uuid4())}
+        new = await sessions.occupy(connection, **ids, chatbot_id=incoming.chatbot_id)
+        history = incoming.history if incoming.history is not None or new else await self._stored(connection, ids)
+        await store.save_question(
+            connection,
+            user_id=incoming.user_id,
+            chat_id=ids["session_id"],
+            message_id=incoming.message_id or str(uuid.uuid4()),
+            content=incoming.text,
+        )
+        names = {"chatbot_id": incoming.chatbot_id, "flow_type": chatbot.flow_type}
+        start = {"session_id": ids["session_id"], **names, "plan": [[chatbot.flow_type]]}
+        stream = await self._streams.begin(connection, {**ids, **names, "chatbot_version": version}, start)
+        await sessions.name_stream(connection, **ids, stream_id=stream.id)
+        return stream, history or ()
+
+    async def _stored(self, connection: Connection, ids: dict[str, str]) -> list[Message]:
+        stored = await store.history(
+            connection, user_id=ids["user_id"], chat_id=ids["session_id"], limit=self._memory.messages
+        )
+        return most_recent(stored, limit=self._memory.messages, max_bytes=self._memory.bytes)
+
+
+def _prompt(chatbot: Chatbot, history: Sequence[Message], text: str, parameters: dict[str, Any]) -> Prompt:
+    flow = chatbot.flows[chatbot.flow_type]
+    system = [PromptMessage("system", flow.system)] if flow.system else []
+    past = [PromptMessage(message.role, message.content) for message in history]
+    return Prompt(flow.model, [*system, *past, PromptMessage("user", text)], {**flow.parameters, **parameters})
+
+
+def _allowed(wanted: dict[str, Any], chatbot: Chatbot) -> dict[str, Any]:
+    """What the request may set of the model's parameters. Raises Invalid for everything else (I12)."""
+    allowed = ["temperature"] if chatbot.temperature else []
+    if refused := sorted(wanted.keys() - set(allowed)):
+        may = ", ".join(allowed) or "nothing"
+        raise Invalid(
+            "configuration_refused", f"configuration may set {may} for this chatbot, not {', '.join(refused)}."
+        )
+    if chatbot.temperature and "temperature" in wanted:
+        low, high = chatbot.temperature
+        value = wanted["temperature"]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            raise Invalid("configuration_refused", f"configuration.temperature must lie between {low:g} and {high:g}.")
+    return wanted

@@ -1,0 +1,78 @@
+"""What load balancers and operators ask: is the process alive, is it ready, how is it."""
+
+import asyncio
+from datetime import UTC, datetime
+from typing import Any, TypedDict
+
+import orjson
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app import __version__
+from app.flows.runner import Runner
+from app.postgres import AWAY, Pool
+from app.streams.replicas import Replica
+from app.telemetry import Metrics
+
+# Health answers within this time even when the database hangs or the pool is exhausted.
+_PROBE_S = 1.0
+
+
+class Needs(TypedDict):
+    pool: Pool
+    replica: Replica
+    runner: Runner
+    metrics: Metrics
+
+
+async def livez(request: Request[Needs]) -> Response:
+    """The process runs and its loop turns; nothing else is asked, so that no outage elsewhere restarts us."""
+    return _json({"status": "alive"})
+
+
+async def readyz(request: Request[Needs]) -> Response:
+    """Whether new work may be sent here: the database answers, the schema fits, and we are not leaving."""
+    refusal = request.state["replica"].refusal
+    connected = await _connected(request.state["pool"])
+    ready = refusal is None and connected
+    answer: dict[str, Any] = {"status": "ready" if ready else "not ready"}
+    if "verbose" in request.query_params:
+        answer |= {
+            "database": "connected" if connected else "disconnected",
+            "refusal": refusal.detail if refusal else None,
+            "replica": str(request.state["replica"].id),
+            "version": __version__,
+        }
+    return _json(answer, 200 if ready else 503)
+
+
+async def conversation_health(request: Request[Needs]) -> Response:
+    """The load balancer's check: unhealthy (503) is no database, or starting, or draining."""
+    connected = await _connected(request.state["pool"])
+    serving = connected and request.state["replica"].refusal is None
+    answer = {
+        "status": "healthy" if serving else "unhealthy",
+        "database": "connected" if connected else "disconnected",
+        "active_streams": request.state["runner"].active,
+        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+    }
+    return _json(answer, 200 if serving else 503)
+
+
+async def metrics(request: Request[Needs]) -> Response:
+    """Prometheus' text format."""
+    return Response(generate_latest(request.state["metrics"].registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _connected(pool: Pool) -> bool:
+    try:
+        async with asyncio.timeout(_PROBE_S):
+            await pool.fetchval("select 1")
+    except AWAY:
+        return False
+    return True
+
+
+def _json(answer: dict[str, Any], status: int = 200) -> Response:
+    return Response(orjson.dumps(answer), status, {"Cache-Control": "no-store"}, "application/json")

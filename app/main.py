@@ -1,0 +1,236 @@
+"""The composition root: every part made once, wired by hand, and the one table of routes."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Coroutine
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import asyncpg
+import structlog
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.routing import Route
+
+from app import health, problems
+from app.errors import Misconfigured, Unavailable
+from app.flows import endpoints as flow_endpoints
+from app.flows import idempotency
+from app.flows.chatbots import Chatbots
+from app.flows.ending import Ending
+from app.flows.intake import Intake, Memory
+from app.flows.runner import Bounds, Runner
+from app.flows.takeover import Takeover
+from app.journal import Journal
+from app.postgres import AWAY, Pool, open_pool, wait_for_database
+from app.providers.registry import Providers
+from app.providers.transport import Deadlines, Effort
+from app.schema import require_current
+from app.settings import Settings
+from app.streams import endpoints as stream_endpoints
+from app.streams.hub import Hub
+from app.streams.log import Limits, Log
+from app.streams.partitions import Partitions
+from app.streams.replicas import Replica
+from app.streams.stream import Streams
+from app.streams.tail import Tail
+from app.telemetry import Metrics, RequestIds
+from app.ticker import every
+
+log = structlog.get_logger(__name__)
+
+_UPKEEP_S = 3600
+
+
+class State(stream_endpoints.Needs, flow_endpoints.Needs, health.Needs, problems.Needs):
+    """What requests find in `request.state`."""
+
+
+@dataclass(slots=True)
+class Stop:
+    """How the server's owner and the app agree on leaving: it asks, the app drains and says when it has."""
+
+    requested: asyncio.Event = field(default_factory=asyncio.Event)
+    drained: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+def create_app(settings: Settings, stop: Stop | None = None) -> Starlette:
+    """The gateway over `settings.database_url`, which may still be down: it serves as soon as the database does."""
+    routes = [
+        Route(
+            "/api/process-message",
+            flow_endpoints.process_message,
+            methods=["POST"],
+            max_body_size=settings.body_limit,
+        ),
+        Route("/api/stream-events/{stream_id}", stream_endpoints.stream_events),
+        Route("/api/conversation-health", health.conversation_health),
+        Route("/livez", health.livez),
+        Route("/readyz", health.readyz),
+        Route("/metrics", health.metrics),
+    ]
+    return Starlette(
+        routes=routes,
+        middleware=[Middleware(RequestIds)],
+        exception_handlers=problems.HANDLERS,
+        lifespan=partial(_lifespan, settings, stop or Stop()),
+    )
+
+
+@asynccontextmanager
+async def _lifespan(settings: Settings, stop: Stop, _: Starlette) -> AsyncGenerator[State, None]:
+    async with AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(_pool(settings))
+        providers = Providers(
+            deadlines=Deadlines(settings.connect_timeout_s, settings.first_token_timeout_s, settings.gap_timeout_s),
+            effort=Effort(settings.provider_concurrency, settings.provider_retries),
+        )
+        stack.push_async_callback(providers.aclose)
+        async with asyncio.TaskGroup() as tasks:
+            gateway = Gateway(settings, pool, providers, tasks)
+            loops = [tasks.create_task(loop) for loop in gateway.loops()]
+            leaving = tasks.create_task(gateway.drain_when_asked(stop))
+            yield gateway.state
+            stop.requested.set()
+            await leaving
+            for loop in loops:
+                loop.cancel()
+
+
+@asynccontextmanager
+async def _pool(settings: Settings) -> AsyncGenerator[Pool, None]:
+    assert settings.database_url is not None
+    pool = await open_pool(settings.database_url, settings.pool_size)
+    try:
+        yield pool
+    finally:
+        # Not close(): it waits for ever where the server hangs, and nothing is under way any more.
+        pool.terminate()
+
+
+class Gateway:
+    """All parts of one server and the loops that keep them going."""
+
+    def __init__(self, settings: Settings, pool: Pool, providers: Providers, tasks: asyncio.TaskGroup) -> None:
+        assert settings.database_url is not None
+        self._settings = settings
+        self._dsn = settings.database_url
+        self._pool = pool
+        self._metrics = metrics = Metrics()
+        self._journal = journal = Journal(pool, metrics)
+        self._replica = replica = Replica(pool)
+        self._hub = hub = Hub(max_events=settings.reader_events, max_bytes=settings.reader_bytes)
+        self._log = event_log = Log(self._dsn, replica, hub, limits=_limits(settings), metrics=metrics)
+        self._partitions = Partitions(pool, days_ahead=settings.partition_days)
+        streams = Streams(pool, replica)
+        tail = Tail(pool, hub, event_log)
+        chatbots = Chatbots(pool)
+        ending = Ending(streams, journal, metrics)
+        self._runner = runner = Runner(
+            tasks,
+            event_log,
+            providers=providers,
+            ending=ending,
+            metrics=metrics,
+            bounds=Bounds(settings.max_runs, settings.run_timeout_s, settings.answer_limit),
+        )
+        self._takeover = Takeover(
+            replica,
+            streams,
+            event_log=event_log,
+            tail=tail,
+            chatbots=chatbots,
+            ending=ending,
+            lease_s=settings.lease_s,
+        )
+        memory = Memory(settings.history_limit, settings.history_bytes, self._key_s)
+        intake = Intake(replica, streams, chatbots=chatbots, runner=runner, memory=memory)
+        self.state = State(
+            settings=settings,
+            pool=pool,
+            metrics=metrics,
+            journal=journal,
+            replica=replica,
+            hub=hub,
+            tail=tail,
+            runner=runner,
+            intake=intake,
+        )
+
+    @property
+    def _key_s(self) -> float:
+        return self._settings.idempotency_hours * 3600
+
+    def loops(self) -> list[Coroutine[None, None, None]]:
+        """Everything that runs for as long as the server does."""
+        settings = self._settings
+        return [
+            self._log.run(),
+            self._come_up(),
+            every(settings.poll_s, self._look_around, name="look around"),
+            every(1, self._journal.run_once, name="journal"),
+        ]
+
+    async def _look_around(self) -> None:
+        self._hub.look_around(self._log.owns)
+
+    async def _come_up(self) -> None:
+        """Wait for a usable database, register, then keep beating, scanning and making partitions."""
+        while not await self._usable():
+            await asyncio.sleep(1)
+        self._replica.refusal = None
+        log.info("serving", replica=str(self._replica.id))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(every(self._settings.beat_s, self._beat, name="beat"))
+            tasks.create_task(every(self._settings.scan_s, self._takeover.run_once, name="takeover"))
+            tasks.create_task(every(_UPKEEP_S, self._upkeep, name="upkeep"))
+
+    async def _usable(self) -> bool:
+        try:
+            await wait_for_database(self._dsn, float("inf"), lambda reason: log.warning("database_waiting", why=reason))
+            async with self._pool.acquire() as connection:
+                await require_current(connection)
+            await self._partitions.run_once()
+            await self._replica.register()
+        except (Misconfigured, *AWAY, asyncpg.PostgresError) as error:
+            detail = error.detail if isinstance(error, Misconfigured) else str(error)
+            log.warning("database_waiting", why=detail)
+            self._replica.refusal = Unavailable("starting", f"The server is starting: {detail}", retry_after=2)
+            return False
+        return True
+
+    async def _beat(self) -> None:
+        if self._log.fenced:
+            await self._replica.renew()
+            self._log.fenced = False
+            log.warning("replica_renewed", replica=str(self._replica.id))
+        await self._replica.beat()
+
+    async def _upkeep(self) -> None:
+        await self._partitions.run_once()
+        await self._replica.forget_dead()
+        await idempotency.forget(self._pool, remember_s=self._key_s)
+
+    async def drain_when_asked(self, stop: Stop) -> None:
+        """Refuse new work, let answers end, send the readers away at a frame boundary, say goodbye to the others."""
+        await stop.requested.wait()
+        self._replica.refusal = Unavailable("draining", "The server is stopping; ask another one.", retry_after=1)
+        await self._runner.drain(self._settings.drain_s)
+        self._hub.close()
+        try:
+            async with asyncio.timeout(2):
+                await self._journal.run_once()
+                await self._replica.retire()
+        except AWAY as error:
+            log.warning("goodbye_failed", error=type(error).__name__)
+        stop.drained.set()
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(
+        flush_events=settings.flush_events,
+        flush_gap_s=settings.flush_gap_ms / 1000,
+        stream_bytes=settings.stream_buffer,
+        total_bytes=settings.replica_buffer,
+        unsaved_s=settings.unsaved_s,
+    )

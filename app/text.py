@@ -1,0 +1,52 @@
+"""Text and JSON from outside, made safe once, where they enter: what PostgreSQL, UTF-8 and SSE cannot carry goes."""
+
+import json
+import re
+from typing import Any
+
+import orjson
+
+from app.errors import BadRequest
+
+# U+0000 is refused by PostgreSQL, lone surrogates by every encoder.
+_UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
+
+
+def clean(text: str) -> str:
+    """The text with each U+0000 and each lone surrogate replaced by U+FFFD."""
+    return _UNSTORABLE.sub("\ufffd", text)
+
+
+def parse_object(body: bytes) -> dict[str, Any]:
+    """A JSON object from a request body. Raises BadRequest for anything else, whatever it holds."""
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        value = _parse_leniently(body)
+    if not isinstance(value, dict):
+        raise BadRequest("invalid_json", "The body must be a JSON object.")
+    return value
+
+
+def _parse_leniently(body: bytes) -> Any:
+    # orjson refuses lone surrogate escapes, which JavaScript front ends do send (a text cut inside an emoji).
+    try:
+        return _cleaned(json.loads(body.decode(), parse_constant=_refuse))
+    except (ValueError, RecursionError):
+        raise BadRequest("invalid_json", "The body is not valid JSON in UTF-8, or is nested too deeply.") from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
+
+
+def _cleaned(value: Any) -> Any:
+    match value:
+        case str():
+            return clean(value)
+        case list():
+            return [_cleaned(item) for item in value]
+        case dict():
+            return {clean(key): _cleaned(item) for key, item in value.items()}
+        case _:
+            return value
