@@ -19,8 +19,8 @@ _READ_BUFFER = 64 * 1024
 class AioHTTPTransport(httpx2.AsyncBaseTransport):
     """HTTP/1.1 with keep-alive and verified TLS. No cookies, redirects, decompression, proxies or netrc.
 
-    Honours httpx2's connect and read timeouts. `extensions["abort"]` of a response is a function that closes its
-    connection at once; a reader that waits for bytes then gets httpx2.ReadError.
+    Honours httpx2's connect and read timeouts. `extensions["body"]` of a response is its Body, for readers who count
+    microseconds: three generators fewer per read than httpx2's iterators.
     """
 
     def __init__(self, *, keepalive_s: float = 15, tls: ssl.SSLContext | None = None) -> None:
@@ -29,24 +29,21 @@ class AioHTTPTransport(httpx2.AsyncBaseTransport):
         self._session: aiohttp.ClientSession | None = None
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
-        body = await request.aread()
+        content = await request.aread()
         try:
             answer = await self._open_session().request(
                 request.method,
                 URL(str(request.url), encoded=True),
-                data=body or None,
+                data=content or None,
                 headers=request.headers.multi_items(),
                 allow_redirects=False,
                 timeout=_timeout(request),
             )
         except aiohttp.ClientError as error:
             raise _translated(error) from error
-        return httpx2.Response(
-            answer.status,
-            headers=answer.raw_headers,
-            stream=_Body(answer),
-            extensions={"http_version": b"HTTP/1.1", "abort": answer.close},
-        )
+        body = Body(answer)
+        extensions = {"http_version": b"HTTP/1.1", "body": body}
+        return httpx2.Response(answer.status, headers=answer.raw_headers, stream=body, extensions=extensions)
 
     async def aclose(self) -> None:
         if self._session is not None:
@@ -69,20 +66,29 @@ class AioHTTPTransport(httpx2.AsyncBaseTransport):
         return self._session
 
 
-class _Body(httpx2.AsyncByteStream):
+class Body(httpx2.AsyncByteStream):
+    """The body of a response, read or given up."""
+
     def __init__(self, answer: aiohttp.ClientResponse) -> None:
         self._answer = answer
 
-    async def __aiter__(self) -> AsyncIterator[bytes]:
-        content = self._answer.content
+    async def read(self) -> bytes:
+        """What the network brought since the last read, waiting for at least a byte; b"" at the end."""
         try:
-            while data := await content.readany():
-                yield data
+            return await self._answer.content.readany()
         except aiohttp.ClientError as error:
             raise _translated(error) from error
 
+    def abort(self) -> None:
+        """Close the connection at once; whoever waits in `read` gets httpx2.ReadError. Nothing after a whole body."""
+        self._answer.close()  # after the end of the body its connection is back in the pool already
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        while data := await self.read():
+            yield data
+
     async def aclose(self) -> None:
-        self._answer.close()  # after the end of the body the connection is back in the pool and this does nothing
+        self.abort()
 
 
 def unreachable_because(error: httpx2.ConnectError) -> str:

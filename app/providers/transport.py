@@ -11,7 +11,7 @@ import httpx2
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from app.errors import Misconfigured
-from app.providers.aio import AioHTTPTransport, unreachable_because
+from app.providers.aio import AioHTTPTransport, Body, unreachable_because
 from app.providers.provider import Chunk, ProviderError
 from app.providers.refusal import Refusals, beginning
 from app.providers.sse import Decoder
@@ -92,19 +92,18 @@ class Upstream:
         return max(backoff, min(asked or 0, _RETRY_WAIT_CAP_S))
 
     @asynccontextmanager
-    async def post(self, path: str, body: bytes) -> AsyncIterator["Reading"]:
+    async def post(self, path: str, content: bytes) -> AsyncIterator["Reading"]:
         """Send one request and read its event stream inside the block; leaving it early closes the connection."""
         silence = _Silence(self._deadlines.first_token_s)
-        response = await self._send("POST", path, body, within_s=self._deadlines.first_token_s)
-        reads = response.aiter_raw()
+        response = await self._send("POST", path, content, within_s=self._deadlines.first_token_s)
         try:
             if refusal := await self.refusals.of(response, streaming=True):
                 raise refusal
-            silence.watch(response.extensions["abort"])
-            yield Reading(self.name, reads, silence=silence, gap_s=self._deadlines.gap_s)
+            body: Body = response.extensions["body"]
+            silence.watch(body.abort)
+            yield Reading(self.name, body, silence=silence, gap_s=self._deadlines.gap_s)
         finally:
             silence.end()
-            await reads.aclose()
             await response.aclose()
 
     async def get(self, path: str, *, within_s: float) -> bytes:
@@ -117,8 +116,8 @@ class Upstream:
         finally:
             await response.aclose()
 
-    async def _send(self, method: str, path: str, body: bytes | None, *, within_s: float) -> httpx2.Response:
-        request = self._client.build_request(method, path, content=body)
+    async def _send(self, method: str, path: str, content: bytes | None, *, within_s: float) -> httpx2.Response:
+        request = self._client.build_request(method, path, content=content)
         try:
             async with asyncio.timeout(within_s):
                 return await self._client.send(request, stream=True)
@@ -139,9 +138,9 @@ class Reading:
     Raises ProviderError when the provider stays silent for too long or the connection breaks.
     """
 
-    def __init__(self, name: str, reads: AsyncGenerator[bytes, None], *, silence: "_Silence", gap_s: float) -> None:
+    def __init__(self, name: str, body: Body, *, silence: "_Silence", gap_s: float) -> None:
         self._name = name
-        self._reads = reads
+        self._body = body
         self._decoder = Decoder()
         self._silence = silence
         self._gap_s = gap_s
@@ -155,18 +154,20 @@ class Reading:
             raise self._failure
         self._silence.listen()
         payloads: list[bytes] = []
-        while not payloads:
-            self._decode(await self._read(), payloads)
+        try:
+            while not payloads:
+                if not (data := await self._body.read()):
+                    raise StopAsyncIteration
+                self._decode(data, payloads)
+        except httpx2.TransportError as error:
+            raise self._broken() from error
         self._silence.pause()
         return payloads
 
-    async def _read(self) -> bytes:
-        try:
-            return await anext(self._reads)
-        except httpx2.TransportError as error:
-            if self._silence.too_long:
-                raise _silent(self._name, "send a token", self._silence.allowed_s) from None
-            raise truncated(self._name) from error
+    def _broken(self) -> ProviderError:
+        if self._silence.too_long:
+            return _silent(self._name, "send a token", self._silence.allowed_s)
+        return truncated(self._name)
 
     def _decode(self, data: bytes, payloads: list[bytes]) -> None:
         try:
@@ -186,7 +187,7 @@ class Reading:
         self._silence.allow(_DRAIN_S)
         self._silence.listen()
         try:
-            async for _ in self._reads:
+            while await self._body.read():
                 pass
         except httpx2.TransportError:
             pass  # the answer is whole; only the connection is lost
