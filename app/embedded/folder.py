@@ -34,10 +34,10 @@ class Folder:
         return self.path / "postgres.log"
 
     def made_by(self) -> int | None:
-        """The major version of PostgreSQL that made the data, None when there is none yet."""
+        """The major version of PostgreSQL that made the data, None when none is to be read."""
         try:
             return int((self.cluster / "data" / "PG_VERSION").read_text())
-        except (FileNotFoundError, ValueError):
+        except (OSError, ValueError):
             return None
 
 
