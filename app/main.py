@@ -47,14 +47,15 @@ class State(stream_endpoints.Needs, flow_endpoints.Needs, health.Needs, problems
 
 
 @dataclass(slots=True)
-class Stop:
-    """How the server's owner and the app agree on leaving: it asks, the app drains and says when it has."""
+class Life:
+    """What the server's owner and the app tell each other: it serves; it shall leave; it has drained."""
 
-    requested: asyncio.Event = field(default_factory=asyncio.Event)
+    serving: asyncio.Event = field(default_factory=asyncio.Event)
+    leave: asyncio.Event = field(default_factory=asyncio.Event)
     drained: asyncio.Event = field(default_factory=asyncio.Event)
 
 
-def create_app(settings: Settings, stop: Stop | None = None) -> Starlette:
+def create_app(settings: Settings, life: Life | None = None) -> Starlette:
     """The gateway over `settings.database_url`, which may still be down: it serves as soon as the database does."""
     routes = [
         Route(
@@ -73,12 +74,12 @@ def create_app(settings: Settings, stop: Stop | None = None) -> Starlette:
         routes=routes,
         middleware=[Middleware(RequestIds)],
         exception_handlers=problems.HANDLERS,
-        lifespan=partial(_lifespan, settings, stop or Stop()),
+        lifespan=partial(_lifespan, settings, life or Life()),
     )
 
 
 @asynccontextmanager
-async def _lifespan(settings: Settings, stop: Stop, _: Starlette) -> AsyncGenerator[State, None]:
+async def _lifespan(settings: Settings, life: Life, _: Starlette) -> AsyncGenerator[State, None]:
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(_pool(settings))
         providers = Providers(
@@ -87,11 +88,11 @@ async def _lifespan(settings: Settings, stop: Stop, _: Starlette) -> AsyncGenera
         )
         stack.push_async_callback(providers.aclose)
         async with asyncio.TaskGroup() as tasks:
-            gateway = Gateway(settings, pool, providers, tasks)
+            gateway = Gateway(settings, life, pool=pool, providers=providers, tasks=tasks)
             loops = [tasks.create_task(loop) for loop in gateway.loops()]
-            leaving = tasks.create_task(gateway.drain_when_asked(stop))
+            leaving = tasks.create_task(gateway.drain_when_asked())
             yield gateway.state
-            stop.requested.set()
+            life.leave.set()
             await leaving
             for loop in loops:
                 loop.cancel()
@@ -111,9 +112,12 @@ async def _pool(settings: Settings) -> AsyncGenerator[Pool, None]:
 class Gateway:
     """All parts of one server and the loops that keep them going."""
 
-    def __init__(self, settings: Settings, pool: Pool, providers: Providers, tasks: asyncio.TaskGroup) -> None:
+    def __init__(
+        self, settings: Settings, life: Life, *, pool: Pool, providers: Providers, tasks: asyncio.TaskGroup
+    ) -> None:
         assert settings.database_url is not None
         self._settings = settings
+        self._life = life
         self._dsn = settings.database_url
         self._pool = pool
         self._metrics = metrics = Metrics()
@@ -179,6 +183,7 @@ class Gateway:
         while not await self._usable():
             await asyncio.sleep(1)
         self._replica.refusal = None
+        self._life.serving.set()
         log.info("serving", replica=str(self._replica.id))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(every(self._settings.beat_s, self._beat, name="beat"))
@@ -211,9 +216,9 @@ class Gateway:
         await self._replica.forget_dead()
         await idempotency.forget(self._pool, remember_s=self._key_s)
 
-    async def drain_when_asked(self, stop: Stop) -> None:
+    async def drain_when_asked(self) -> None:
         """Refuse new work, let answers end, send the readers away at a frame boundary, say goodbye to the others."""
-        await stop.requested.wait()
+        await self._life.leave.wait()
         self._replica.refusal = Unavailable("draining", "The server is stopping; ask another one.", retry_after=1)
         await self._runner.drain(self._settings.drain_s)
         self._hub.close()
@@ -223,7 +228,7 @@ class Gateway:
                 await self._replica.retire()
         except AWAY as error:
             log.warning("goodbye_failed", error=type(error).__name__)
-        stop.drained.set()
+        self._life.drained.set()
 
 
 def _limits(settings: Settings) -> Limits:

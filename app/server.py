@@ -4,23 +4,19 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncGenerator, Callable, Coroutine, Generator
+from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
-from typing import TypeVar
 
 import uvicorn
-import uvloop
 from starlette.types import ASGIApp
 
 from app.errors import Misconfigured
-from app.main import Stop, create_app
+from app.main import Life, create_app
 from app.settings import Settings
 
 # What is left after draining: responses that end by themselves within this time.
 _CLOSE_S = 5
 _BACKLOG = 2048
-
-T = TypeVar("T")
 
 
 class _Server(uvicorn.Server):
@@ -28,12 +24,6 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         # uvicorn would close its listeners at once on SIGTERM; whoever runs us decides when to leave.
         yield
-
-
-def run(main: Callable[[], Coroutine[None, None, T]]) -> T:
-    """The program's event loop."""
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(main())
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -69,15 +59,18 @@ def signals() -> asyncio.Event:
 
 
 @asynccontextmanager
-async def gateway(settings: Settings) -> AsyncGenerator[str, None]:
-    """A gateway serving while the block runs; yields its URL. Leaving the block drains it."""
-    stop = Stop()
-    async with serving(create_app(settings, stop), settings.host, settings.port) as url:
+async def gateway(settings: Settings, life: Life | None = None) -> AsyncGenerator[str, None]:
+    """A gateway listening while the block runs; yields its URL. Leaving the block drains it.
+
+    It listens before its database is there; `life.serving` is set once it takes messages.
+    """
+    life = life or Life()
+    async with serving(create_app(settings, life), settings.host, settings.port) as url:
         try:
             yield url
         finally:
-            stop.requested.set()
-            await stop.drained.wait()
+            life.leave.set()
+            await life.drained.wait()
 
 
 @asynccontextmanager

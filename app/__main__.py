@@ -1,0 +1,208 @@
+"""The `parley` command."""
+
+import asyncio
+import difflib
+import sys
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from app import __version__
+from app.errors import Misconfigured
+from app.settings import Settings, load
+
+# Each command imports what it needs: `parley version` should not pay for a web server.
+if TYPE_CHECKING:
+    from app.flows.chatbots import Change
+
+T = TypeVar("T")
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Misconfigured as error:
+            click.echo(f"parley: {error.detail}", err=True)
+            ctx.exit(2)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """A conversation gateway: AI answers as durable, resumable event streams over one PostgreSQL."""
+
+
+@main.command()
+@click.option("--apply", "apply_file", type=click.Path(path_type=Path), help="Apply this chatbots file first.")
+def dev(apply_file: Path | None) -> None:
+    """Run everything on this machine: embedded PostgreSQL, demo provider, gateway."""
+    settings = load()
+    if "log_format" not in settings.model_fields_set:
+        settings = settings.model_copy(update={"log_format": "text"})
+    _log(settings)
+    from app.dev import dev as run_dev
+
+    _run(lambda: run_dev(settings, apply_file))
+
+
+@main.command()
+def serve() -> None:
+    """Run the gateway over the PostgreSQL of DATABASE_URL."""
+    settings = _with_database()
+    _log(settings)
+    from app import server
+
+    async def serving() -> None:
+        leave = server.signals()
+        async with server.gateway(settings):
+            await leave.wait()
+
+    _run(serving)
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Change nothing; exit with 1 where migrations are missing.")
+def migrate(check: bool) -> None:
+    """Bring the database's schema to this version."""
+    dsn = _dsn(settings := _with_database())
+    from app import schema
+    from app.postgres import open_connection, wait_for_database
+
+    async def run() -> list[str]:
+        await wait_for_database(dsn, settings.database_wait_s, lambda reason: click.echo(reason, err=True))
+        if not check:
+            return await schema.migrate(dsn)
+        connection = await open_connection(dsn)
+        try:
+            return await schema.pending(connection)
+        finally:
+            await connection.close()
+
+    found = _run(run)
+    if check and found:
+        click.echo(f"Missing: {', '.join(found)}. Run `parley migrate`.")
+        sys.exit(1)
+    click.echo(f"Applied: {', '.join(found)}." if found else "The schema is up to date.")
+
+
+@main.command()
+def doctor() -> None:
+    """Examine configuration, database, versions and providers; exit with 1 where something is wrong."""
+    settings = load()
+    from app.doctor import examine
+
+    async def run() -> bool:
+        fine = True
+        async for finding in examine(settings):
+            click.echo(finding.line())
+            fine &= finding.fine
+        return fine
+
+    if not _run(run):
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--dry-run", is_flag=True, help="Show the difference and change nothing.")
+def apply(file: Path, dry_run: bool) -> None:
+    """Make the chatbots what FILE says, showing the difference."""
+    dsn = _dsn(settings := _with_database())
+    from app.flows import chatbots, config
+    from app.postgres import open_connection, wait_for_database
+    from app.schema import require_current
+
+    wanted = config.load(file)
+
+    async def run() -> list["Change"]:
+        await wait_for_database(dsn, settings.database_wait_s, lambda reason: click.echo(reason, err=True))
+        connection = await open_connection(dsn)
+        try:
+            await require_current(connection)
+            return await chatbots.apply(connection, wanted, dry_run=dry_run)
+        finally:
+            await connection.close()
+
+    changes = _run(run)
+    for change in changes:
+        click.echo(_difference(change))
+    done = "would change" if dry_run else "changed"
+    click.echo(f"{len(changes)} of {len(wanted)} chatbots {done}." if changes else "Nothing to change.")
+
+
+@main.command("demo-provider")
+@click.option("--port", default=8081, show_default=True, help="0 picks a free one.")
+def demo_provider(port: int) -> None:
+    """Run the demo provider alone: an OpenAI-compatible server with faults on request."""
+    from app import server
+    from app.demo.server import demo_provider as provider
+
+    async def serving() -> None:
+        leave = server.signals()
+        async with provider(port=port) as url:
+            click.echo(f"The demo provider is ready: {url}")
+            await leave.wait()
+
+    _run(serving)
+
+
+@main.command()
+def version() -> None:
+    """Print the version."""
+    click.echo(f"parley {__version__}")
+
+
+def _with_database() -> Settings:
+    settings = load()
+    if settings.database_url is None:
+        raise Misconfigured(
+            "database_missing",
+            "DATABASE_URL is not set. Name a PostgreSQL, as in"
+            " DATABASE_URL=postgresql://user:password@host:5432/parley, or try things out with `parley dev`.",
+        )
+    return settings
+
+
+def _dsn(settings: Settings) -> str:
+    assert settings.database_url is not None
+    return settings.database_url
+
+
+def _log(settings: Settings) -> None:
+    from app.telemetry import configure_logging
+
+    configure_logging(settings.log_level, settings.log_format)
+
+
+def _run(work: Callable[[], Coroutine[None, None, T]]) -> T:
+    import uvloop
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        try:
+            return runner.run(work())
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+def _difference(change: "Change") -> str:
+    import yaml
+
+    def lines(value: dict[str, Any] | None) -> list[str]:
+        return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).splitlines() if value else []
+
+    title = f"chatbot {change.chatbot_id}"
+    return "\n".join(
+        difflib.unified_diff(
+            lines(change.before),
+            lines(change.after),
+            f"{title} version {change.version - 1}" if change.before else "(new)",
+            f"{title} version {change.version}",
+            lineterm="",
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

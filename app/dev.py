@@ -1,0 +1,101 @@
+"""`parley dev`: everything on one machine, in the foreground, gone without a trace of processes when it stops."""
+
+import asyncio
+import os
+import shlex
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import click
+
+from app import server
+from app.demo.server import demo_provider
+from app.embedded import EmbeddedPostgres, embedded_postgres
+from app.errors import Misconfigured
+from app.flows import chatbots, config
+from app.main import Life
+from app.postgres import open_connection
+from app.schema import migrate, require_current
+from app.settings import Settings
+
+_DEMO = Path(__file__).parent / "demo" / "chatbots.yaml"
+# At a terminal nobody wants to wait as long as a load balancer does.
+_DRAIN_S = 2.0
+
+_BLOCK = """
+  Parley        {url}
+  API docs      {url}/docs
+  Health        {url}/api/conversation-health
+  Data folder   {data_dir}
+  Database      DATABASE_URL={dsn}
+
+  Ask it something, then read the answer as it comes:
+
+    curl -s {url}/api/process-message -d '{{"user_id":"me","chatbot_id":"demo","message_text":"Hello"}}' \\
+      | sed 's/.*"streaming_url":"\\([^"]*\\)".*/\\1/' \\
+      | xargs -I@ curl -sN -H 'Accept: text/event-stream' {url}@
+
+Parley is ready: {url}"""
+
+
+async def dev(settings: Settings, apply: Path | None) -> None:
+    """Run until a signal. Raises Misconfigured where something is in the way, or PostgreSQL dies."""
+    leave = server.signals()
+    wanted = config.load(apply) if apply else {}
+    async with embedded_postgres(settings.data_dir) as postgres, demo_provider() as demo_url:
+        # The demo chatbot's configuration names this variable: the demo provider's port changes with each start.
+        os.environ["PARLEY_DEMO_URL"] = demo_url
+        await _prepare(postgres.dsn, wanted)
+        life = Life()
+        async with server.gateway(_for_dev(settings, postgres.dsn), life) as url, _watching(postgres, leave) as died:
+            await _either(life.serving, leave)
+            if not leave.is_set():
+                click.echo(_BLOCK.format(url=url, data_dir=settings.data_dir, dsn=shlex.quote(postgres.dsn)))
+            await leave.wait()
+        if died.is_set():
+            raise Misconfigured("embedded_died", "PostgreSQL ended unexpectedly; the next start recovers its data.")
+
+
+def _for_dev(settings: Settings, dsn: str) -> Settings:
+    drain_s = settings.drain_s if "drain_s" in settings.model_fields_set else _DRAIN_S
+    return settings.model_copy(update={"database_url": dsn, "drain_s": drain_s})
+
+
+async def _prepare(dsn: str, wanted: dict[str, config.Chatbot]) -> None:
+    connection = await open_connection(dsn)
+    try:
+        try:
+            await require_current(connection)
+        except Misconfigured:
+            await migrate(dsn)
+        if "demo" not in await chatbots.all_newest(connection):
+            wanted = {**config.load(_DEMO), **wanted}
+        await chatbots.apply(connection, wanted)
+    finally:
+        await connection.close()
+
+
+@asynccontextmanager
+async def _watching(postgres: EmbeddedPostgres, leave: asyncio.Event) -> AsyncGenerator[asyncio.Event, None]:
+    """Leave when PostgreSQL dies; the event yielded says that it did."""
+    died = asyncio.Event()
+
+    async def watch() -> None:
+        await postgres.wait()
+        died.set()
+        leave.set()
+
+    async with asyncio.TaskGroup() as tasks:
+        watcher = tasks.create_task(watch())
+        try:
+            yield died
+        finally:
+            watcher.cancel()
+
+
+async def _either(*events: asyncio.Event) -> None:
+    waiters = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+    for waiter in waiters:
+        waiter.cancel()

@@ -1,0 +1,82 @@
+"""`parley doctor`: one line per thing that must be right, and what to do where it is not."""
+
+import platform
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import asyncpg
+
+from app import __version__
+from app.errors import Misconfigured, ParleyError
+from app.flows import chatbots
+from app.postgres import AWAY, OLDEST, Connection, open_connection, why
+from app.providers.registry import Endpoint, Providers
+from app.providers.transport import Deadlines, Effort
+from app.schema import require_current
+from app.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    subject: str
+    fine: bool
+    sentence: str
+
+    def line(self) -> str:
+        return f"{'ok  ' if self.fine else 'FAIL'}  {self.subject:<14} {self.sentence}"
+
+
+async def examine(settings: Settings) -> AsyncGenerator[Finding, None]:
+    """Findings as they are made; what cannot be looked at because something before it is wrong is left out."""
+    python = platform.python_version()
+    yield Finding("versions", True, f"Parley {__version__}, Python {python}, asyncpg {asyncpg.__version__}")
+    yield Finding("configuration", True, "every setting is valid")
+    if settings.database_url is None:
+        yield Finding("database", False, "DATABASE_URL is not set; `parley serve` needs it (`parley dev` does not).")
+        return
+    try:
+        connection = await open_connection(settings.database_url)
+    except (*AWAY, asyncpg.PostgresError, ValueError) as error:
+        yield Finding("database", False, why(error))
+        return
+    try:
+        async with aclosing(_examine_database(connection)) as findings:
+            async for finding in findings:
+                yield finding
+    finally:
+        await connection.close()
+
+
+async def _examine_database(connection: Connection) -> AsyncGenerator[Finding, None]:
+    version = connection.get_server_version()
+    name = f"PostgreSQL {version.major}.{version.minor}"
+    fine = version.major >= OLDEST
+    yield Finding("database", fine, f"{name} answers" if fine else f"{name} is too old: {OLDEST} or newer is needed.")
+    try:
+        await require_current(connection)
+    except Misconfigured as error:
+        yield Finding("schema", False, error.detail)
+        return
+    yield Finding("schema", True, "up to date")
+    endpoints = await _endpoints(connection)
+    if not endpoints:
+        yield Finding("chatbots", False, "there are none; write a chatbots file and run `parley apply FILE`.")
+    for endpoint in endpoints:
+        yield await _examine_provider(endpoint)
+
+
+async def _endpoints(connection: Connection) -> list[Endpoint]:
+    found = await chatbots.all_newest(connection)
+    return list(dict.fromkeys(flow.endpoint for chatbot in found.values() for flow in chatbot.flows.values()))
+
+
+async def _examine_provider(endpoint: Endpoint) -> Finding:
+    providers = Providers(deadlines=Deadlines(), effort=Effort(retries=0))
+    subject = f"provider {endpoint.name}"
+    try:
+        return Finding(subject, True, await providers.get(endpoint).check())
+    except ParleyError as error:
+        return Finding(subject, False, error.detail)
+    finally:
+        await providers.aclose()
