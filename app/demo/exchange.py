@@ -13,6 +13,7 @@ from typing import Any
 from starlette.types import Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from app.demo.wire import stamped
 from app.demo.wishes import Wishes
 
 EXTENSION = "demo.connection"
@@ -105,7 +106,8 @@ class Exchange:
             if self._connection.lost.is_set():
                 return
             batch = frames[start : start + size]
-            await self.write(batch[0] if size == 1 else b"".join(batch))
+            data = batch[0] if size == 1 else b"".join(batch)
+            await self.write(stamped(data) if wishes.clock else data)
             self.record.frames += len(batch)
 
     async def pause(self, seconds: float) -> None:

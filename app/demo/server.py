@@ -103,17 +103,21 @@ class _Answer(Response):
         if instead := next((play for name, play in faults.INSTEAD.items() if name in wishes.fault), None):
             await instead(exchange)
             return
-        said = (
-            [json.dumps(self._body, ensure_ascii=False)]
-            if wishes.echo
-            else tokens(_question(self._body), wishes.tokens)
-        )
+        said = self._said()
         if self._body.get("stream"):
             await self._stream(exchange, said)
         else:
             await exchange.pause((wishes.first_ms or 0) / 1000)
             await exchange.start(200, ((b"content-type", b"application/json"),))
             await exchange.end(wire.dumped(self._document(said)))
+
+    def _said(self) -> list[str]:
+        wishes = self._wishes
+        if wishes.echo:
+            return [json.dumps(self._body, ensure_ascii=False)]
+        if wishes.clock:
+            return [wire.STAMP] * (wishes.tokens or 1)
+        return tokens(_question(self._body), wishes.tokens)
 
     async def _stream(self, exchange: Exchange, said: list[str]) -> None:
         wishes = self._wishes

@@ -1,16 +1,23 @@
 """The bytes of OpenAI's chat completions: chunks as server-sent events, and the whole answer as one document."""
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
 ID = "chatcmpl-demo"
 CREATED = 1767225600  # fixed, so that the same request always gives the same bytes
 DONE = b"data: [DONE]\n\n"
+# A token to be replaced by the time at which its frame is sent; as wide as any such time.
+STAMP = "0" * 19
 
 
 def sse(value: Any) -> bytes:
     return b"data: " + dumped(value) + b"\n\n"
+
+
+def stamped(frames: bytes) -> bytes:
+    return frames.replace(STAMP.encode(), b"%019d" % time.monotonic_ns())
 
 
 def dumped(value: Any) -> bytes:

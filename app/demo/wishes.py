@@ -12,7 +12,10 @@ class Unknown(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """`times` limits the faults to the first requests that carry the same `key`; `after` counts tokens."""
+    """`clock` makes every token the monotonic time at which it is sent, in nanoseconds: readers measure latency by it.
+
+    `times` limits the faults to the first requests that carry the same `key`; `after` counts tokens.
+    """
 
     tokens: int | None = None
     delay_ms: float = 40
@@ -26,6 +29,7 @@ class Wishes:
     retry_after: str = ""
     to: str = "http://127.0.0.1:9/v1/chat/completions"
     echo: bool = False
+    clock: bool = False
 
 
 def _flag(text: str) -> bool:
@@ -49,6 +53,7 @@ _READ: Mapping[str, Callable[[str], Any]] = {
     "retry_after": str,
     "to": str,
     "echo": _flag,
+    "clock": _flag,
 }
 
 
