@@ -229,9 +229,13 @@ class Log:
                 await self._pace.wait()
                 await self.flush()
         finally:
-            if self._connection is not None:
-                self._connection.terminate()
-                self._connection = None
+            self.disconnect()
+
+    def disconnect(self) -> None:
+        """Give the lane's connection up; the next flush opens another."""
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
 
     async def flush(self) -> None:
         """Commit what is pending now, up to one batch, however often the connection breaks on the way."""
@@ -344,9 +348,8 @@ class Log:
 
     def _drop_connection(self, error: Exception) -> None:
         # A full disk is no reason to reconnect; everything else may have left the connection in any state.
-        if self._connection is not None and not isinstance(error, asyncpg.DiskFullError):
-            self._connection.terminate()
-            self._connection = None
+        if not isinstance(error, asyncpg.DiskFullError):
+            self.disconnect()
 
 
 class _Pace:
