@@ -247,6 +247,31 @@ async def test_a_start_right_after_a_killed_gateway_waits_for_its_server(data_di
     assert await _kept_after_start(data_dir) == "row"
 
 
+async def test_a_start_waits_for_an_earlier_launcher(data_dir: Path) -> None:
+    with (data_dir / "postgres/lock").open("r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        start = asyncio.ensure_future(_kept_after_start(data_dir))
+        # Nothing to be seen is what is expected here; a start takes 0.1 s.
+        assert not (await asyncio.wait({start}, timeout=0.5))[0]
+        assert not (data_dir / "postgres/socket").exists()
+    assert await start == "row"
+
+
+async def test_a_start_waits_for_backends_of_a_killed_server(data_dir: Path) -> None:
+    async with embedded_postgres(data_dir, settings=FAST) as postgres:
+        connection = await asyncpg.connect(postgres.dsn)
+        backend = psutil.Process(await connection.fetchval("SELECT pg_backend_pid()"))
+        backend.suspend()
+        _postmaster(data_dir).kill()
+        await postgres.wait()
+    log = data_dir / "postgres.log"
+    start = asyncio.ensure_future(_kept_after_start(data_dir))
+    await _until(lambda: "pre-existing shared memory block" in log.read_text())
+    backend.resume()
+    assert await start == "row"
+    connection.terminate()
+
+
 async def test_gateway_and_launcher_killed_together(data_dir: Path) -> None:
     gateway = _gateway(data_dir)
     assert _line(gateway)
