@@ -53,6 +53,7 @@ class Record:
     """What a test may want to know about a request afterwards. `closed_at`: when the client left before the end."""
 
     key: str
+    client: str
     headers: Mapping[str, str]
     body: Any
     received_at: float = field(default_factory=time.time)
@@ -62,7 +63,7 @@ class Record:
     over: asyncio.Event = field(default_factory=asyncio.Event)
 
     def shown(self) -> dict[str, Any]:
-        names = ("key", "headers", "body", "received_at", "frames", "closed_at", "ended_at")
+        names = ("key", "client", "headers", "body", "received_at", "frames", "closed_at", "ended_at")
         return {name: getattr(self, name) for name in names}
 
 

@@ -68,7 +68,7 @@ class DemoProvider:
             missing = f"The model '{body['model']}' does not exist; the demo's are called demo."
             return JSONResponse(wire.error(missing, kind="invalid_request_error", code="model_not_found"), 404)
         kept = body if len(raw) <= _REMEMBERED_BODY else {"bytes": len(raw)}
-        record = Record(wishes.key, shown_headers(request.headers), kept)
+        record = Record(wishes.key, _address(request), shown_headers(request.headers), kept)
         self._records.append(record)
         return _Answer(wishes, record, body=body)
 
@@ -208,6 +208,10 @@ def _wishes(body: Any, header: str) -> Wishes | None:
     if unknown := [name for name in wishes.fault if name not in faults.NAMES]:
         raise Unknown(f"The demo has no fault '{unknown[0]}'. It has {', '.join(faults.NAMES)}.")
     return wishes
+
+
+def _address(request: Request) -> str:
+    return f"{request.client.host}:{request.client.port}" if request.client else ""
 
 
 def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:

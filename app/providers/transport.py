@@ -16,7 +16,6 @@ from app.providers.provider import Chunk, ProviderError
 from app.providers.refusal import Refusals, beginning
 from app.providers.sse import Decoder
 
-_RETRY_WAIT_CAP_S = 10
 # How long the end of the HTTP body may come after the end of the answer, so that the connection can be used again.
 _DRAIN_S = 0.1
 
@@ -35,11 +34,15 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """Calls under way at once, and how often one is tried again before its first chunk (backoff doubles, jittered)."""
+    """Calls under way at once, and how often one is tried again before its first chunk.
+
+    The backoff doubles, with jitter. A Retry-After above `longest_wait_s` is cut to it.
+    """
 
     concurrency: int = 2000
     retries: int = 2
     backoff_s: float = 0.5
+    longest_wait_s: float = 10
 
 
 class Upstream:
@@ -86,10 +89,11 @@ class Upstream:
         return await retrying(_begun, attempt)
 
     def _wait(self, state: RetryCallState) -> float:
-        backoff = wait_random_exponential(multiplier=self._effort.backoff_s, max=_RETRY_WAIT_CAP_S)(state)
+        effort = self._effort
+        backoff = wait_random_exponential(multiplier=effort.backoff_s, max=effort.longest_wait_s)(state)
         error = state.outcome.exception() if state.outcome else None
         asked = error.retry_after if isinstance(error, ProviderError) else None
-        return max(backoff, min(asked or 0, _RETRY_WAIT_CAP_S))
+        return max(backoff, min(asked or 0, effort.longest_wait_s))
 
     @asynccontextmanager
     async def post(self, path: str, content: bytes) -> AsyncIterator["Reading"]:

@@ -1,0 +1,20 @@
+"""A demo provider per test, and a client to ask it with."""
+
+from collections.abc import AsyncIterator
+
+import httpx2
+import pytest
+
+from app.demo import demo_provider
+
+
+@pytest.fixture
+async def demo_url() -> AsyncIterator[str]:
+    async with demo_provider() as url:
+        yield url
+
+
+@pytest.fixture
+async def client(demo_url: str) -> AsyncIterator[httpx2.AsyncClient]:
+    async with httpx2.AsyncClient(base_url=demo_url, trust_env=False) as client:
+        yield client

@@ -1,0 +1,55 @@
+"""The demo provider, providers that talk to it with short deadlines, and what it remembers of them."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+import httpx2
+import pytest
+
+from app.demo import demo_provider
+from app.providers.openai import OpenAI
+from app.providers.transport import Deadlines, Effort
+
+KEY = "sk-canary-0123456789"
+
+Remembered = Callable[[str], Awaitable[list[dict[str, Any]]]]
+Connect = Callable[..., OpenAI]
+
+
+@pytest.fixture
+async def demo_url() -> AsyncIterator[str]:
+    async with demo_provider() as url:
+        yield url
+
+
+@pytest.fixture
+async def connect(demo_url: str) -> AsyncIterator[Connect]:
+    """Make providers, for the demo unless given a URL; patient enough for a slow machine, but not for long."""
+    async with AsyncExitStack() as stack:
+
+        def connected(url: str = demo_url, **options: Any) -> OpenAI:
+            options = {
+                "api_key": KEY,
+                "deadlines": Deadlines(connect_s=2, first_token_s=5, gap_s=5),
+                "effort": Effort(backoff_s=0.001),
+                **options,
+            }
+            provider = OpenAI("vendor", url, **options)
+            stack.push_async_callback(provider.aclose)
+            return provider
+
+        yield connected
+
+
+@pytest.fixture
+async def remembered(demo_url: str) -> AsyncIterator[Remembered]:
+    """The demo's records of the requests with a key, once all of them are over."""
+    async with httpx2.AsyncClient(base_url=demo_url.removesuffix("/v1"), trust_env=False, timeout=15) as client:
+
+        async def records(key: str) -> list[dict[str, Any]]:
+            answer = await client.get("/demo/requests", params={"key": key, "wait": "1"})
+            listed: list[dict[str, Any]] = answer.raise_for_status().json()["requests"]
+            return listed
+
+        yield records
