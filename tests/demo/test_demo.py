@@ -4,6 +4,8 @@ import asyncio
 import json
 import signal
 import time
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -12,6 +14,7 @@ import pytest
 
 from app.demo import demo_provider, faults
 from app.demo.answers import tokens
+from app.demo.wishes import Wishes
 
 
 def asked(question: str, model: str = "demo?delay_ms=0", **more: Any) -> dict[str, Any]:
@@ -179,3 +182,16 @@ async def test_signal_handlers_and_current_task_are_left_alone() -> None:
 
 def test_fault_names_are_unambiguous() -> None:
     assert len(set(faults.NAMES)) == len(faults.NAMES)
+
+
+@pytest.mark.parametrize("name", [*faults.NAMES, *(field.name for field in fields(Wishes))])
+def test_every_wish_and_fault_is_in_the_manual(name: str) -> None:
+    manual = Path(__file__).parents[2] / "docs/demo-provider.md"
+    assert any(f"`{name}`" in line.split("|")[1] for line in manual.read_text().splitlines() if line.startswith("|"))
+
+
+async def test_a_clock_tells_when_each_token_was_sent(client: httpx2.AsyncClient) -> None:
+    before = time.monotonic_ns()
+    sent = await frames(client, asked("Hi", "demo?clock=1&tokens=3&delay_ms=1"))
+    stamps = [int(json.loads(frame[6:])["choices"][0]["delta"]["content"]) for frame in sent[1:4]]
+    assert before < stamps[0] < stamps[1] < stamps[2] < time.monotonic_ns()
