@@ -63,14 +63,19 @@ async def _nothing(_: Connection) -> None:
 
 @asynccontextmanager
 async def engine(
-    database: str, *, limits: Limits | None = None, lane: bool = True, log_dsn: str | None = None
+    database: str,
+    *,
+    limits: Limits | None = None,
+    lane: bool = True,
+    log_dsn: str | None = None,
+    log_type: type[Log] = Log,
 ) -> AsyncGenerator[Engine, None]:
     """A replica with its log; with `lane`, flushing by itself. `log_dsn` is another way to the same database."""
     pool = await open_pool(database, 10)
     metrics = Metrics()
     replica = Replica(pool)
     hub = Hub(max_events=256, max_bytes=1 << 20)
-    log = Log(log_dsn or database, replica, hub, limits=limits or Limits(), metrics=metrics)
+    log = log_type(log_dsn or database, replica, hub, limits=limits or Limits(), metrics=metrics)
     await Partitions(pool, days_ahead=1).run_once()
     await replica.register()
     task = asyncio.ensure_future(log.run()) if lane else None

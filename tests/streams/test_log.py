@@ -118,6 +118,15 @@ async def test_an_id_taken_by_somebody_else_loses_the_stream_instead_of_overwrit
         assert await parts.stored(writer.stream_id) == [1, 2]
 
 
+async def test_a_repeated_batch_must_find_its_own_events(database: str) -> None:
+    async with engine(database, lane=False) as parts:
+        stream = await parts.begin()
+        await parts.pool.execute("insert into streaming_events values ($1, 2, 'theirs')", stream.id)
+        with pytest.raises(StreamLost):
+            await parts.log._append_once([(stream.id, 2, "ours"), (stream.id, 3, "ours")], again=True)
+        await parts.log._append_once([(stream.id, 2, "theirs"), (stream.id, 3, "ours")], again=True)
+
+
 async def test_the_lane_holds_back_a_crowded_stream_and_gives_up_in_time(database: str) -> None:
     limits = Limits(stream_bytes=4096, unsaved_s=0.05)
     async with engine(database, limits=limits, lane=False) as parts:
