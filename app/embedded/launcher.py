@@ -136,18 +136,23 @@ class Cluster:
 
     def initialise(self) -> None:
         """Make the cluster and its database beside, then rename: `data` is never half made."""
+        self._clear_half_made()
         if os.path.exists(self.data + "/PG_VERSION"):
             return
         if os.path.exists(self.data) and os.listdir(self.data):
             raise Refused("embedded_folder", f"{self.data} holds something that is not PostgreSQL's. {_ELSEWHERE}")
-        for name in os.listdir(self.root):
-            if name.startswith("data.new"):
-                _remove_tree(os.path.join(self.root, name))
         # A name of its own: an initdb that outlived a killed launcher must not meet this one.
         fresh = f"{self.root}/data.new-{os.getpid()}"
         self._initdb(fresh)
         os.rename(fresh, self.data)
         _fsync_folder(self.root)
+
+    def _clear_half_made(self) -> None:
+        for name in os.listdir(self.root):
+            if name.startswith("data.new"):
+                # Its initdb may still be dying and add a file; then the next start removes the rest.
+                with contextlib.suppress(OSError):
+                    _remove_tree(os.path.join(self.root, name))
 
     def _initdb(self, folder: str) -> None:
         # The built-in provider is the same on every platform; macOS has no C.UTF-8 of its own.
