@@ -205,9 +205,6 @@ async def test_the_long_poll_answers_at_the_first_event_or_in_time(database: str
 
 
 def test_a_subscription_never_holds_more_than_its_bounds() -> None:
-    from collections.abc import Callable
-from uuid import UUID, uuid4
-
     hub = Hub(max_events=10, max_bytes=10_000)
     stream_id = uuid4()
     subscription = hub.subscribe(stream_id)
