@@ -148,21 +148,19 @@ class Reading:
         self._decoder = Decoder()
         self._silence = silence
         self._gap_s = gap_s
-        self._failure: ProviderError | None = None
 
     def __aiter__(self) -> "Reading":
         return self
 
     async def __anext__(self) -> list[bytes]:
-        if self._failure is not None:
-            raise self._failure
         self._silence.listen()
         payloads: list[bytes] = []
         try:
             while not payloads:
                 if not (data := await self._body.read()):
                     raise StopAsyncIteration
-                self._decode(data, payloads)
+                # One read is far smaller than what the decoder refuses: no payload is lost when it raises.
+                payloads = list(self._decoder.feed(data))
         except httpx2.TransportError as error:
             raise self._broken() from error
         self._silence.pause()
@@ -172,15 +170,6 @@ class Reading:
         if self._silence.too_long:
             return _silent(self._name, "send a token", self._silence.allowed_s)
         return truncated(self._name)
-
-    def _decode(self, data: bytes, payloads: list[bytes]) -> None:
-        try:
-            for payload in self._decoder.feed(data):
-                payloads.append(payload)
-        except ProviderError as error:
-            if not payloads:
-                raise
-            self._failure = error  # the events before it are good and go first
 
     def allow(self, seconds: float | None = None) -> None:
         """From here on this much silence, the gap between tokens unless given."""

@@ -4,9 +4,11 @@ import asyncio
 import gc
 import os
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
+from pathlib import Path
 
 import httpx2
 import pytest
@@ -19,11 +21,13 @@ from app.providers.refusal import Refusals, retry_after
 from app.providers.transport import Deadlines, Effort
 from tests.providers.answers import answered, failed, finish_of, prompt, text_of
 from tests.providers.conftest import KEY, Connect, Remembered
-from tests.providers.wire import HEAD, chunked, raw_server
+from tests.providers.wire import HEAD, chunked, raw_server, receive
 
 FAST = "demo?delay_ms=0&tokens=20"
 ONCE = Effort(retries=0)
 SAID = "".join(tokens("Hello", 20))
+FINISHED = b'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}\n\n'
+WHOLE = FINISHED + b"data: [DONE]\n\n"
 CLOSED_WITHIN_S = 1
 # The promise is 20,000 (U18); that many take about a minute.
 CANCELS = int(os.environ.get("PARLEY_TEST_CANCELS", "2000"))
@@ -45,6 +49,16 @@ async def test_u1_an_unknown_host_is_unavailable(connect: Connect) -> None:
     error = await failed(connect("http://nobody.invalid/v1", effort=ONCE), prompt("any"))
     assert error.kind == "unavailable"
     assert "nobody.invalid" not in error.detail
+
+
+async def test_u1_a_certificate_nobody_signed_is_not_trusted(connect: Connect) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(Path(__file__).with_name("untrusted.pem"))
+    asyncio.get_running_loop().set_exception_handler(lambda *_: None)  # the server's side of the failed handshake
+    async with await asyncio.start_server(lambda *_: None, "127.0.0.1", 0, ssl=context) as server:
+        port = server.sockets[0].getsockname()[1]
+        error = await failed(connect(f"https://127.0.0.1:{port}/v1", effort=ONCE), prompt("any"))
+    assert error.detail == "Provider 'vendor' cannot be reached: TLS failed or its certificate is not trusted."
 
 
 async def test_u1_a_refused_connection_is_tried_again(connect: Connect) -> None:
@@ -178,7 +192,7 @@ async def test_u5_a_stall_between_tokens_keeps_what_came(connect: Connect, remem
 async def test_u5_a_slow_consumer_is_not_the_providers_silence(connect: Connect, remembered: Remembered) -> None:
     provider = connect(deadlines=Deadlines(first_token_s=5, gap_s=0.1))
     async with aclosing(provider.stream(prompt("demo?tokens=20&delay_ms=20&key=slow"))) as batches:
-        chunks = [*await anext(batches)]
+        chunks = [*await anext(batches), *await anext(batches)]
         await remembered("slow")  # the provider has said everything, 400 ms later
         async for batch in batches:
             chunks.extend(batch)
@@ -231,8 +245,8 @@ async def _write(writer: asyncio.StreamWriter, answer: bytes) -> None:
 
 
 async def test_a_body_that_ends_with_the_connection_is_read_to_the_end(connect: Connect) -> None:
-    body = b'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}\n\n'
-    async with raw_server(lambda writer: _write(writer, HEAD + b"Connection: close\r\n\r\n" + body)) as url:
+    answer = HEAD + b"Connection: close\r\n\r\n" + FINISHED
+    async with raw_server(lambda writer: _write(writer, answer)) as url:
         chunks, error = await answered(connect(url), prompt("any"))
     assert (chunks, error) == ([Text("Hi"), Finish("stop")], None)
 
@@ -299,8 +313,9 @@ async def test_u17_a_cancelled_consumer_closes_the_connection_at_once(connect: C
 async def test_u17_a_closed_generator_closes_the_connection_at_once(connect: Connect, remembered: Remembered) -> None:
     batches = connect().stream(prompt("demo?tokens=1000&key=u17-closed"))
     await anext(batches)
-    closed_at = time.time()
+    tasks, closed_at = asyncio.all_tasks(), time.time()
     await batches.aclose()
+    assert asyncio.all_tasks() <= tasks  # closed here, not left to the garbage collector
     [record] = await remembered("u17-closed")
     assert closed_at <= record["closed_at"] < closed_at + CLOSED_WITHIN_S
 
@@ -338,6 +353,46 @@ async def test_a_finished_answer_leaves_its_connection_for_the_next(connect: Con
     assert clients[4] != clients[0]
 
 
+async def test_so_does_one_whose_body_ends_a_little_after_the_answer(connect: Connect) -> None:
+    connections = 0
+
+    async def answer_for_ever(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        with suppress(asyncio.IncompleteReadError):
+            while True:
+                await receive(reader)
+                writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(WHOLE))
+                await writer.drain()
+                await asyncio.sleep(0.01)  # the little; a client that does not wait closes in it
+                writer.write(b"0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(answer_for_ever, "127.0.0.1", 0) as server:
+        provider = connect(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1")
+        for _ in range(3):
+            assert (await answered(provider, prompt("any")))[1] is None
+        await provider.aclose()
+    assert connections == 1
+
+
+@pytest.mark.parametrize("stalled", [True, False], ids=["stalls", "breaks"])
+async def test_what_goes_wrong_after_the_finish_does_not_undo_it(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch, stalled: bool
+) -> None:
+    monkeypatch.setattr("app.providers.openai._AFTERMATH_S", 0.05)
+
+    async def play(writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(FINISHED))
+        await writer.drain()
+        if stalled:
+            await _gone(writer)
+
+    async with raw_server(play) as url, asyncio.timeout(5):
+        chunks, error = await answered(connect(url), prompt("any"))
+    assert (chunks, error) == ([Text("Hi"), Finish("stop")], None)
+
+
 async def test_an_end_that_the_server_keeps_open_is_not_waited_for(connect: Connect) -> None:
     async with raw_server(_lingering) as url, asyncio.timeout(5):
         chunks, error = await answered(connect(url, deadlines=Deadlines()), prompt("any"))
@@ -345,9 +400,7 @@ async def test_an_end_that_the_server_keeps_open_is_not_waited_for(connect: Conn
 
 
 async def _lingering(writer: asyncio.StreamWriter) -> None:
-    writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
-    writer.write(chunked(b'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}\n\n'))
-    writer.write(chunked(b"data: [DONE]\n\n"))
+    writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(WHOLE))
     await writer.drain()
     await _gone(writer)
 

@@ -15,8 +15,7 @@ async def raw_server(play: Play) -> AsyncIterator[str]:
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            head = await reader.readuntil(b"\r\n\r\n")
-            await reader.readexactly(_length(head))
+            await receive(reader)
             await play(writer)
             await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
@@ -27,6 +26,12 @@ async def raw_server(play: Play) -> AsyncIterator[str]:
     server = await asyncio.start_server(answer, "127.0.0.1", 0)
     async with server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+
+
+async def receive(reader: asyncio.StreamReader) -> None:
+    """One request, head and body."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    await reader.readexactly(_length(head))
 
 
 def _length(head: bytes) -> int:
