@@ -1,0 +1,226 @@
+"""One scenario against one subject: fresh processes, a warm-up, the load, and what it cost while it was steady."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import monotonic_ns
+from urllib.parse import urlsplit
+
+import orjson
+
+from scripts.bench import processes
+from scripts.bench.answer import Answer, Subject
+from scripts.bench.load import Job
+from scripts.bench.scenarios import POSTS, WARM_UP, Scenario, chatbots
+
+_PASSTHROUGHS: dict[Subject, str] = {"passthrough": "/chat", "relay": "/relay"}
+# From starting the load process to its first request.
+_LEAD_S = 1.0
+_SETTLE_S = 0.3
+
+
+@dataclass(slots=True)
+class Measurement:
+    """Figures by name (milliseconds, microseconds of CPU per token, KiB, tokens per second), and what went wrong."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    errors: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """Where the load goes; `pid` is the Python process whose cost counts, none for the provider alone."""
+
+    subject: Subject
+    port: int
+    path: str
+    pid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Weights:
+    at: int
+    python_s: float
+    postgres_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What all measurements share: the provider, the database, and a folder for logs."""
+
+    provider: str
+    dsn: str
+    postgres: int
+    folder: Path
+
+    async def measure(self, scenario: Scenario, subject: Subject) -> Measurement:
+        async with self._serving(subject) as target:
+            await self._load(target, WARM_UP)
+            await asyncio.sleep(_SETTLE_S)
+            empty = processes.memory_bytes(target.pid) if target.pid else 0
+            start = _start()
+            load = asyncio.create_task(self._load(target, scenario, start))
+            before, after, full = await self._weigh(target, scenario, start, load)
+            answers = await load
+        measurement = Measurement(errors=_errors(answers))
+        measurement.figures |= _latencies(answers, scenario) | _speed(answers)
+        if target.pid:
+            measurement.figures |= _costs(answers, before, after)
+            measurement.figures["memory"] = (full - empty) / 1024 / scenario.streams
+        return measurement
+
+    async def accept(self, posts: int = POSTS) -> Measurement:
+        """CPU from a request to "accepted", opening the call to the provider included."""
+        async with self._serving("parley") as target:
+            await self._load(target, WARM_UP)
+            await asyncio.sleep(_SETTLE_S)
+            before = self._weights(target)
+            answers = await self._post(target, posts)
+            after = self._weights(target)
+            await _idle(target.port)
+        python = (after.python_s - before.python_s) / posts * 1e3
+        postgres = (after.postgres_s - before.postgres_s) / posts * 1e3
+        return Measurement({"python": python, "postgres": postgres, "cpu": python + postgres}, _errors(answers))
+
+    @asynccontextmanager
+    async def _serving(self, subject: Subject) -> AsyncIterator[_Target]:
+        """A fresh process, so that no measurement finds what an earlier one left in memory."""
+        port, log = processes.free_port(), self.folder / f"{subject}.log"
+        if subject == "provider":
+            yield _Target(subject, urlsplit(self.provider).port or 80, "/v1/chat/completions")
+        elif subject == "parley":
+            environment = {"DATABASE_URL": self.dsn, "PARLEY_PORT": str(port)}
+            async with processes.running("app", "serve", log=log, environment=environment) as process:
+                await processes.answered(f"http://127.0.0.1:{port}/readyz", process)
+                yield _Target(subject, port, "/api/process-message", process.pid)
+        else:
+            arguments = ("scripts.bench.passthrough", str(port), self.provider)
+            async with processes.running(*arguments, log=log) as process:
+                await processes.first_line(process)
+                yield _Target(subject, port, _PASSTHROUGHS[subject], process.pid)
+
+    async def _load(self, target: _Target, scenario: Scenario, start: int | None = None) -> list[Answer]:
+        job = Job(
+            target.subject,
+            target.port,
+            target.path,
+            _body(target.subject, scenario),
+            scenario.tokens,
+            lanes=scenario.streams,
+            start=start or monotonic_ns(),
+            ramp_s=scenario.ramp_s,
+            rounds=scenario.rounds,
+            timeout_s=60 + 2 * scenario.seconds,
+        )
+        return await _played(job)
+
+    async def _post(self, target: _Target, posts: int) -> list[Answer]:
+        body = {"chatbot_id": "thinking", "message_text": "Take your time."}
+        start = monotonic_ns()
+        job = Job("parley", target.port, target.path, body, 0, lanes=1, start=start, rounds=posts, reading=False)
+        return await _played(job)
+
+    async def _weigh(
+        self, target: _Target, scenario: Scenario, start: int, load: asyncio.Task[list[Answer]]
+    ) -> tuple[_Weights, _Weights, int]:
+        """The weights around the time in which all streams are open, and the memory at its end."""
+        if not scenario.delay_ms:
+            before = self._weights(target)
+            await asyncio.wait([load])
+            return before, self._weights(target), 0
+        await _until(start + (scenario.ramp_s + scenario.first_s + _SETTLE_S) * 1e9)
+        before = self._weights(target)
+        await _until(start + (scenario.seconds - scenario.delay_ms / 1000) * 1e9)
+        after = self._weights(target)
+        return before, after, processes.memory_bytes(target.pid) if target.pid else 0
+
+    def _weights(self, target: _Target) -> _Weights:
+        python_s = processes.cpu_s(target.pid) if target.pid else 0
+        return _Weights(monotonic_ns(), python_s, processes.cpu_s(self.postgres))
+
+
+def _start() -> int:
+    return monotonic_ns() + int(_LEAD_S * 1e9)
+
+
+async def _until(moment: float) -> None:
+    await asyncio.sleep(max(moment - monotonic_ns(), 0) / 1e9)
+
+
+def _body(subject: Subject, scenario: Scenario) -> dict[str, object]:
+    if subject == "parley":
+        return {"chatbot_id": scenario.name, "message_text": "Hello."}
+    return {"model": scenario.model, "stream": True, "messages": [{"role": "user", "content": "Hello."}]}
+
+
+async def _played(job: Job) -> list[Answer]:
+    said = await processes.output("-m", "scripts.bench.load", given=orjson.dumps(asdict(job)))
+    return [Answer(**answer) for answer in orjson.loads(said)]
+
+
+async def _idle(port: int) -> None:
+    """Wait until the answers that nobody read have ended, as a stop of the gateway would."""
+    async with asyncio.timeout(60):
+        while await asyncio.to_thread(processes.active_streams, port):
+            await asyncio.sleep(0.2)
+
+
+def _errors(answers: list[Answer]) -> Counter[str]:
+    return Counter(answer.error for answer in answers if answer.error)
+
+
+def _latencies(answers: list[Answer], scenario: Scenario) -> dict[str, float]:
+    """From the provider's sending to the reader's receiving; to the first token from the request, less its pace."""
+    events = [b - a for answer in answers for a, b in zip(answer.sent, answer.arrived, strict=True)]
+    firsts = [answer.arrived[0] - answer.asked - scenario.first_s * 1e9 for answer in answers if answer.arrived]
+    return {
+        "first_p50": _percentile(firsts, 50) / 1e6,
+        "first_p99": _percentile(firsts, 99) / 1e6,
+        "event_p50": _percentile(events, 50) / 1e6,
+        "event_p99": _percentile(events, 99) / 1e6,
+    }
+
+
+def _percentile(values: list[float] | list[int], percent: int) -> float:
+    """The nearest rank; 0 where nothing came."""
+    return sorted(values)[max(0, -(-len(values) * percent // 100) - 1)] if values else 0
+
+
+def _speed(answers: list[Answer]) -> dict[str, float]:
+    arrived = [at for answer in answers for at in answer.arrived]
+    took_ns = max(arrived, default=0) - min((answer.asked for answer in answers), default=0)
+    return {"tokens": len(arrived), "rate": len(arrived) / took_ns * 1e9 if arrived else 0}
+
+
+def _costs(answers: list[Answer], before: _Weights, after: _Weights) -> dict[str, float]:
+    """Microseconds of CPU per token that arrived between the two weighings."""
+    arrived = sum(before.at <= at < after.at for answer in answers for at in answer.arrived)
+    python, postgres = after.python_s - before.python_s, after.postgres_s - before.postgres_s
+    per_token = 1e6 / max(arrived, 1)
+    return {"python": python * per_token, "postgres": postgres * per_token, "cpu": (python + postgres) * per_token}
+
+
+async def import_cpu_s() -> float:
+    """CPU seconds of a fresh interpreter that imports the whole app."""
+    return float(await processes.output("-c", "import app.main, time; print(time.process_time())"))
+
+
+@asynccontextmanager
+async def bench(folder: Path, scenarios: tuple[Scenario, ...]) -> AsyncIterator[Bench]:
+    """A database, a provider and a chatbot per scenario."""
+    port = processes.free_port()
+    async with (
+        processes.postgres(folder / "data") as (server, postgres),
+        processes.running("app", "demo-provider", "--port", str(port), log=folder / "demo.log") as provider,
+    ):
+        await processes.first_line(provider)
+        url = f"http://127.0.0.1:{port}/v1"
+        file = folder / "chatbots.yaml"
+        file.write_text("\n".join(chatbots(url, scenarios)))
+        environment = {"DATABASE_URL": server.dsn}
+        await processes.output("-m", "app", "migrate", environment=environment)
+        await processes.output("-m", "app", "apply", str(file), environment=environment)
+        yield Bench(url, server.dsn, postgres, folder)
