@@ -175,9 +175,20 @@ async def test_it_stops_at_once_under_open_streams_and_frees_its_port() -> None:
 async def test_signal_handlers_and_current_task_are_left_alone() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     tasks = asyncio.all_tasks()
-    async with demo_provider():
+    async with demo_provider() as url, httpx2.AsyncClient(trust_env=False) as client:
+        await client.get(f"{url}/models")
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert asyncio.all_tasks() == tasks
+
+
+async def test_a_reset_is_a_tcp_reset(demo_url: str) -> None:
+    body = json.dumps({**asked("Hi", "demo?fault=reset&delay_ms=0"), "stream": True}).encode()
+    port = int(demo_url.split(":")[2].split("/")[0])
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: demo\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    with pytest.raises(ConnectionResetError):
+        await reader.read(-1)
+    writer.close()
 
 
 def test_fault_names_are_unambiguous() -> None:
