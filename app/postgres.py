@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
 import asyncpg
@@ -19,7 +20,8 @@ else:
 OLDEST = 15
 # How long a request waits for a free connection before it is told that the database is away (G12: under 2 s).
 ACQUIRE_S = 1.5
-_CONFLICT_TRIES = 5
+# How long a transaction that loses conflicts is tried again; a lock wait alone takes lock_timeout.
+_CONFLICT_S = 4.0
 
 # What a broken connection or a server that is starting, stopping or full looks like; nothing else may be retried.
 AWAY = (
@@ -127,14 +129,18 @@ T = TypeVar("T")
 async def retry_conflicts(work: Callable[[], Awaitable[T]]) -> T:
     """Run a whole transaction again when it lost a deadlock, a serialization conflict or a lock wait (D11).
 
-    Raises Unavailable when it loses every time, or when the database is away.
+    Raises Unavailable when it keeps losing, or when the database is away.
     """
-    for tried in range(1, _CONFLICT_TRIES + 1):
+    give_up_at, pause = monotonic() + _CONFLICT_S, 0.02
+    while True:
         try:
             return await work()
-        except CONFLICT:
-            if tried < _CONFLICT_TRIES:
-                await asyncio.sleep(0.01 * 2**tried)
+        except CONFLICT as error:
+            if monotonic() + pause > give_up_at:
+                raise Unavailable(
+                    "database_busy", "Others hold the rows this needs; try again.", retry_after=1
+                ) from error
         except AWAY as error:
             raise Unavailable("database_unavailable", f"The database is away: {why(error)}", retry_after=2) from error
-    raise Unavailable("database_busy", "Others hold the rows this needs; try again.", retry_after=1)
+        await asyncio.sleep(pause)
+        pause *= 2

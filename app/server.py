@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
 
 import uvicorn
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from app.errors import Misconfigured
+from app.errors import Misconfigured, ParleyError
 from app.main import Life, create_app
 from app.settings import Settings
 
@@ -25,6 +25,15 @@ class _Server(uvicorn.Server):
         # uvicorn would close its listeners at once on SIGTERM; whoever runs us decides when to leave.
         yield
 
+    async def on_tick(self, counter: int) -> bool:
+        # uvicorn would go on listening for an app whose lifespan has crashed: alive for ever, never ready again.
+        return await super().on_tick(counter) or self.lifespan.error_occurred
+
+    async def serve_until_told(self, listener: socket.socket) -> None:
+        await self.serve(sockets=[listener])
+        if self.lifespan.error_occurred:
+            raise ParleyError("crashed", "The server ended because something inside it failed; the log says what.")
+
 
 def bind(host: str, port: int) -> socket.socket:
     """A listening socket. Raises Misconfigured with what to do where the port is taken."""
@@ -33,12 +42,12 @@ def bind(host: str, port: int) -> socket.socket:
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         raise Misconfigured(
             "port_taken", f"Cannot listen on {host}:{port} ({error.strerror}); set PARLEY_PORT or PARLEY_HOST."
         ) from None
-    listener.listen(_BACKLOG)
     return listener
 
 
@@ -62,15 +71,32 @@ def signals() -> asyncio.Event:
 async def gateway(settings: Settings, life: Life | None = None) -> AsyncGenerator[str, None]:
     """A gateway listening while the block runs; yields its URL. Leaving the block drains it.
 
-    It listens before its database is there; `life.serving` is set once it takes messages.
+    It listens before its database is there; `life.serving` is set once it takes messages. Raises ParleyError, in a
+    group, when the app crashes.
     """
     life = life or Life()
-    async with serving(create_app(settings, life), settings.host, settings.port) as url:
+    app = _Ending(create_app(settings, life), life)
+    async with serving(app, settings.host, settings.port) as url:
         try:
             yield url
         finally:
             life.leave.set()
             await life.drained.wait()
+
+
+class _Ending:
+    """ASGI: an app whose lifespan is over has drained, also when a crash was the end of it."""
+
+    def __init__(self, app: ASGIApp, life: Life) -> None:
+        self._app = app
+        self._life = life
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            if scope["type"] == "lifespan":
+                self._life.drained.set()
 
 
 @asynccontextmanager
@@ -90,11 +116,13 @@ async def serving(app: ASGIApp, host: str, port: int) -> AsyncGenerator[str, Non
         )
     )
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(server.serve(sockets=[listener]))
+        running = tasks.create_task(server.serve_until_told(listener))
         try:
-            while not server.started:
+            while not server.started and not running.done():
                 await asyncio.sleep(0.01)
             name = f"[{host}]" if ":" in host else host
             yield f"http://{name}:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
+            # Here, not in the task group: after an error in the block that would cancel it instead of waiting.
+            await asyncio.wait([running])

@@ -1,0 +1,58 @@
+"""A gateway, its demo provider and a client, as a test of flows needs them."""
+
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+import httpx2
+import pytest
+
+from app.demo.server import demo_provider
+from tests.serving import apply_demo, serving
+from tests.sse import Frame, read_stream
+
+
+@dataclass
+class House:
+    client: httpx2.AsyncClient
+    database: asyncpg.Connection
+    demo: str
+
+    async def post(self, chatbot: str = "quick", **fields: Any) -> httpx2.Response:
+        body = {"user_id": "ann", "chatbot_id": chatbot, "message_text": "Hello", **fields}
+        return await self.client.post("/api/process-message", json=body)
+
+    async def ask(self, chatbot: str = "quick", **fields: Any) -> tuple[dict[str, Any], list[Frame]]:
+        """The answer to the POST and all frames of the stream."""
+        response = await self.post(chatbot, **fields)
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        return answer, await read_stream(self.client, answer["streaming_url"])
+
+    async def count(self, table: str) -> int:
+        number: int = await self.database.fetchval(f"select count(*) from {table}")
+        return number
+
+
+Open = Callable[..., AbstractAsyncContextManager[House]]
+
+
+@pytest.fixture
+def house(database: str) -> Open:
+    """`async with house(models={chatbot: model}, **settings) as home`."""
+
+    @asynccontextmanager
+    async def open_house(models: dict[str, str] | None = None, **settings: Any) -> AsyncGenerator[House, None]:
+        chatbots = {"quick": "demo?delay_ms=0&tokens=20", **(models or {})}
+        async with demo_provider() as url:
+            await apply_demo(database, url, chatbots)
+            connection = await asyncpg.connect(database)
+            try:
+                async with serving(database, drain_s=0, **settings) as client:
+                    yield House(client, connection, url)
+            finally:
+                await connection.close()
+
+    return open_house

@@ -1,0 +1,152 @@
+"""A message goes in, a durable answer streams out; each fault ends it the way the fault list says."""
+
+import pytest
+
+from tests.flows.conftest import House, Open
+from tests.sse import Frame, read_stream
+
+
+def kinds(frames: list[Frame]) -> list[str]:
+    """Event kinds in order, neighbouring tokens once."""
+    names = [frame.event for frame in frames]
+    return [name for before, name in zip([None, *names], names, strict=False) if name != "token" or before != "token"]
+
+
+def text(frames: list[Frame]) -> str:
+    return "".join(frame.data["data"]["token"] for frame in frames if frame.event == "token")
+
+
+async def saved(home: House, session_id: str) -> list[tuple[str, str, str]]:
+    rows = await home.database.fetch(
+        "select role, status, content from messages where chat_id = $1 order by position", session_id
+    )
+    return [(row["role"], row["status"], row["content"]) for row in rows]
+
+
+async def test_the_whole_way(house: Open) -> None:
+    async with house() as home:
+        answer, frames = await home.ask(message_text="What is this?")
+        assert answer["success"] is True
+        assert answer["flow_type"] == "main"
+        assert answer["streaming_url"] == f"/api/stream-events/{answer['streaming_session_id']}"
+        assert kinds(frames) == ["stream_start", "flow_start", "token", "flow_end", "message", "stream_end"]
+        assert [frame.number for frame in frames] == list(range(1, len(frames) + 1))
+        assert frames[0].id == f"{answer['streaming_session_id']}:1"
+        assert frames[-1].data["data"] == {
+            "status": "completed",
+            "usage": {"prompt_tokens": 4, "completion_tokens": 20},
+        }
+        assert await saved(home, answer["session_id"]) == [
+            ("user", "complete", "What is this?"),
+            ("assistant", "complete", text(frames)),
+        ]
+        message = frames[-2].data["data"]["message_id"]
+        assert await home.database.fetchval("select content from messages where id = $1", message) == text(frames)
+
+
+async def test_the_rows_that_existing_users_query(house: Open) -> None:
+    async with house() as home:
+        answer, frames = await home.ask()
+        row = await home.database.fetchrow(
+            "select * from streaming_sessions where id = $1", answer["streaming_session_id"]
+        )
+        assert row is not None
+        assert (row["status"], row["last_event_id"]) == ("completed", len(frames))
+        assert await home.database.fetchval("select status from conversation_sessions") == "idle"
+        figures = await home.database.fetchrow("select * from conversation_processing_metrics")
+        assert figures is not None
+        assert (figures["status"], figures["events"], figures["completion_tokens"]) == ("completed", len(frames), 20)
+        assert await home.database.fetchval("select outcome from usage_ledger") == "completed"
+
+
+FAULTS = {
+    "u3": ("fault=json_error", "upstream_", False),
+    "u6": ("fault=reset&after=5", "upstream_unavailable", True),
+    "u7": ("fault=eof&after=5", "upstream_unavailable", True),
+    "u8": ("fault=error&after=5", "upstream_", True),
+    "u12": ("fault=deep&after=0", "upstream_protocol", False),
+    "u14": ("fault=redirect", "upstream_", False),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+async def test_upstream_faults_end_the_stream_failed_and_keep_the_partial_text(house: Open, name: str) -> None:
+    wishes, code, partial = FAULTS[name]
+    async with house({"broken": f"demo?delay_ms=0&tokens=20&{wishes}"}, provider_retries=0) as home:
+        answer, frames = await home.ask("broken")
+        end = frames[-1].data["data"]
+        assert (frames[-1].event, end["status"]) == ("stream_end", "failed")
+        assert end["error"]["code"].startswith(code), end
+        assert [frame.event for frame in frames].count("stream_end") == 1
+        assert [frame.event for frame in frames].count("flow_error") == 1
+        messages = await saved(home, answer["session_id"])
+        assert messages[1:] == ([("assistant", "partial", text(frames))] if partial else [])
+        assert bool(text(frames)) is partial
+        assert await home.database.fetchval("select status from conversation_sessions") == "idle"
+        found = "select count(*) from conversation_processing_metrics where error_code = $1"
+        assert await home.database.fetchval(found, end["error"]["code"]) == 1
+
+
+async def test_u1_nobody_listens(house: Open) -> None:
+    async with house(provider_retries=0) as home:
+        await home.database.execute(
+            "update chatbots set configuration = replace(configuration, $1, 'http://127.0.0.1:9/v1')", home.demo
+        )
+        _, frames = await home.ask()
+        assert frames[-1].data["data"]["error"]["code"] == "upstream_unavailable"
+
+
+async def test_u2_failed_tries_before_the_first_token_leave_no_trace(house: Open) -> None:
+    async with house({"busy": "demo?delay_ms=0&tokens=9&fault=status&status=529&times=2&key=u2&retry_after=0"}) as home:
+        _, frames = await home.ask("busy")
+        assert kinds(frames) == ["stream_start", "flow_start", "token", "flow_end", "message", "stream_end"]
+        assert len([frame for frame in frames if frame.event == "token"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("wishes", "settings"),
+    [("fault=silent", {"first_token_timeout_s": 0.3}), ("fault=stall&after=5", {"gap_timeout_s": 0.3})],
+)
+async def test_u4_u5_silence_is_ended(house: Open, wishes: str, settings: dict[str, float]) -> None:
+    async with house({"silent": f"demo?delay_ms=0&tokens=20&{wishes}"}, provider_retries=0, **settings) as home:
+        answer, frames = await home.ask("silent")
+        assert frames[-1].data["data"]["error"]["code"] == "upstream_timeout"
+        assert bool(text(frames)) is ("stall" in wishes)
+        assert len(await saved(home, answer["session_id"])) == (2 if "stall" in wishes else 1)
+
+
+async def test_a_run_has_a_deadline(house: Open) -> None:
+    async with house({"slow": "demo?delay_ms=20&tokens=500"}, run_timeout_s=0.3) as home:
+        _, frames = await home.ask("slow")
+        assert frames[-1].data["data"]["error"]["code"] == "run_timeout"
+
+
+async def test_p12_a_huge_answer_is_cut(house: Open) -> None:
+    async with house({"huge": "demo?delay_ms=0&tokens=5000"}, answer_limit=2048) as home:
+        _, frames = await home.ask("huge")
+        assert frames[-1].data["data"]["status"] == "completed"
+        end = next(frame for frame in frames if frame.event == "flow_end")
+        assert end.data["data"]["finish_reason"] == "length"
+        assert 2048 <= len(text(frames).encode()) < 2048 + 8192
+
+
+async def test_a_missing_key_is_told_without_naming_it(house: Open) -> None:
+    async with house() as home:
+        replace = "update chatbots set configuration = replace(configuration, $1, $2)"
+        await home.database.execute(replace, '"api_key":null', '"api_key":"env:NO_SUCH_KEY"')
+        _, frames = await home.ask()
+        error = frames[-1].data["data"]["error"]
+        assert error["code"] == "flow_misconfigured"
+        assert "NO_SUCH_KEY" not in error["message"]
+
+
+async def test_g9_a_reader_leaving_does_not_end_the_run(house: Open) -> None:
+    async with house({"slow": "demo?delay_ms=10&tokens=40"}) as home:
+        answer = (await home.post("slow")).json()
+        url = answer["streaming_url"]
+        async with home.client.stream("GET", url, headers={"Accept": "text/event-stream"}) as response:
+            async for _ in response.aiter_raw():
+                break
+        frames = await read_stream(home.client, url)
+        assert frames[-1].data["data"]["status"] == "completed"
+        assert len([frame for frame in frames if frame.event == "token"]) == 40
