@@ -22,6 +22,8 @@ from app.flows.intake import Intake, Memory
 from app.flows.runner import Bounds, Runner
 from app.flows.takeover import Takeover
 from app.journal import Journal
+from app.openapi import Reference
+from app.operations import HEADERS, OPERATIONS
 from app.postgres import AWAY, Pool, open_pool, wait_for_database
 from app.providers.registry import Providers
 from app.providers.transport import Deadlines, Effort
@@ -57,18 +59,21 @@ class Life:
 
 def create_app(settings: Settings, life: Life | None = None) -> Starlette:
     """The gateway over `settings.database_url`, which may still be down: it serves as soon as the database does."""
+    reference = Reference(OPERATIONS, HEADERS)
     routes = [
         Route(
             "/api/process-message",
             flow_endpoints.process_message,
             methods=["POST"],
-            max_body_size=settings.body_limit,
+            middleware=[Middleware(problems.BodyLimit, settings.body_limit)],
         ),
         Route("/api/stream-events/{stream_id}", stream_endpoints.stream_events),
         Route("/api/conversation-health", health.conversation_health),
         Route("/livez", health.livez),
         Route("/readyz", health.readyz),
         Route("/metrics", health.metrics),
+        Route("/openapi.json", reference.openapi),
+        Route("/docs", reference.docs),
     ]
     return Starlette(
         routes=routes,

@@ -5,9 +5,11 @@ from typing import Any, TypedDict
 
 import orjson
 import structlog
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequest, NotFound, ParleyError, TooLarge, Unavailable, to_problem
 from app.journal import Journal
@@ -32,10 +34,37 @@ def _of_http(error: HTTPException) -> ParleyError:
             return NotFound("route_unknown", "There is nothing at this path; /docs lists what there is.")
         case 405:
             return _MethodNotAllowed("method_not_allowed", "This path does not take that method.")
-        case 413:
-            return TooLarge("body_too_large", "The request body is larger than this route takes.")
         case _:
             return BadRequest("bad_request", "The request could not be understood.")
+
+
+class BodyLimit:
+    """ASGI middleware: a body over `limit` bytes is refused as soon as that shows, whether it is declared or not.
+
+    Starlette's own answers a declared one in plain text, whatever the handlers below say.
+    """
+
+    def __init__(self, app: ASGIApp, limit: int) -> None:
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        declared = Headers(scope=scope).get("content-length", "0")
+        read = 0
+
+        async def bounded() -> Message:
+            nonlocal read
+            self._check(int(declared) if declared.isdecimal() else 0)
+            message = await receive()
+            read += len(message.get("body", b""))
+            self._check(read)
+            return message
+
+        await self._app(scope, bounded, send)
+
+    def _check(self, size: int) -> None:
+        if size > self._limit:
+            raise TooLarge("body_too_large", f"The request body is larger than {self._limit} bytes.")
 
 
 async def answer(request: Request[Any], error: Exception) -> Response:
@@ -46,6 +75,15 @@ async def answer(request: Request[Any], error: Exception) -> Response:
         return Response(status_code=204, headers=error.headers)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     return _respond(request, _translate(error), headers)
+
+
+async def answer_crash(request: Request[Any], error: Exception) -> Response:
+    """As `answer`; Starlette asks outside of all middleware, where nobody else names the request any more."""
+    given = request_id(request.scope) or ""
+    with structlog.contextvars.bound_contextvars(request_id=given):
+        response = await answer(request, error)
+    response.headers["X-Request-Id"] = given
+    return response
 
 
 def _translate(error: Exception) -> ParleyError:
@@ -72,6 +110,7 @@ def _respond(request: Request[Any], error: ParleyError, headers: dict[str, str])
 
 Handler = Callable[[Request[Any], Exception], Awaitable[Response]]
 
-HANDLERS: Mapping[Any, Handler] = dict.fromkeys(
-    (ParleyError, HTTPException, ClientDisconnect, *AWAY, Exception), answer
-)
+HANDLERS: Mapping[Any, Handler] = {
+    **dict.fromkeys((ParleyError, HTTPException, ClientDisconnect, *AWAY), answer),
+    Exception: answer_crash,
+}

@@ -1,0 +1,231 @@
+"""What every route takes and answers, as /openapi.json tells it: one entry per method and path of the route table."""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+from uuid import UUID
+
+import orjson
+from pydantic import BaseModel
+
+from app.flows.endpoints import ProcessAnswer, ProcessMessage
+from app.openapi import Answer, Content, Operation, Parameter
+from app.streams.endpoints import Page
+from app.streams.event import to_frames, to_object
+
+_STREAM = "0197c1a2-7b3c-7def-8a01-23456789abcd"
+_JSON = "application/json"
+
+
+class ConversationHealth(BaseModel):
+    """How this replica is. `active_streams` are the answers under way on it."""
+
+    status: Literal["healthy", "degraded", "unhealthy"]
+    database: Literal["connected", "disconnected"]
+    active_streams: int
+    timestamp: str
+
+
+class Liveness(BaseModel):
+    """The process runs."""
+
+    status: Literal["alive"]
+
+
+class Readiness(BaseModel):
+    """Whether new work may be sent here; all but `status` only with `?verbose`."""
+
+    status: Literal["ready", "not ready"]
+    database: Literal["connected", "disconnected"] | None = None
+    refusal: str | None = None
+    replica: str | None = None
+    version: str | None = None
+
+
+HEADERS: Mapping[str, str] = {
+    "X-Request-Id": "The id of this request: the given one if it is 1 to 64 letters, digits, `.`, `_` or `-`.",
+    "Retry-After": "Seconds after which another try makes sense.",
+    "Idempotent-Replayed": "`true` where this repeats the answer to an earlier request with the same key.",
+    "ETag": "Only once the stream has ended; send it back as If-None-Match.",
+    "Cache-Control": "`private, max-age=3600` for a stream that has ended, otherwise `no-store`; SSE is never cached.",
+    "Vary": "`Accept, Last-Event-ID`: both change the answer.",
+    "Content-Security-Policy": "Only the page's own script and style run; it talks to this server alone.",
+}
+
+_QUESTION: dict[str, Any] = {"user_id": "user-123", "chatbot_id": "demo", "message_text": "Hello"}
+_ACCEPTED: dict[str, Any] = {
+    "success": True,
+    "session_id": "5b6f1f0a-6a55-4a3e-9d3c-0d1b2c3d4e5f",
+    "streaming_session_id": _STREAM,
+    "flow_type": "main",
+    "streaming_url": f"/api/stream-events/{_STREAM}",
+    "status": "active",
+}
+_HELLO = '{"event":"token","data":{"token":"Hello","markers":{},"flow":"main"},"timestamp":"2024-01-01T12:00:00.000Z"}'
+_END = (
+    '{"event":"stream_end","data":{"status":"completed","usage":{"prompt_tokens":4,"completion_tokens":1}},'
+    '"timestamp":"2024-01-01T12:00:01.000Z"}'
+)
+_FRAMES = "retry: 1200\n" + to_frames(UUID(_STREAM), 2, [_HELLO, _END]).decode()
+_PAGE: dict[str, Any] = {
+    "events": [orjson.loads(to_object(2, _HELLO))],
+    "session_status": "active",
+    "last_event_id": 2,
+    "has_more": True,
+}
+
+_PROCESS_MESSAGE = Operation(
+    "Send a message",
+    "Answers as soon as the message is durable, before the model is asked; the answer streams at `streaming_url`. "
+    "`user_id`, `chatbot_id` and `message_text` are enough.\n\n"
+    "`message_text` may have 32 KiB, `conversation_history` 200 messages and 256 KiB, the body 4 MiB, unless the "
+    "server is configured otherwise. Without `session_id` a session is made; with one, the message goes to this "
+    "user's chat of that id, which is made if new. Without `conversation_history` the stored messages are the "
+    "history. `configuration` may set only what the chatbot allows.\n\n"
+    "With an `Idempotency-Key` or a `client_message_id` the request may be repeated: the same body gets the same "
+    "answer and starts nothing twice.",
+    answers={
+        200: Answer(
+            "The message is stored and its answer is on the way.",
+            {_JSON: Content(_ACCEPTED, ProcessAnswer)},
+            headers=["Idempotent-Replayed"],
+        )
+    },
+    parameters=[
+        Parameter(
+            "Idempotency-Key",
+            "header",
+            "1 to 256 printable characters, remembered per user for 24 hours unless configured otherwise. "
+            "It wins over `client_message_id`.",
+            {"type": "string", "minLength": 1, "maxLength": 256},
+        )
+    ],
+    body=Content(_QUESTION, ProcessMessage),
+    problems={
+        400: ["invalid_json", "bad_request"],
+        404: ["chatbot_unknown"],
+        409: ["session_busy", "message_exists"],
+        413: ["body_too_large"],
+        422: [
+            "invalid_request",
+            "message_too_long",
+            "history_too_long",
+            "images_unsupported",
+            "configuration_refused",
+            "idempotency_mismatch",
+        ],
+        503: ["starting", "draining", "overloaded", "replica_lost", "database_unavailable", "database_busy"],
+    },
+)
+
+
+def _number(default: float) -> dict[str, Any]:
+    return {"type": "number", "default": default}
+
+
+_CURSOR = {"type": "string", "pattern": "^([0-9a-fA-F-]{36}:)?[0-9]{1,10}$"}
+_STREAM_EVENTS = Operation(
+    "Read a stream",
+    "One URL for both kinds of readers: a page of JSON by default, server-sent events where `Accept` names "
+    "`text/event-stream`. Events have the ids 1, 2, 3 … without a gap, and any position can be read again.\n\n"
+    "A cursor is the id of the last event the reader has; `Last-Event-ID` wins over the query, and `after`, "
+    "`last_event_id` and `starting_after` mean the same. As SSE, a frame is `id: STREAM:ID`, `event: KIND`, and the "
+    "event object as `data:` in one line; a comment comes every 15 seconds; the server closes after `stream_end` and "
+    "after ten minutes at a frame boundary. A reader that cannot be served now gets 200, a `retry:` line and the "
+    "close, because browsers give up for ever on a 503.\n\n"
+    "Kinds: `stream_start`, `flow_selected`, `flow_start`, `token`, `flow_output`, `flow_end`, `flow_error`, "
+    "`flow_restart` (clear this flow's text), `message` (the answer is saved), `gap`, and last `stream_end`.",
+    answers={
+        200: Answer(
+            "Events after the cursor.",
+            {
+                _JSON: Content(_PAGE, Page),
+                "text/event-stream": Content(_FRAMES),
+            },
+            headers=["ETag", "Cache-Control", "Vary"],
+        ),
+        204: Answer("SSE only: the stream has ended and the reader has its last event. EventSource stops."),
+        304: Answer("JSON only: If-None-Match names the page's ETag.", headers=["ETag"]),
+    },
+    parameters=[
+        Parameter("stream_id", "path", "The `streaming_session_id`.", {"type": "string", "format": "uuid"}),
+        Parameter("Last-Event-ID", "header", "The cursor: a number, or the `id:` of a frame.", _CURSOR),
+        Parameter("after", "query", "The cursor; 0, the default, is the beginning.", _CURSOR),
+        Parameter("last_event_id", "query", "Means `after`.", _CURSOR),
+        Parameter("starting_after", "query", "Means `after`.", _CURSOR),
+        Parameter("limit", "query", "JSON only: most events in the page; at most 5,000.", _number(500)),
+        Parameter("wait", "query", "JSON only: wait so many seconds for the next event; at most 30.", _number(0)),
+        Parameter("If-None-Match", "header", "JSON only: the ETag of a page that the reader has."),
+    ],
+    problems={
+        400: ["bad_cursor", "bad_parameter"],
+        404: ["stream_unknown"],
+        410: ["stream_cleaned"],
+        503: ["database_unavailable"],
+    },
+)
+
+_HEALTH: dict[str, Any] = {
+    "status": "healthy",
+    "database": "connected",
+    "active_streams": 5,
+    "timestamp": "2024-01-01T12:00:00.000Z",
+}
+_CONVERSATION_HEALTH = Operation(
+    "Health for load balancers",
+    "`degraded` serves, but something needs an operator. `unhealthy` is no database, starting or stopping. "
+    "Answers within about a second even when the database hangs.",
+    answers={
+        200: Answer("Serving: healthy or degraded.", {_JSON: Content(_HEALTH, ConversationHealth)}),
+        503: Answer(
+            "Unhealthy: send no requests here.",
+            {_JSON: Content(_HEALTH | {"status": "unhealthy", "database": "disconnected"}, ConversationHealth)},
+        ),
+    },
+)
+_LIVEZ = Operation(
+    "Is the process alive?",
+    "Asks the process and its loop only, so that no outage elsewhere restarts it.",
+    answers={200: Answer("Alive.", {_JSON: Content({"status": "alive"}, Liveness)})},
+)
+_READYZ = Operation(
+    "May new work be sent here?",
+    "The database answers, its schema fits, and the server is not stopping.",
+    answers={
+        200: Answer("Ready.", {_JSON: Content({"status": "ready"}, Readiness)}),
+        503: Answer("Not ready.", {_JSON: Content({"status": "not ready"}, Readiness)}),
+    },
+    parameters=[
+        Parameter("verbose", "query", "Present, whatever its value: say why."),
+    ],
+)
+_METRICS = Operation(
+    "Prometheus metrics",
+    "In Prometheus' text format; docs/operating.md says what each means.",
+    answers={
+        200: Answer(
+            "The metrics of this replica.",
+            {"text/plain": Content("# TYPE parley_active_streams gauge\nparley_active_streams 5.0\n")},
+        )
+    },
+)
+_OPENAPI = Operation(
+    "This document",
+    "OpenAPI 3.1.",
+    answers={200: Answer("The document.", {_JSON: Content({"openapi": "3.1.0"}, schema={"type": "object"})})},
+)
+_DOCS = Operation(
+    "This API to read and try",
+    "A page that needs nothing but this server.",
+    answers={200: Answer("The page.", {"text/html": Content("<!doctype html>")}, headers=["Content-Security-Policy"])},
+)
+
+OPERATIONS: Mapping[tuple[str, str], Operation] = {
+    ("POST", "/api/process-message"): _PROCESS_MESSAGE,
+    ("GET", "/api/stream-events/{stream_id}"): _STREAM_EVENTS,
+    ("GET", "/api/conversation-health"): _CONVERSATION_HEALTH,
+    ("GET", "/livez"): _LIVEZ,
+    ("GET", "/readyz"): _READYZ,
+    ("GET", "/metrics"): _METRICS,
+    ("GET", "/openapi.json"): _OPENAPI,
+    ("GET", "/docs"): _DOCS,
+}

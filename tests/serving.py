@@ -1,0 +1,47 @@
+"""A real gateway on loopback and a client of it, for the tests that look from outside."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import httpx2
+
+from app.flows import chatbots, config
+from app.server import gateway
+from app.settings import load
+
+
+@asynccontextmanager
+async def client_of(url: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
+    async with httpx2.AsyncClient(base_url=url, trust_env=False, timeout=10) as client:
+        yield client
+
+
+@asynccontextmanager
+async def serving(database: str, **settings: Any) -> AsyncGenerator[httpx2.AsyncClient, None]:
+    """A client of a gateway that is ready."""
+    async with gateway(load(database_url=database, port=0, **settings)) as url, client_of(url) as client:
+        await until_ready(client)
+        yield client
+
+
+async def until_ready(client: httpx2.AsyncClient) -> None:
+    """Ask until new work is taken, for ten seconds at most."""
+    async with asyncio.timeout(10):
+        while (await client.get("/readyz")).status_code != 200:
+            pass
+
+
+async def apply_demo(database: str, base_url: str, models: Mapping[str, str]) -> None:
+    """Make chatbots of these ids, each with its model of the demo provider."""
+    file = {
+        "providers": {"demo": {"kind": "openai", "base_url": base_url}},
+        "chatbots": {name: {"flows": {"main": {"provider": "demo", "model": model}}} for name, model in models.items()},
+    }
+    connection = await asyncpg.connect(database)
+    try:
+        await chatbots.apply(connection, config.parse(str(file)))
+    finally:
+        await connection.close()
