@@ -10,8 +10,9 @@ import tempfile
 import threading
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
@@ -19,6 +20,9 @@ import asyncpg
 import pytest
 
 from app.embedded import embedded_postgres
+
+if TYPE_CHECKING:
+    from tests.house import Open
 
 T = TypeVar("T")
 
@@ -122,3 +126,11 @@ def empty_database(server: Server) -> Iterator[str]:
     name = server.create()
     yield server.dsn_of(name)
     server.drop(name)
+
+
+@pytest.fixture
+def house(database: str) -> "Open":
+    """`async with house({chatbot: model}, **settings) as home`: a gateway in this process."""
+    from tests.house import open_house
+
+    return partial(open_house, database)

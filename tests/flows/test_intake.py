@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.flows.conftest import House, Open
+from tests.house import House, Open
 from tests.sse import read_stream
 
 ROWS = ("conversation_sessions", "streaming_sessions", "streaming_events", "chats", "messages", "idempotency_keys")

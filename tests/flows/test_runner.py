@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.flows.conftest import House, Open
+from tests.house import House, Open
 from tests.sse import Frame, read_stream
 
 

@@ -1,4 +1,4 @@
-"""A gateway, its demo provider and a client, as a test of flows needs them."""
+"""A gateway, its demo provider, a client and a look into the database, all in this process."""
 
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -7,7 +7,6 @@ from typing import Any
 
 import asyncpg
 import httpx2
-import pytest
 
 from app.demo.server import demo_provider
 from tests.serving import apply_demo, serving
@@ -39,20 +38,17 @@ class House:
 Open = Callable[..., AbstractAsyncContextManager[House]]
 
 
-@pytest.fixture
-def house(database: str) -> Open:
-    """`async with house(models={chatbot: model}, **settings) as home`."""
-
-    @asynccontextmanager
-    async def open_house(models: dict[str, str] | None = None, **settings: Any) -> AsyncGenerator[House, None]:
-        chatbots = {"quick": "demo?delay_ms=0&tokens=20", **(models or {})}
-        async with demo_provider() as url:
-            await apply_demo(database, url, chatbots)
-            connection = await asyncpg.connect(database)
-            try:
-                async with serving(database, drain_s=0, **settings) as client:
-                    yield House(client, connection, url)
-            finally:
-                await connection.close()
-
-    return open_house
+@asynccontextmanager
+async def open_house(
+    database: str, models: dict[str, str] | None = None, **settings: Any
+) -> AsyncGenerator[House, None]:
+    """Chatbots with the models given, beside `quick`, and a gateway with the settings given."""
+    chatbots = {"quick": "demo?delay_ms=0&tokens=20", **(models or {})}
+    async with demo_provider() as url:
+        await apply_demo(database, url, chatbots)
+        connection = await asyncpg.connect(database)
+        try:
+            async with serving(database, **{"drain_s": 0, **settings}) as client:
+                yield House(client, connection, url)
+        finally:
+            await connection.close()
