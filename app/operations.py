@@ -157,7 +157,7 @@ _STREAM_EVENTS = Operation(
         Parameter("If-None-Match", "header", "JSON only: the ETag of a page that the reader has."),
     ],
     problems={
-        400: ["bad_cursor", "bad_parameter"],
+        400: ["bad_cursor", "cursor_beyond_end", "bad_parameter"],
         404: ["stream_unknown"],
         410: ["stream_cleaned"],
         503: ["database_unavailable"],
