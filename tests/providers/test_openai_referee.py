@@ -1,13 +1,14 @@
 """Ours against the official SDK on the same raw bytes: the same text when a stream is whole, an error when it is not.
 
 Where they are known to differ the SDK is not the standard: it loses the first event after a BOM, fails on events
-without data, and takes a truncated stream for an answer. test_sse.py and test_openai.py cover those.
+without data and on characters cut in two, and takes a truncated stream for an answer. test_sse.py and test_openai.py
+cover those.
 """
 
 import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import openai
@@ -150,4 +151,5 @@ async def test_a_truncated_stream_is_an_error_after_the_same_text(
     assert error is not None
     assert finish_of(chunks) is None
     if politely:
-        assert storable(await both.by_sdk()).startswith(text_of(chunks))
+        with suppress(UnicodeDecodeError):  # the SDK's own answer to a line cut inside a character
+            assert storable(await both.by_sdk()).startswith(text_of(chunks))

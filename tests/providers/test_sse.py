@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from app.providers.provider import ProviderError
@@ -53,6 +53,7 @@ STREAMS = st.lists(PIECES, max_size=40).map(b"".join)
 CUTS = st.lists(st.integers(0, 200), max_size=30)
 
 
+@settings(deadline=None)
 @given(stream=STREAMS, cuts=CUTS)
 @example(stream=b"\xef\xbb\xbfdata: x\r\n\r\n", cuts=[1, 2, 3, 11, 12])
 @example(stream=b"data: x\r\rdata: y\r\n\r\n", cuts=[8, 9])
@@ -63,6 +64,7 @@ def test_any_cut_gives_what_the_standard_gives(stream: bytes, cuts: list[int]) -
     assert decoded(bytes([byte]) for byte in stream) == (expected, None)
 
 
+@settings(deadline=None)
 @given(stream=STREAMS, cuts=CUTS, limit=st.integers(1, 24))
 def test_a_limit_strikes_at_the_same_place_however_the_bytes_are_cut(
     stream: bytes, cuts: list[int], limit: int
