@@ -53,7 +53,7 @@ def _arguments() -> argparse.Namespace:
 
 
 async def _measure(folder: Path, report: Report, scenarios: tuple[Scenario, ...], *, runs: int, posts: int) -> None:
-    async with bench(folder, scenarios) as workbench:
+    async with bench(folder, scenarios, posts) as workbench:
         await import_cpu_s()  # compiles what was never imported
         for run in range(1, runs + 1):
             for scenario in scenarios:

@@ -14,11 +14,11 @@ import orjson
 from scripts.bench import processes
 from scripts.bench.answer import Answer, Subject
 from scripts.bench.load import Job
-from scripts.bench.scenarios import POSTS, WARM_UP, Scenario, chatbots
+from scripts.bench.scenarios import WARM_UP, Scenario, chatbots
 
 _PASSTHROUGHS: dict[Subject, str] = {"passthrough": "/chat", "relay": "/relay"}
 # From starting the load process to its first request.
-_LEAD_S = 1.0
+_LEAD_S = 0.6
 _SETTLE_S = 0.3
 
 
@@ -72,7 +72,7 @@ class Bench:
             measurement.figures["memory"] = (full - empty) / 1024 / scenario.streams
         return measurement
 
-    async def accept(self, posts: int = POSTS) -> Measurement:
+    async def accept(self, posts: int) -> Measurement:
         """CPU from a request to "accepted", opening the call to the provider included."""
         async with self._serving("parley") as target:
             await self._load(target, WARM_UP)
@@ -209,7 +209,7 @@ async def import_cpu_s() -> float:
 
 
 @asynccontextmanager
-async def bench(folder: Path, scenarios: tuple[Scenario, ...]) -> AsyncIterator[Bench]:
+async def bench(folder: Path, scenarios: tuple[Scenario, ...], posts: int) -> AsyncIterator[Bench]:
     """A database, a provider and a chatbot per scenario."""
     port = processes.free_port()
     async with (
@@ -219,7 +219,7 @@ async def bench(folder: Path, scenarios: tuple[Scenario, ...]) -> AsyncIterator[
         await processes.first_line(provider)
         url = f"http://127.0.0.1:{port}/v1"
         file = folder / "chatbots.yaml"
-        file.write_text("\n".join(chatbots(url, scenarios)))
+        file.write_text("\n".join(chatbots(url, scenarios, posts)))
         environment = {"DATABASE_URL": server.dsn}
         await processes.output("-m", "app", "migrate", environment=environment)
         await processes.output("-m", "app", "apply", str(file), environment=environment)

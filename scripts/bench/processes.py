@@ -49,11 +49,11 @@ def _tree(root: int) -> Iterator[int]:
 
 
 def memory_bytes(pid: int) -> int:
-    """The proportional set size: what would be free without this process."""
+    """Anonymous memory. Not the proportional set: that shrinks when another process maps the same libraries."""
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith("Anonymous:"):
             return int(line.split()[1]) * 1024
-    raise Failed("the kernel tells no Pss")
+    raise Failed("the kernel tells nothing of anonymous memory")
 
 
 def free_port() -> int:
@@ -73,11 +73,13 @@ async def postgres(folder: Path) -> AsyncIterator[tuple[EmbeddedPostgres, int]]:
 
 @asynccontextmanager
 async def running(*arguments: str, log: Path, environment: Mapping[str, str] | None = None) -> AsyncIterator[Process]:
-    """`python -m ARGUMENTS` while the block runs, its standard error in `log`."""
+    """`python -m ARGUMENTS` while the block runs, its standard error in `log`; its end is told where this fails."""
     with log.open("ab") as errors:
         process = await _started(arguments, environment, errors.fileno())
     try:
         yield process
+    except Failed as error:
+        raise Failed(f"{error}: {log.read_text()[-2000:]}") from error
     finally:
         await _stop(process)
 
@@ -112,7 +114,7 @@ async def first_line(process: Process) -> str:
     async with asyncio.timeout(_READY_S):
         line = await process.stdout.readline()
     if not line:
-        raise Failed("a server died at its start; see its log")
+        raise Failed("a server died at its start")
     return line.decode().strip()
 
 
@@ -121,7 +123,7 @@ async def answered(url: str, process: Process) -> None:
     async with asyncio.timeout(_READY_S):
         while await asyncio.to_thread(_status, url) != 200:
             if process.returncode is not None:
-                raise Failed("a server died at its start; see its log")
+                raise Failed("a server died at its start")
             await asyncio.sleep(0.05)
 
 

@@ -63,14 +63,15 @@ SCENARIOS = (
 
 # Messages to a provider that thinks long enough for none of its answers to fall into the measuring.
 POSTS = 500
-THINKING = "demo?clock=1&tokens=1&delay_ms=0&first_ms=10000"
+_PER_POST_MS = 20
 WARM_UP = Scenario("warm", "warm-up", 8, 30, 2)
 
 
-def chatbots(provider: str, scenarios: tuple[Scenario, ...]) -> Iterator[str]:
+def chatbots(provider: str, scenarios: tuple[Scenario, ...], posts: int) -> Iterator[str]:
     """The lines of a chatbots file with a chatbot per scenario."""
     yield f'providers: {{demo: {{kind: openai, base_url: "{provider}"}}}}'
     yield "chatbots:"
-    models = {scenario.name: scenario.model for scenario in (*scenarios, WARM_UP)} | {"thinking": THINKING}
+    models = {scenario.name: scenario.model for scenario in (*scenarios, WARM_UP)}
+    models["thinking"] = f"demo?clock=1&tokens=1&delay_ms=0&first_ms={1000 + posts * _PER_POST_MS}"
     for name, model in models.items():
         yield f'  {name}: {{flows: {{main: {{provider: demo, model: "{model}"}}}}}}'

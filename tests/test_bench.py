@@ -1,0 +1,36 @@
+"""The benchmark runs and prints its figures. No figure is judged here: machines differ, and tests run side by side."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+_ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="costs are read from /proc")
+
+
+async def test_it_prints_every_figure_and_finds_no_answer_wrong() -> None:
+    said, errors, code = await _bench("--runs", "1", "--scale", "0.02", "--only", "pace")
+    assert code == 0, said + errors
+    assert "| per event, p50, ms |" in said
+    assert "### 20 streams" in said
+    rows = {cells[0]: cells[1:] for line in said.splitlines() if (cells := _cells(line))}
+    assert [float(cell) for cell in rows["errors"][:4]] == [0, 0, 0, 0]
+    assert float(rows["import of the app, CPU seconds"][0]) > 0
+    assert float(rows["request to accepted, both, ms"][0].replace(",", "")) > 0
+    assert all(len(cells) in (2, 5) for cells in rows.values())
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else []
+
+
+async def _bench(*arguments: str) -> tuple[str, str, int | None]:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "scripts.bench", *arguments, cwd=_ROOT, stdout=-1, stderr=-1
+    )
+    async with asyncio.timeout(180):
+        said, errors = await process.communicate()
+    return said.decode(), errors.decode(), process.returncode
