@@ -129,6 +129,14 @@ async def test_a_body_over_the_limit_is_a_problem_declared_or_not(client: httpx2
     _check_problem(response, 400, "invalid_json")
 
 
+async def test_a_declared_body_over_the_limit_is_not_waited_for(client: httpx2.AsyncClient) -> None:
+    said = await _raw(
+        str(client.base_url),
+        b"POST /api/process-message HTTP/1.1\r\nHost: here\r\nContent-Length: %d\r\n\r\n" % (_LIMIT + 1),
+    )
+    assert said.startswith(b"HTTP/1.1 413 ")
+
+
 async def test_a_request_id_is_kept_where_harmless_and_made_otherwise(client: httpx2.AsyncClient) -> None:
     kept = await client.get("/livez", headers={"X-Request-Id": "Abc-1._"})
     assert kept.headers.get_list("x-request-id") == ["Abc-1._"]
