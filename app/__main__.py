@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from app import __version__
-from app.errors import Misconfigured
+from app.errors import Misconfigured, ParleyError
 from app.settings import Settings, load
 
 # Each command imports what it needs: `parley version` should not pay for a web server.
@@ -24,9 +24,9 @@ class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except Misconfigured as error:
+        except ParleyError as error:
             click.echo(f"parley: {error.detail}", err=True)
-            ctx.exit(2)
+            ctx.exit(2 if isinstance(error, Misconfigured) else 1)
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -52,11 +52,16 @@ def serve() -> None:
     """Run the gateway over the PostgreSQL of DATABASE_URL."""
     settings = _with_database()
     _log(settings)
+    import structlog
+
     from app import server
+
+    log = structlog.get_logger(__name__)
 
     async def serving() -> None:
         leave = server.signals()
-        async with server.gateway(settings):
+        async with server.gateway(settings) as url:
+            log.info("listening", url=url)
             await leave.wait()
 
     _run(serving)
@@ -141,9 +146,14 @@ def demo_provider(port: int) -> None:
 
     async def serving() -> None:
         leave = server.signals()
-        async with provider(port=port) as url:
-            click.echo(f"The demo provider is ready: {url}")
-            await leave.wait()
+        try:
+            async with provider(port=port) as url:
+                click.echo(f"The demo provider is ready: {url}")
+                await leave.wait()
+        except OSError as error:
+            raise Misconfigured(
+                "port_taken", f"Cannot listen on port {port} ({error.strerror}); give another --port."
+            ) from None
 
     _run(serving)
 
@@ -162,6 +172,9 @@ def _with_database() -> Settings:
             "DATABASE_URL is not set. Name a PostgreSQL, as in"
             " DATABASE_URL=postgresql://user:password@host:5432/parley, or try things out with `parley dev`.",
         )
+    if not settings.database_url.startswith(("postgresql://", "postgres://")):
+        # Never the value itself, which may hold a password.
+        raise Misconfigured("database_url", "DATABASE_URL does not begin with postgresql://; correct it.")
     return settings
 
 
@@ -184,6 +197,16 @@ def _run(work: Callable[[], Coroutine[None, None, T]]) -> T:
             return runner.run(work())
         except KeyboardInterrupt:
             sys.exit(130)
+        except BaseExceptionGroup as group:
+            # A task group wraps even the one sentence that is meant for the operator.
+            if said := group.subgroup(ParleyError):
+                raise _first(said) from group
+            raise
+
+
+def _first(group: BaseExceptionGroup[ParleyError]) -> ParleyError:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
 
 
 def _difference(change: "Change") -> str:
@@ -205,4 +228,4 @@ def _difference(change: "Change") -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(prog_name="parley")

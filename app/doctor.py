@@ -37,22 +37,33 @@ async def examine(settings: Settings) -> AsyncGenerator[Finding, None]:
         return
     try:
         connection = await open_connection(settings.database_url)
-    except (*AWAY, asyncpg.PostgresError, ValueError) as error:
+    except ValueError:
+        # Not asyncpg's words: they repeat parts of the URL, which may hold a password.
+        yield Finding(
+            "database", False, "DATABASE_URL is no URL of the kind postgresql://user:password@host:5432/name."
+        )
+        return
+    except (*AWAY, asyncpg.PostgresError) as error:
         yield Finding("database", False, why(error))
         return
     try:
         async with aclosing(_examine_database(connection)) as findings:
             async for finding in findings:
                 yield finding
+    except (*AWAY, asyncpg.PostgresError) as error:
+        yield Finding("database", False, why(error))
     finally:
         await connection.close()
 
 
 async def _examine_database(connection: Connection) -> AsyncGenerator[Finding, None]:
     version = connection.get_server_version()
-    name = f"PostgreSQL {version.major}.{version.minor}"
-    fine = version.major >= OLDEST
-    yield Finding("database", fine, f"{name} answers" if fine else f"{name} is too old: {OLDEST} or newer is needed.")
+    # asyncpg counts as before PostgreSQL 10: the second number of today's versions is its third.
+    name = f"PostgreSQL {version.major}.{version.micro}"
+    if version.major < OLDEST:
+        yield Finding("database", False, f"{name} is too old: {OLDEST} or newer is needed.")
+        return
+    yield Finding("database", True, f"{name} answers")
     try:
         await require_current(connection)
     except Misconfigured as error:
