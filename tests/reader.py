@@ -1,0 +1,91 @@
+"""A reader of one answer that stays connected while a test does something to the servers."""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx2
+
+from tests.sse import frames
+
+PATIENCE_S = 30
+Event = dict[str, Any]
+
+
+class Reader:
+    """What came so far, over one connection that was never cut."""
+
+    def __init__(self, client: httpx2.AsyncClient, url: str) -> None:
+        self.events: list[Event] = []
+        self._news = asyncio.Event()
+        self._reading = asyncio.create_task(self._read(client, url))
+
+    async def _read(self, client: httpx2.AsyncClient, url: str) -> None:
+        async with client.stream("GET", url, headers={"Accept": "text/event-stream"}) as response:
+            assert response.status_code == 200
+            async for frame in frames(response):
+                self.events.append(frame.data)
+                self._news.set()
+
+    async def has(self, count: int) -> None:
+        """Wait until so many events came."""
+        async with asyncio.timeout(PATIENCE_S):
+            while len(self.events) < count:
+                self._news.clear()
+                waiting = asyncio.ensure_future(self._news.wait())
+                done, _ = await asyncio.wait({waiting, self._reading}, return_when=asyncio.FIRST_COMPLETED)
+                waiting.cancel()
+                assert self._reading not in done, f"closed after {self.events}"
+
+    async def end(self) -> list[Event]:
+        """Everything, once the server has closed the connection by itself."""
+        await asyncio.wait_for(asyncio.shield(self._reading), PATIENCE_S)
+        return self.events
+
+    async def leave(self) -> None:
+        self._reading.cancel()
+        await asyncio.gather(self._reading, return_exceptions=True)
+
+
+@asynccontextmanager
+async def reading(client: httpx2.AsyncClient, url: str) -> AsyncGenerator[Reader, None]:
+    reader = Reader(client, url)
+    try:
+        yield reader
+    finally:
+        await reader.leave()
+
+
+async def poll(client: httpx2.AsyncClient, url: str) -> list[Event]:
+    """Every event of a stream by long polls, until there is nothing more."""
+    events: list[Event] = []
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            page = (await client.get(url, params={"after": len(events), "wait": 5}, timeout=15)).json()
+            events += page["events"]
+            if not page["has_more"]:
+                return events
+
+
+async def ask(client: httpx2.AsyncClient, chatbot: str, **fields: Any) -> dict[str, Any]:
+    """Send a message; what the server accepted."""
+    body = {"user_id": "ann", "chatbot_id": chatbot, "message_text": "Hello", **fields}
+    response = await client.post("/api/process-message", json=body)
+    assert response.status_code == 200, response.text
+    accepted: dict[str, Any] = response.json()
+    return accepted
+
+
+def assert_whole(events: list[Event], status: str, *, error: str | None = None) -> None:
+    """Ids 1..n, one beginning, one end of this kind, and nothing after it."""
+    assert [event["id"] for event in events] == list(range(1, len(events) + 1))
+    kinds = [event["event"] for event in events]
+    assert (kinds[0], kinds.count("stream_start")) == ("stream_start", 1)
+    assert (kinds[-1], kinds.count("stream_end")) == ("stream_end", 1)
+    end = events[-1]["data"]
+    assert (end["status"], end.get("error", {}).get("code")) == (status, error)
+
+
+def text_of(events: list[Event]) -> str:
+    return "".join(event["data"]["token"] for event in events if event["event"] == "token")
