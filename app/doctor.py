@@ -11,8 +11,8 @@ from app import __version__
 from app.errors import Misconfigured, ParleyError
 from app.flows import chatbots
 from app.postgres import AWAY, OLDEST, Connection, open_connection, why
-from app.providers.registry import Endpoint, Providers
-from app.providers.transport import Deadlines, Effort
+from app.providers.provider import Deadlines, Effort, Endpoint
+from app.providers.registry import Providers
 from app.schema import require_current
 from app.settings import Settings
 

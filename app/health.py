@@ -24,6 +24,7 @@ class Needs(TypedDict):
     replica: Replica
     runner: Runner
     metrics: Metrics
+    failing: set[str]
 
 
 async def livez(request: Request[Needs]) -> Response:
@@ -41,6 +42,7 @@ async def readyz(request: Request[Needs]) -> Response:
         answer |= {
             "database": "connected" if connected else "disconnected",
             "refusal": refusal.detail if refusal else None,
+            "failing": sorted(request.state["failing"]),
             "replica": str(request.state["replica"].id),
             "version": __version__,
         }
@@ -48,11 +50,13 @@ async def readyz(request: Request[Needs]) -> Response:
 
 
 async def conversation_health(request: Request[Needs]) -> Response:
-    """The load balancer's check: unhealthy (503) is no database, or starting, or draining."""
+    """The load balancer's check. Unhealthy (503) is no database, or starting, or draining; degraded (200) is serving
+    while a background job fails."""
     connected = await _connected(request.state["pool"])
     serving = connected and request.state["replica"].refusal is None
+    fine = "degraded" if request.state["failing"] else "healthy"
     answer = {
-        "status": "healthy" if serving else "unhealthy",
+        "status": fine if serving else "unhealthy",
         "database": "connected" if connected else "disconnected",
         "active_streams": request.state["runner"].active,
         "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),

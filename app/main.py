@@ -25,8 +25,8 @@ from app.journal import Journal
 from app.openapi import Reference
 from app.operations import HEADERS, OPERATIONS
 from app.postgres import AWAY, Pool, open_pool, wait_for_database
+from app.providers.provider import Deadlines, Effort
 from app.providers.registry import Providers
-from app.providers.transport import Deadlines, Effort
 from app.schema import require_current
 from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
@@ -75,12 +75,15 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
         Route("/openapi.json", reference.openapi),
         Route("/docs", reference.docs),
     ]
-    return Starlette(
+    app = Starlette(
         routes=routes,
         middleware=[Middleware(RequestIds)],
         exception_handlers=problems.HANDLERS,
         lifespan=partial(_lifespan, settings, life or Life()),
     )
+    # A path with a slash too many is an unknown path, not a redirect that drops the body of a POST.
+    app.router.redirect_slashes = False
+    return app
 
 
 @asynccontextmanager
@@ -92,6 +95,7 @@ async def _lifespan(settings: Settings, life: Life, _: Starlette) -> AsyncGenera
             effort=Effort(settings.provider_concurrency, settings.provider_retries),
         )
         stack.push_async_callback(providers.aclose)
+        providers.preload()
         async with asyncio.TaskGroup() as tasks:
             gateway = Gateway(settings, life, pool=pool, providers=providers, tasks=tasks)
             loops = [tasks.create_task(loop) for loop in gateway.loops()]
@@ -121,6 +125,7 @@ class Gateway:
         self, settings: Settings, life: Life, *, pool: Pool, providers: Providers, tasks: asyncio.TaskGroup
     ) -> None:
         assert settings.database_url is not None
+        self._failing: set[str] = set()
         self._settings = settings
         self._life = life
         self._dsn = settings.database_url
@@ -157,6 +162,7 @@ class Gateway:
         self.state = State(
             settings=settings,
             pool=pool,
+            failing=self._failing,
             metrics=metrics,
             journal=journal,
             replica=replica,
@@ -176,8 +182,8 @@ class Gateway:
         return [
             self._log.run(),
             self._come_up(),
-            every(settings.poll_s, self._look_around, name="look around"),
-            every(1, self._journal.run_once, name="journal"),
+            every(settings.poll_s, self._look_around, name="look around", failing=self._failing),
+            every(1, self._journal.run_once, name="journal", failing=self._failing),
         ]
 
     async def _look_around(self) -> None:
@@ -191,9 +197,11 @@ class Gateway:
         self._life.serving.set()
         log.info("serving", replica=str(self._replica.id))
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(every(self._settings.beat_s, self._beat, name="beat"))
-            tasks.create_task(every(self._settings.scan_s, self._takeover.run_once, name="takeover"))
-            tasks.create_task(every(_UPKEEP_S, self._upkeep, name="upkeep"))
+            tasks.create_task(every(self._settings.beat_s, self._beat, name="beat", failing=self._failing))
+            tasks.create_task(
+                every(self._settings.scan_s, self._takeover.run_once, name="takeover", failing=self._failing)
+            )
+            tasks.create_task(every(_UPKEEP_S, self._upkeep, name="upkeep", failing=self._failing))
 
     async def _usable(self) -> bool:
         try:

@@ -37,6 +37,7 @@ class Readiness(BaseModel):
     status: Literal["ready", "not ready"]
     database: Literal["connected", "disconnected"] | None = None
     refusal: str | None = None
+    failing: list[str] | None = None
     replica: str | None = None
     version: str | None = None
 

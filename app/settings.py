@@ -41,7 +41,6 @@ class Settings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Lowest level logged.")
     log_format: Literal["json", "text"] = Field("json", description="JSON lines, or text for a person at a terminal.")
-    metrics_open: bool = Field(True, description="Serve /metrics without credentials.")
     database_wait_s: float = Field(60, ge=0, description="How long a start waits for PostgreSQL before it gives up.")
     pool_size: int = Field(10, ge=2, le=200, description="Database connections of the API, beside the log's own one.")
 

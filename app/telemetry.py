@@ -34,7 +34,7 @@ class Metrics:
             "gen_ai_client_time_to_first_token_seconds", "From the accepted message to the first token."
         )
         self.added_latency = histogram(
-            "parley_event_added_latency_seconds", "From a provider's bytes to the commit of their events."
+            "parley_event_added_latency_seconds", "From the arrival of a flush's oldest event to its commit."
         )
         self.tokens = counter("gen_ai_client_token_usage_tokens", "Tokens as providers count them.", ["kind"])
         self.active_streams = Gauge("parley_active_streams", "Answers under way on this replica.", registry=registry)

@@ -8,15 +8,17 @@ import structlog
 log = structlog.get_logger(__name__)
 
 
-async def every(seconds: float, run_once: Callable[[], Awaitable[object]], *, name: str) -> None:
-    """Call `run_once` now and then `seconds` after each pass has ended, until cancelled."""
-    failing = False
+async def every(seconds: float, run_once: Callable[[], Awaitable[object]], *, name: str, failing: set[str]) -> None:
+    """Call `run_once` now and then `seconds` after each pass has ended, until cancelled.
+
+    Its name is in `failing` from a failed pass to the next good one.
+    """
     while True:
         try:
             await run_once()
-            failing = False
+            failing.discard(name)
         except Exception as error:  # noqa: BLE001  one pass of a job; the next may do better
-            level = log.debug if failing else log.warning
+            level = log.debug if name in failing else log.warning
             level("job_failed", job=name, error=type(error).__name__, detail=str(error)[:300])
-            failing = True
+            failing.add(name)
         await asyncio.sleep(seconds)

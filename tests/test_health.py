@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from time import monotonic
 from urllib.parse import parse_qs, urlsplit
 
+import asyncpg
 import httpx2
 import pytest
 
@@ -114,3 +115,21 @@ async def test_metrics_are_served_without_a_database(absent: Absent) -> None:
         response = await client.get("/metrics")
         assert response.headers["content-type"].startswith("text/plain")
         assert "parley_active_streams 0.0" in response.text
+
+
+async def test_a_failing_job_is_degraded_but_serving(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    async with serving(database, beat_s=0.05) as client:
+
+        async def until(status: str) -> httpx2.Response:
+            async with asyncio.timeout(10):
+                while (response := await client.get("/api/conversation-health")).json()["status"] != status:
+                    await asyncio.sleep(0.02)
+            return response
+
+        await connection.execute("alter table replica_beats rename to away")
+        assert (await until("degraded")).status_code == 200
+        assert (await client.get("/readyz?verbose")).json()["failing"] == ["beat"]
+        await connection.execute("alter table away rename to replica_beats")
+        await until("healthy")
+    await connection.close()

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from time import monotonic
 from typing import Any
 
 import orjson
@@ -11,6 +12,8 @@ from app.flows.config import Chatbot
 from app.postgres import Connection, Pool
 
 _KEPT = 256
+# How long the newest version of a chatbot is believed to be the newest, in seconds.
+_FRESH_S = 1.0
 
 _NEWEST = "select max(version) from chatbots where id = $1"
 _READ = "select configuration from chatbots where id = $1 and version = $2"
@@ -30,18 +33,28 @@ class Change:
 
 
 class Chatbots:
-    """Reads by id; parsed versions are kept, the newest version number is asked for each time."""
+    """Reads by id. Parsed versions are kept; a version applied meanwhile is in use after a second."""
 
     def __init__(self, pool: Pool) -> None:
         self._pool = pool
+        self._newest: dict[str, tuple[int, float]] = {}
         self._parsed: OrderedDict[tuple[str, int], Chatbot] = OrderedDict()
 
     async def newest(self, chatbot_id: str) -> tuple[int, Chatbot]:
         """Raises NotFound for an id that no configuration has."""
-        version = await self._pool.fetchval(_NEWEST, chatbot_id)
+        version, until = self._newest.get(chatbot_id, (0, 0.0))
+        if until < monotonic():
+            version = await self._read_newest(chatbot_id)
+        return version, await self.version(chatbot_id, version)
+
+    async def _read_newest(self, chatbot_id: str) -> int:
+        version: int | None = await self._pool.fetchval(_NEWEST, chatbot_id)
         if version is None:
             raise NotFound("chatbot_unknown", "There is no chatbot with this id; `parley apply FILE` makes one.")
-        return version, await self.version(chatbot_id, version)
+        if len(self._newest) >= _KEPT:
+            self._newest.clear()
+        self._newest[chatbot_id] = (version, monotonic() + _FRESH_S)
+        return version
 
     async def version(self, chatbot_id: str, version: int) -> Chatbot:
         key = (chatbot_id, version)

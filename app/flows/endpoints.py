@@ -20,7 +20,7 @@ from app.text import clean, parse_object
 _ID = r"^[A-Za-z0-9._~:-]{1,128}$"
 
 Id = Annotated[str, Field(pattern=_ID)]
-Printable = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
+Printable = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f\ufffd]+$")]
 
 
 class Needs(TypedDict):
@@ -134,7 +134,7 @@ def _answer(accepted: Accepted) -> Response:
         streaming_session_id=accepted.streaming_session_id,
         flow_type=accepted.flow_type,
         streaming_url=f"/api/stream-events/{accepted.streaming_session_id}",
-        status="active",
+        status=accepted.status,
     )
     headers = {"Idempotent-Replayed": "true"} if accepted.replayed else None
     return Response(answer.model_dump_json(), media_type="application/json", headers=headers)

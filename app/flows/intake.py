@@ -4,7 +4,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 from app.chats import store
 from app.chats.chat import Message, most_recent
@@ -43,7 +43,7 @@ class Accepted:
     session_id: str
     streaming_session_id: str
     flow_type: str
-    status: str
+    status: Literal["active"]
     replayed: bool = False
 
 
@@ -105,27 +105,36 @@ class Intake:
     async def _write(
         self, connection: Connection, incoming: Incoming, version: int, chatbot: Chatbot
     ) -> tuple[Stream, Sequence[Message]]:
-        ids = {"user_id": incoming.user_id, "session_id": incoming.session_id or str(uuid.uuid4())}
-        new = await sessions.occupy(connection, **ids, chatbot_id=incoming.chatbot_id)
-        history = incoming.history if incoming.history is not None or new else await self._stored(connection, ids)
+        user_id, session_id = incoming.user_id, incoming.session_id or str(uuid.uuid4())
+        stream_id, new = await sessions.occupy(
+            connection, user_id=user_id, session_id=session_id, chatbot_id=incoming.chatbot_id
+        )
+        history = incoming.history
+        if history is None:
+            history = () if new else await self._stored(connection, user_id, session_id)
         await store.save_question(
             connection,
-            user_id=incoming.user_id,
-            chat_id=ids["session_id"],
+            user_id=user_id,
+            chat_id=session_id,
             message_id=incoming.message_id or str(uuid.uuid4()),
             content=incoming.text,
         )
-        names = {"chatbot_id": incoming.chatbot_id, "flow_type": chatbot.flow_type}
-        start = {"session_id": ids["session_id"], **names, "plan": [[chatbot.flow_type]]}
-        stream = await self._streams.begin(connection, {**ids, **names, "chatbot_version": version}, start)
-        await sessions.name_stream(connection, **ids, stream_id=stream.id)
-        return stream, history or ()
+        stream = Stream(stream_id, user_id, session_id, incoming.chatbot_id, version, chatbot.flow_type)
+        await self._streams.begin(connection, stream, _start(stream))
+        return stream, history
 
-    async def _stored(self, connection: Connection, ids: dict[str, str]) -> list[Message]:
-        stored = await store.history(
-            connection, user_id=ids["user_id"], chat_id=ids["session_id"], limit=self._memory.messages
-        )
+    async def _stored(self, connection: Connection, user_id: str, chat_id: str) -> list[Message]:
+        stored = await store.history(connection, user_id=user_id, chat_id=chat_id, limit=self._memory.messages)
         return most_recent(stored, limit=self._memory.messages, max_bytes=self._memory.bytes)
+
+
+def _start(stream: Stream) -> dict[str, Any]:
+    return {
+        "session_id": stream.session_id,
+        "chatbot_id": stream.chatbot_id,
+        "flow_type": stream.flow_type,
+        "plan": [[stream.flow_type]],
+    }
 
 
 def _prompt(chatbot: Chatbot, history: Sequence[Message], text: str, parameters: dict[str, Any]) -> Prompt:

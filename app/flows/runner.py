@@ -164,6 +164,7 @@ class Runner:
     async def _read(self, run: Run, writer: Writer, progress: Progress) -> None:
         provider = self._providers.get(run.flow.endpoint)
         flow = run.stream.flow_type
+        log.info("parallel_started", flows=[flow])
         writer.append(
             "flow_start", {"flow": flow, "provider": progress.provider, "model": progress.model, "attempt": 1}
         )

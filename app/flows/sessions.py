@@ -4,33 +4,35 @@ from uuid import UUID
 
 from app.errors import Conflict
 from app.postgres import Connection
+from app.streams.stream import NEW_ID, random_part
 
-_OCCUPY = """
-insert into conversation_sessions (user_id, id, chatbot_id, status) values ($1, $2, $3, 'active')
-on conflict (user_id, id) do update set status = 'active', chatbot_id = excluded.chatbot_id, updated_at = now()
+# The stream's id is drawn here, so that the row names its stream from the first moment.
+_OCCUPY = f"""
+insert into conversation_sessions (user_id, id, chatbot_id, status, streaming_session_id)
+values ($1, $2, $3, 'active', {NEW_ID.format(random_part="$4")})
+on conflict (user_id, id) do update set
+    status = 'active', chatbot_id = excluded.chatbot_id,
+    streaming_session_id = excluded.streaming_session_id, updated_at = now()
 where conversation_sessions.status = 'idle'
-returning (xmax = 0) as created
+returning streaming_session_id, (xmax = 0) as created
 """
-_NAME_STREAM = "update conversation_sessions set streaming_session_id = $3 where user_id = $1 and id = $2"
 _RELEASE = """
 update conversation_sessions set status = 'idle', streaming_session_id = null, updated_at = now()
 where user_id = $1 and id = $2 and streaming_session_id = $3
 """
 
 
-async def occupy(connection: Connection, *, user_id: str, session_id: str, chatbot_id: str) -> bool:
-    """Take the session for one answer; returns whether it is new. Raises Conflict while another answer runs."""
-    created = await connection.fetchval(_OCCUPY, user_id, session_id, chatbot_id)
-    if created is None:
+async def occupy(connection: Connection, *, user_id: str, session_id: str, chatbot_id: str) -> tuple[UUID, bool]:
+    """Take the session for one answer: the id of its stream, and whether the session is new.
+
+    Raises Conflict while another answer runs.
+    """
+    row = await connection.fetchrow(_OCCUPY, user_id, session_id, chatbot_id, random_part())
+    if row is None:
         raise Conflict(
             "session_busy", "An answer is under way in this session; wait for its stream_end, then send again."
         )
-    return bool(created)
-
-
-async def name_stream(connection: Connection, *, user_id: str, session_id: str, stream_id: UUID) -> None:
-    """Note which stream the session is occupied by."""
-    await connection.execute(_NAME_STREAM, user_id, session_id, stream_id)
+    return row["streaming_session_id"], row["created"]
 
 
 async def release(connection: Connection, *, user_id: str, session_id: str, stream_id: UUID) -> None:

@@ -12,9 +12,9 @@ from typing import Any
 
 import orjson
 
-from app.providers.provider import Chunk, Finish, FinishReason, Prompt, ProviderError, Text, Usage
+from app.providers.provider import Chunk, Deadlines, Effort, Finish, FinishReason, Prompt, ProviderError, Text, Usage
 from app.providers.refusal import Refusals
-from app.providers.transport import Deadlines, Effort, Upstream, truncated
+from app.providers.transport import Upstream, truncated
 
 # The longest Text, in characters: one event of the log stays small whatever a provider sends at once.
 PIECE = 8 * 1024

@@ -49,6 +49,39 @@ class Finish:
 Chunk = Text | Usage | Finish
 
 
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """Where a provider is and how to speak to it. `base_url` may be env:NAME, `api_key` env:NAME or file:PATH."""
+
+    name: str
+    kind: str
+    base_url: str
+    api_key: str | None = None
+    include_usage: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Deadlines:
+    """The longest silence in each phase, in seconds. A data event breaks the silence, a comment does not."""
+
+    connect_s: float = 5
+    first_token_s: float = 60
+    gap_s: float = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """Calls under way at once, and how often one is tried again before its first chunk.
+
+    The backoff doubles, with jitter. A Retry-After above `longest_wait_s` is cut to it.
+    """
+
+    concurrency: int = 2000
+    retries: int = 2
+    backoff_s: float = 0.5
+    longest_wait_s: float = 10
+
+
 class ProviderError(UpstreamFailed):
     """A provider failed. `detail` is sanitised: no key, header, URL or raw body of the provider is in it.
 

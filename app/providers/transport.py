@@ -4,7 +4,6 @@ import asyncio
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
@@ -12,7 +11,7 @@ from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_aft
 
 from app.errors import Misconfigured
 from app.providers.aio import AioHTTPTransport, Body, unreachable_because
-from app.providers.provider import Chunk, ProviderError
+from app.providers.provider import Chunk, Deadlines, Effort, ProviderError
 from app.providers.refusal import Refusals, beginning
 from app.providers.sse import Decoder
 
@@ -21,28 +20,6 @@ _DRAIN_S = 0.1
 
 Batch = Sequence[Chunk]
 Attempt = AsyncGenerator[Batch, None]
-
-
-@dataclass(frozen=True, slots=True)
-class Deadlines:
-    """The longest silence in each phase, in seconds. A data event breaks the silence, a comment does not."""
-
-    connect_s: float = 5
-    first_token_s: float = 60
-    gap_s: float = 30
-
-
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """Calls under way at once, and how often one is tried again before its first chunk.
-
-    The backoff doubles, with jitter. A Retry-After above `longest_wait_s` is cut to it.
-    """
-
-    concurrency: int = 2000
-    retries: int = 2
-    backoff_s: float = 0.5
-    longest_wait_s: float = 10
 
 
 class Upstream:

@@ -14,7 +14,7 @@ from app.errors import BadRequest, Gone, NotFound
 from app.postgres import AWAY
 from app.settings import Settings
 from app.streams.event import TERMINAL, data_of, kind_of, to_object
-from app.streams.hub import Hub
+from app.streams.hub import Batch, Hub
 from app.streams.sse import HEARTBEAT, come_back_later, event_stream, retry_line
 from app.streams.tail import State, Tail
 from app.telemetry import Metrics
@@ -144,7 +144,7 @@ async def _sse(request: Request[Needs], stream_id: UUID, cursor: int) -> Respons
         state = await request.state["tail"].state(stream_id, cursor)
         if state.ended and cursor == state.tail:
             return Response(status_code=204)
-        if cursor < state.tail:
+        if state.ended:  # only then may its events have been cleaned up
             await request.state["tail"].read_known(stream_id, cursor, 1, state)
     except AWAY:
         return come_back_later(settings.sse_retry_ms)
@@ -166,12 +166,21 @@ async def _frames(
         async with aclosing(request.state["tail"].follow(stream_id, cursor, settings.sse_max_age_s)) as batches:
             try:
                 async for batch in batches:
+                    _count(metrics, cursor, batch)
+                    cursor = batch.last
                     yield opening + batch.frames
                     opening = b""
-                    metrics.events_delivered.inc(batch.last - batch.first + 1)
-                    cursor = batch.last
             except Gone:
                 # Cleaned up under the reader; the reconnect is told with 410.
                 return
     if request.state["hub"].closing:
         yield retry_line(settings.sse_retry_ms)
+
+
+def _count(metrics: Metrics, cursor: int, batch: Batch) -> None:
+    """Count what is handed over, and check once more, apart from the tail, that it follows on the cursor."""
+    metrics.events_delivered.inc(batch.last - batch.first + 1)
+    if batch.first > cursor + 1:
+        metrics.events_lost.inc(batch.first - cursor - 1)
+    elif batch.first <= cursor:
+        metrics.events_doubled.inc(cursor - batch.first + 1)

@@ -6,6 +6,7 @@ one. Readers hear of an event after its commit, never before (G3). Bounded: `Wri
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ import structlog
 
 from app.errors import Unavailable
 from app.postgres import AWAY, Connection, open_connection, why
-from app.streams.event import Kind, encode
+from app.streams.event import Kind, encode, kind_of
 from app.streams.hub import Hub
 from app.streams.replicas import Fenced, Replica
 from app.telemetry import Metrics
 
 log = structlog.get_logger(__name__)
+# Asked for each flush; cheaper than building a line for every event that nobody wants to read.
+_VERBOSE = logging.getLogger(__name__)
 
 # One autocommit statement appends a whole flush. The share lock makes a takeover wait for it; the first count tells
 # "fenced" from "the batch was there already", which also inserts nothing when a lost COMMIT answer is retried.
@@ -195,6 +198,8 @@ class Log:
         self._bytes = 0
         self._wake = asyncio.Event()
         self._connection: Connection | None = None
+        # When the oldest of the events now pending came.
+        self._oldest: float | None = None
         self._pace = _Pace(limits.flush_gap_s)
         self.on_fenced: Callable[[], None] = lambda: None
         # Set by a fence; whoever makes the replica a new incarnation clears it.
@@ -243,9 +248,11 @@ class Log:
         writers, events = self._take()
         if not events:
             return
-        started = perf_counter()
+        started, oldest = perf_counter(), self._oldest
+        self._oldest = None
         await self._commit(writers, events)
         self._metrics.flush_seconds.observe(perf_counter() - started)
+        self._metrics.added_latency.observe(perf_counter() - (oldest or started))
         self._metrics.flush_events.observe(len(events))
         self._pace.flushed(len(events))
         if self._ready:
@@ -253,6 +260,8 @@ class Log:
 
     def _arrived(self, writer: Writer, size: int) -> None:
         self._bytes += size
+        if self._oldest is None:
+            self._oldest = perf_counter()
         self._ready[writer.stream_id] = writer
         self._wake.set()
 
@@ -292,6 +301,8 @@ class Log:
 
     def _publish(self, stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
         self._metrics.events_stored.inc(len(payloads))
+        if _VERBOSE.isEnabledFor(logging.DEBUG):
+            _tell(stream_id, first, payloads)
         self._hub.publish(stream_id, first, payloads)
 
     async def _bisect(self, writers: list[Writer], events: _Events, error: Exception) -> None:
@@ -350,6 +361,11 @@ class Log:
         # A full disk is no reason to reconnect; everything else may have left the connection in any state.
         if not isinstance(error, asyncpg.DiskFullError):
             self.disconnect()
+
+
+def _tell(stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
+    for event_id, payload in enumerate(payloads, first):
+        log.debug("event_emitted", streaming_session_id=str(stream_id), id=event_id, event_kind=kind_of(payload))
 
 
 class _Pace:

@@ -18,13 +18,17 @@ from app.streams.replicas import Replica
 
 log = structlog.get_logger(__name__)
 
-# The id's milliseconds come from the database's clock (RFC 9562, version 7): the stream lies in one day partition
-# for life, and replicas whose clocks differ still agree which one.
+# A new stream's id (RFC 9562, version 7) as an SQL expression over `random_part()`. Its milliseconds come from the
+# database's clock: the stream lies in one day partition for life, and replicas whose clocks differ agree which one.
+NEW_ID = "(lpad(to_hex((extract(epoch from parley_now()) * 1000)::bigint), 12, '0') || {random_part})::uuid"
+
+# One statement, so that accepting costs one round trip here; the caller's transaction takes the fence.
 _BEGIN = """
-insert into streaming_sessions (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status, replica_id)
-values ((lpad(to_hex((extract(epoch from parley_now()) * 1000)::bigint), 12, '0') || $1)::uuid,
-        $2, $3, $4, $5, $6, 'active', $7)
-returning id
+with s as (
+    insert into streaming_sessions
+        (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status, replica_id)
+    values ($1, $2, $3, $4, $5, $6, 'active', $7))
+insert into streaming_events (stream_id, id, payload) values ($1, 1, $8)
 """
 _END = """
 update streaming_sessions set status = $2, last_event_id = $3, ended_at = now()
@@ -80,18 +84,15 @@ class Streams:
         self._replica = replica
         self._doubtful: dict[UUID, float] = {}
 
-    async def begin(self, connection: Connection, stream: Mapping[str, Any], start: Mapping[str, Any]) -> Stream:
-        """An active stream of this replica with its first event `stream_start`, in the caller's transaction.
+    async def begin(self, connection: Connection, stream: Stream, start: Mapping[str, Any]) -> None:
+        """Make an active stream of this replica with its first event `stream_start`, in the caller's transaction.
 
-        `stream` holds the fields of Stream but the id. The transaction must be `Replica.transaction`.
+        Its id must be a `NEW_ID`, the transaction `Replica.transaction`.
         """
-        fields = ("user_id", "session_id", "chatbot_id", "chatbot_version", "flow_type")
-        values = [stream[field] for field in fields]
-        stream_id: UUID = await connection.fetchval(_BEGIN, _random_part(), *values, self._replica.id)
         # Until the caller confirms: a COMMIT without an answer may leave a stream that nobody runs.
-        self._doubtful[stream_id] = monotonic() + _DOUBT_S
-        await insert_event(connection, stream_id, 1, encode("stream_start", start))
-        return Stream(stream_id, *values)
+        self._doubtful[stream.id] = monotonic() + _DOUBT_S
+        values = (getattr(stream, field) for field in Stream.__slots__)
+        await connection.execute(_BEGIN, *values, self._replica.id, encode("stream_start", start))
 
     def confirm(self, stream: Stream) -> None:
         """The accepting transaction has committed and a run takes the stream over."""
@@ -156,8 +157,8 @@ class Streams:
         return Orphan(stream, await self._pool.fetchval(_LAST_ID, stream.id), row["attempt"])
 
 
-def _random_part() -> str:
-    """The 20 hexadecimal digits of a version 7 UUID behind its 48 bits of time."""
+def random_part() -> str:
+    """The 20 hexadecimal digits of a new id behind its 48 bits of time."""
     digits = secrets.token_hex(10)
     variant = "89ab"[int(digits[3], 16) & 3]
     return f"7{digits[:3]}{variant}{digits[4:19]}"

@@ -9,7 +9,7 @@ import pytest
 
 from app.demo import demo_provider
 from app.providers.openai import OpenAI
-from app.providers.transport import Deadlines, Effort
+from app.providers.provider import Deadlines, Effort
 
 KEY = "sk-canary-0123456789"
 

@@ -8,8 +8,7 @@ import pytest
 from app.demo.answers import tokens
 from app.errors import Misconfigured
 from app.providers.openai import PIECE, OpenAI
-from app.providers.provider import Finish, Prompt, PromptMessage, Provider, ProviderError, Text, Usage
-from app.providers.transport import Effort
+from app.providers.provider import Effort, Finish, Prompt, PromptMessage, Provider, ProviderError, Text, Usage
 from tests.providers.answers import answered, failed, finish_of, prompt, text_of
 from tests.providers.conftest import KEY, Connect, Remembered
 from tests.providers.wire import as_stream, raw_server

@@ -17,8 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.providers.openai import OpenAI
-from app.providers.provider import FinishReason
-from app.providers.transport import Effort
+from app.providers.provider import Effort, FinishReason
 from tests.providers.answers import answered, finish_of, prompt, text_of
 from tests.providers.wire import as_stream, raw_server
 

@@ -17,9 +17,8 @@ import pytest
 from app.demo.answers import tokens
 from app.providers.aio import AioHTTPTransport
 from app.providers.openai import OpenAI
-from app.providers.provider import Finish, Prompt, Text
+from app.providers.provider import Deadlines, Effort, Finish, Prompt, Text
 from app.providers.refusal import Refusals, retry_after
-from app.providers.transport import Deadlines, Effort
 from tests.providers.answers import answered, failed, finish_of, prompt, text_of
 from tests.providers.conftest import KEY, Connect, Remembered
 from tests.providers.wire import HEAD, chunked, raw_server, receive

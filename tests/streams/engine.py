@@ -11,7 +11,7 @@ from app.streams.hub import Hub
 from app.streams.log import Limits, Log, Writer
 from app.streams.partitions import Partitions
 from app.streams.replicas import Replica
-from app.streams.stream import Stream, Streams
+from app.streams.stream import NEW_ID, Stream, Streams, random_part
 from app.streams.tail import Tail
 from app.telemetry import Metrics
 
@@ -28,15 +28,11 @@ class Engine:
 
     async def begin(self) -> Stream:
         """An active stream with its first event."""
-        fields = {
-            "user_id": "u",
-            "session_id": "s",
-            "chatbot_id": "c",
-            "chatbot_version": 1,
-            "flow_type": "main",
-        }
         async with self.replica.transaction() as connection:
-            return await self.streams.begin(connection, fields, {})
+            new_id = await connection.fetchval(f"select {NEW_ID.format(random_part='$1')}", random_part())
+            stream = Stream(new_id, "u", "s", "c", 1, "main")
+            await self.streams.begin(connection, stream, {})
+        return stream
 
     async def writer(self) -> Writer:
         return self.log.open((await self.begin()).id, last_id=1)
