@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from typing import Any, TextIO
 
+import orjson
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -59,7 +60,9 @@ def configure_logging(level: str, form: str, *, stream: TextIO = sys.stderr) -> 
         structlog.processors.format_exc_info,
     ]
     renderer: structlog.typing.Processor = (
-        structlog.processors.JSONRenderer() if form == "json" else structlog.dev.ConsoleRenderer(colors=False)
+        structlog.processors.JSONRenderer(serializer=_serialized)
+        if form == "json"
+        else structlog.dev.ConsoleRenderer(colors=False)
     )
     structlog.configure(
         processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
@@ -78,6 +81,10 @@ def configure_logging(level: str, form: str, *, stream: TextIO = sys.stderr) -> 
     root.setLevel(level.upper())
     for noisy in ("uvicorn", "sse_starlette", "asyncio", "httpx2", "aiohttp", "alembic"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
+
+
+def _serialized(line: object, **_: object) -> str:
+    return orjson.dumps(line, default=repr).decode()
 
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")

@@ -66,7 +66,18 @@ class Limits:
 class Writer:
     """The one place where events of a stream are appended while this replica owns it."""
 
-    __slots__ = ("_barrier", "_failure", "_last", "_log", "_pending", "_size", "_taken", "_waiters", "stream_id")
+    __slots__ = (
+        "_barrier",
+        "_ended",
+        "_failure",
+        "_last",
+        "_log",
+        "_pending",
+        "_size",
+        "_taken",
+        "_waiters",
+        "stream_id",
+    )
 
     def __init__(self, log: "Log", stream_id: UUID, last_id: int) -> None:
         self.stream_id = stream_id
@@ -77,6 +88,7 @@ class Writer:
         self._size = 0
         # How many of the pending events the lane may still take while somebody writes alone; None: all of them.
         self._barrier: int | None = None
+        self._ended = False
         self._failure: Exception | None = None
         self._waiters: list[asyncio.Future[None]] = []
 
@@ -138,8 +150,9 @@ class Writer:
             self._log._resume(self)
             self._wake()
 
-    def committed_alone(self, payload: str) -> None:
+    def committed_alone(self, payload: str, *, ended: bool) -> None:
         self._last += 1
+        self._ended = ended
         self._log._publish(self.stream_id, self._last, [payload])
 
     async def _progress(self) -> None:
@@ -212,6 +225,11 @@ class Log:
     def owns(self, stream_id: UUID) -> bool:
         """Whether this process writes the stream, so that its readers here hear of every event from the lane."""
         return stream_id in self._writers
+
+    def last_id(self, stream_id: UUID) -> int | None:
+        """The last committed id of a stream that this process writes, while it has not ended."""
+        writer = self._writers.get(stream_id)
+        return None if writer is None or writer._ended else writer.last_id
 
     def open(self, stream_id: UUID, *, last_id: int) -> Writer:
         """The writer of a stream whose row names this replica as its owner. `close` must follow."""

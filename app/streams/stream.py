@@ -117,7 +117,7 @@ class Streams:
                     await insert_event(connection, writer.stream_id, event_id, payload)
 
             await self._until_committed(transaction, writer.stream_id, event_id, payload)
-            writer.committed_alone(payload)
+            writer.committed_alone(payload, ended=status is not None)
 
     async def _until_committed(
         self, transaction: Callable[[], Awaitable[None]], stream_id: UUID, event_id: int, payload: str

@@ -41,11 +41,18 @@ class Tail:
 
     async def state(self, stream_id: UUID, cursor: int = 0) -> State:
         """Raises NotFound for an unknown stream, BadRequest for a cursor beyond its end."""
+        state = await self._state(stream_id)
+        if cursor > state.tail:
+            raise BadRequest("cursor_beyond_end", f"The cursor {cursor} lies beyond the last event {state.tail}.")
+        return state
+
+    async def _state(self, stream_id: UUID) -> State:
+        # A stream that is being written here needs no look into the database: the most frequent case, at its start.
+        if (last_id := self._log.last_id(stream_id)) is not None:
+            return State("active", False, last_id)
         row = await self._pool.fetchrow(_STATE, stream_id)
         if row is None:
             raise NotFound("stream_unknown", "There is no such stream; the id comes from POST /api/process-message.")
-        if cursor > row["tail"]:
-            raise BadRequest("cursor_beyond_end", f"The cursor {cursor} lies beyond the last event {row['tail']}.")
         return State(row["status"], row["last_event_id"] is not None, row["tail"])
 
     async def read(self, stream_id: UUID, cursor: int, limit: int) -> list[str]:
@@ -107,7 +114,10 @@ class Tail:
             payloads = await self.read(stream_id, cursor, _PAGE)
             if not payloads and not self._log.owns(stream_id):
                 # Another replica's stream, or an old one: an end without its events means that they are gone.
-                await self.read_known(stream_id, cursor, 1, await self.state(stream_id))
+                state = await self.state(stream_id)
+                payloads = await self.read_known(stream_id, cursor, _PAGE, state)
+                if state.ended and cursor == state.tail:
+                    return Batch(cursor + 1, cursor, b"", ended=True)
         except AWAY:
             subscription.fall_behind()
             await asyncio.sleep(0.2)

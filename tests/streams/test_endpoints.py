@@ -262,7 +262,7 @@ async def test_k11_a_reader_that_takes_nothing_is_freed(house: Open) -> None:
         writer.write(f"GET {url} HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n".encode())
         await reader.readline()
         reader._transport.pause_reading()  # type: ignore[attr-defined]
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while b"parley_readers 1" not in (await home.client.get("/metrics")).content:
                 pass
             while b"parley_readers 0" not in (await home.client.get("/metrics")).content:

@@ -180,6 +180,14 @@ async def test_a_reader_leaves_when_the_server_closes_or_it_is_too_old(database:
         assert parts.hub.readers == 0
 
 
+async def test_a_reader_that_has_everything_already_is_not_kept(database: str) -> None:
+    async with engine(database) as parts:
+        writer = await parts.writer()
+        await parts.end(writer)
+        parts.log.close(writer)
+        assert await asyncio.wait_for(parts.read(writer.stream_id, 2), 5) == []
+
+
 async def test_readers_leave_nothing_behind(database: str) -> None:
     async with engine(database) as parts:
         writer = await parts.writer()
