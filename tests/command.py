@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.wire import Wire
+
 ROOT = Path(__file__).parent.parent
 PARLEY = (sys.executable, "-m", "app")
 PATIENCE_S = 30
@@ -117,6 +119,22 @@ def silent_port() -> Iterator[socket.socket]:
     with socket.socket() as held:
         held.bind(("127.0.0.1", 0))
         yield held
+
+
+def through(port: socket.socket, database: str) -> str:
+    """The DSN of a database as it is once the port is `answered`."""
+    name = database.partition("?")[0].rpartition("/")[2]
+    return f"postgresql://parley@127.0.0.1:{port.getsockname()[1]}/{name}?sslmode=disable"
+
+
+@asynccontextmanager
+async def answered(port: socket.socket, database: str) -> AsyncGenerator[None, None]:
+    """Listen on a port that was silent so far, in front of this database's server."""
+    folder = database.partition("host=")[2].partition("&")[0]
+    wire = Wire(lambda: asyncio.open_unix_connection(f"{folder}/.s.PGSQL.5432"))
+    async with await asyncio.start_server(wire.accept, sock=port.dup()):
+        yield
+        wire.cut()
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:

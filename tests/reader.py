@@ -16,13 +16,14 @@ Event = dict[str, Any]
 class Reader:
     """What came so far, over one connection that was never cut."""
 
-    def __init__(self, client: httpx2.AsyncClient, url: str) -> None:
+    def __init__(self, client: httpx2.AsyncClient, url: str, after: int) -> None:
         self.events: list[Event] = []
         self._news = asyncio.Event()
-        self._reading = asyncio.create_task(self._read(client, url))
+        self._reading = asyncio.create_task(self._read(client, url, after))
 
-    async def _read(self, client: httpx2.AsyncClient, url: str) -> None:
-        async with client.stream("GET", url, headers={"Accept": "text/event-stream"}) as response:
+    async def _read(self, client: httpx2.AsyncClient, url: str, after: int) -> None:
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
+        async with client.stream("GET", url, headers=headers) as response:
             assert response.status_code == 200
             async for frame in frames(response):
                 self.events.append(frame.data)
@@ -30,13 +31,16 @@ class Reader:
 
     async def has(self, count: int) -> None:
         """Wait until so many events came."""
+        await self.has_or_ended(count)
+        assert len(self.events) >= count, f"closed after {self.events}"
+
+    async def has_or_ended(self, count: int) -> None:
         async with asyncio.timeout(PATIENCE_S):
-            while len(self.events) < count:
+            while len(self.events) < count and not self._reading.done():
                 self._news.clear()
                 waiting = asyncio.ensure_future(self._news.wait())
-                done, _ = await asyncio.wait({waiting, self._reading}, return_when=asyncio.FIRST_COMPLETED)
+                await asyncio.wait({waiting, self._reading}, return_when=asyncio.FIRST_COMPLETED)
                 waiting.cancel()
-                assert self._reading not in done, f"closed after {self.events}"
 
     async def end(self) -> list[Event]:
         """Everything, once the server has closed the connection by itself."""
@@ -49,8 +53,8 @@ class Reader:
 
 
 @asynccontextmanager
-async def reading(client: httpx2.AsyncClient, url: str) -> AsyncGenerator[Reader, None]:
-    reader = Reader(client, url)
+async def reading(client: httpx2.AsyncClient, url: str, *, after: int = 0) -> AsyncGenerator[Reader, None]:
+    reader = Reader(client, url, after)
     try:
         yield reader
     finally:

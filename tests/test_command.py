@@ -18,10 +18,9 @@ from app.__main__ import main
 from app.demo import demo_provider
 from app.embedded import embedded_postgres
 from app.schema import wanted
-from tests.command import ROOT, Command, run, running, silent_port
+from tests.command import ROOT, Command, answered, run, running, silent_port, through
 from tests.conftest import Server
 from tests.serving import apply_demo, client_of, until_ready
-from tests.wire import Wire
 
 REVISIONS = ", ".join(wanted())
 
@@ -146,20 +145,15 @@ async def test_a_database_of_a_newer_parley_is_left_alone(database: str) -> None
 
 async def test_it_waits_for_a_database_and_says_once_per_reason_why(empty_database: str) -> None:
     with silent_port() as port:
-        async with running("migrate", DATABASE_URL=_through(port, empty_database)) as process:
+        async with running("migrate", DATABASE_URL=through(port, empty_database)) as process:
             await process.says("nothing listens")
             async with _slammed(port) as slammed:
                 await slammed(3)
-            async with _answered(port, empty_database):
+            async with answered(port, empty_database):
                 done = await process.ended()
     assert (done.code, done.out) == (0, [f"Applied: {REVISIONS}."])
     assert all(line.startswith("Waiting for PostgreSQL: ") for line in done.err)
     assert len(done.err) == len(set(done.err)) == 2
-
-
-def _through(port: socket.socket, database: str) -> str:
-    name = database.partition("?")[0].rpartition("/")[2]
-    return f"postgresql://parley@127.0.0.1:{port.getsockname()[1]}/{name}?sslmode=disable"
 
 
 @asynccontextmanager
@@ -178,15 +172,6 @@ async def _slammed(port: socket.socket) -> AsyncGenerator[Any, None]:
 
     async with await asyncio.start_server(slam, sock=port.dup()):
         yield wait
-
-
-@asynccontextmanager
-async def _answered(port: socket.socket, database: str) -> AsyncGenerator[None, None]:
-    socket_folder = database.partition("host=")[2].partition("&")[0]
-    wire = Wire(lambda: asyncio.open_unix_connection(f"{socket_folder}/.s.PGSQL.5432"))
-    async with await asyncio.start_server(wire.accept, sock=port.dup()):
-        yield
-    wire.cut()
 
 
 async def test_it_gives_up_in_the_end() -> None:
