@@ -38,9 +38,13 @@ def encode(kind: Kind, data: Mapping[str, Any]) -> str:
     return orjson.dumps({"event": kind, "data": data, "timestamp": now}).decode()
 
 
-@lru_cache(maxsize=8)
 def _timestamp(ms: int) -> str:
-    return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%dT%H:%M:%S.") + f"{ms % 1000:03}Z"
+    return f"{_second(ms // 1000)}.{ms % 1000:03}Z"
+
+
+@lru_cache(maxsize=8)
+def _second(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def kind_of(payload: str) -> str:
