@@ -119,7 +119,7 @@ async def test_metrics_are_served_without_a_database(absent: Absent) -> None:
 
 async def test_a_failing_job_is_degraded_but_serving(database: str) -> None:
     connection = await asyncpg.connect(database)
-    async with serving(database, beat_s=0.05) as client:
+    async with serving(database) as client:
 
         async def until(status: str) -> httpx2.Response:
             async with asyncio.timeout(10):
@@ -127,9 +127,10 @@ async def test_a_failing_job_is_degraded_but_serving(database: str) -> None:
                     await asyncio.sleep(0.02)
             return response
 
-        await connection.execute("alter table replica_beats rename to away")
+        await connection.execute("alter table error_logs rename to away")
+        await client.get("/nothing-here")
         assert (await until("degraded")).status_code == 200
-        assert (await client.get("/readyz?verbose")).json()["failing"] == ["beat"]
-        await connection.execute("alter table away rename to replica_beats")
+        assert (await client.get("/readyz?verbose")).json()["failing"] == ["journal"]
+        await connection.execute("alter table away rename to error_logs")
         await until("healthy")
     await connection.close()
