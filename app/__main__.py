@@ -60,6 +60,7 @@ def serve() -> None:
 
     async def serving() -> None:
         leave = server.signals()
+        _calm_collector()
         async with server.gateway(settings) as url:
             log.info("listening", url=url)
             await leave.wait()
@@ -187,6 +188,19 @@ def _log(settings: Settings) -> None:
     from app.telemetry import configure_logging
 
     configure_logging(settings.log_level, settings.log_format)
+
+
+def _calm_collector() -> None:
+    """Leave what the start has made out of every garbage collection, and look through the rest more rarely.
+
+    With a thousand open streams a full collection stopped everything for half a second (docs/benchmarks.md). Cycles
+    are rare here, and are still collected.
+    """
+    import gc
+
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 def _run(work: Callable[[], Coroutine[None, None, T]]) -> T:

@@ -24,7 +24,7 @@ from app.flows.takeover import Takeover
 from app.journal import Journal
 from app.openapi import Reference
 from app.operations import HEADERS, OPERATIONS
-from app.postgres import AWAY, Pool, open_pool, wait_for_database
+from app.postgres import AWAY, Pool, open_pool, wait_for_database, warm
 from app.providers.provider import Deadlines, Effort
 from app.providers.registry import Providers
 from app.schema import require_current
@@ -158,7 +158,9 @@ class Gateway:
             lease_s=settings.lease_s,
         )
         memory = Memory(settings.history_limit, settings.history_bytes, self._key_s)
-        intake = Intake(replica, streams, chatbots=chatbots, runner=runner, memory=memory)
+        intake = Intake(
+            replica, streams, chatbots=chatbots, runner=runner, memory=memory, at_once=max(1, settings.pool_size - 2)
+        )
         self.state = State(
             settings=settings,
             pool=pool,
@@ -210,6 +212,7 @@ class Gateway:
                 await require_current(connection)
             await self._partitions.run_once()
             await self._replica.register()
+            await warm(self._pool, self._settings.pool_size // 2)
         except (Misconfigured, *AWAY, asyncpg.PostgresError) as error:
             detail = error.detail if isinstance(error, Misconfigured) else str(error)
             log.warning("database_waiting", why=detail)

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
@@ -48,6 +49,13 @@ _SESSION = {
 async def open_connection(dsn: str, *, timeout_s: float = 5) -> Connection:
     """One connection of one's own, with the settings that all of ours have."""
     return await asyncpg.connect(dsn, timeout=timeout_s, command_timeout=10, server_settings=_SESSION)
+
+
+async def warm(pool: Pool, connections: int) -> None:
+    """Open connections ahead, so that the first burst finds them open."""
+    async with AsyncExitStack() as stack:
+        for _ in range(connections):
+            await stack.enter_async_context(pool.acquire(timeout=ACQUIRE_S))
 
 
 async def open_pool(dsn: str, size: int) -> Pool:

@@ -64,7 +64,7 @@ class Settings(BaseSettings):
     )
 
     flush_gap_ms: float = Field(
-        5, ge=0, le=1000, description="Least time between two flushes of the log under load, in milliseconds."
+        8, ge=0, le=1000, description="Least time between two flushes of the log under load, in milliseconds."
     )
     flush_events: int = Field(2000, ge=1, description="Most events in one flush.")
     stream_buffer: int = Field(

@@ -1,7 +1,9 @@
 """Accepting a message: everything that must not be lost is committed in one transaction before the client is told."""
 
+import asyncio
 import uuid
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, Literal
@@ -56,12 +58,27 @@ class Memory:
     key_s: float = 86400
 
 
+# How long an accept waits for its turn in a burst, in seconds.
+_TURN_S = 5
+
+
 class Intake:
-    """The accepting transaction. Its locks, in order: idempotency key, session, chat, message, stream, fence."""
+    """The accepting transaction. Its locks, in order: idempotency key, session, chat, message, stream, fence.
+
+    At most `at_once` of them are under way, so that a burst of messages leaves connections to readers and health.
+    """
 
     def __init__(
-        self, replica: Replica, streams: Streams, *, chatbots: Chatbots, runner: Runner, memory: Memory
+        self,
+        replica: Replica,
+        streams: Streams,
+        *,
+        chatbots: Chatbots,
+        runner: Runner,
+        memory: Memory,
+        at_once: int,
     ) -> None:
+        self._turns = asyncio.Semaphore(at_once)
         self._replica = replica
         self._streams = streams
         self._chatbots = chatbots
@@ -76,9 +93,25 @@ class Intake:
         if self._replica.refusal is not None:
             raise self._replica.refusal
         try:
-            return await retry_conflicts(lambda: self._accept(incoming))
+            async with self._turn():
+                return await retry_conflicts(lambda: self._accept(incoming))
         except Fenced:
             raise Unavailable("replica_lost", "The server is recovering; send it again.", retry_after=2) from None
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncGenerator[None, None]:
+        """Wait for a place. Nobody waits for a database that is known to be away: those inside find out for all."""
+        if not self._replica.beating:
+            raise Unavailable("database_unavailable", "The database is away.", retry_after=2)
+        try:
+            async with asyncio.timeout(_TURN_S):
+                await self._turns.acquire()
+        except TimeoutError:
+            raise Unavailable("overloaded", "Too many messages at once; try again soon.", retry_after=2) from None
+        try:
+            yield
+        finally:
+            self._turns.release()
 
     async def _accept(self, incoming: Incoming) -> Accepted:
         version, chatbot = await self._chatbots.newest(incoming.chatbot_id)

@@ -64,7 +64,8 @@ def to_object(event_id: int, payload: str) -> str:
 
 def to_frames(stream_id: UUID, first_id: int, payloads: Sequence[str]) -> bytes:
     """SSE frames of neighbouring events. A payload holds no raw CR or LF: JSON escapes both."""
+    head = f"id: {stream_id}:"
     return "".join(
-        f"id: {stream_id}:{event_id}\nevent: {kind_of(payload)}\ndata: {to_object(event_id, payload)}\n\n"
+        f"{head}{event_id}\nevent: {kind_of(payload)}\ndata: {to_object(event_id, payload)}\n\n"
         for event_id, payload in enumerate(payloads, first_id)
     ).encode()

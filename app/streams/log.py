@@ -57,7 +57,7 @@ class Limits:
     """Sizes in bytes of payload, times in seconds."""
 
     flush_events: int = 2000
-    flush_gap_s: float = 0.005
+    flush_gap_s: float = 0.008
     stream_bytes: int = 1 << 20
     total_bytes: int = 64 << 20
     unsaved_s: float = 30

@@ -59,6 +59,7 @@ class Replica:
         async with self._pool.acquire(timeout=ACQUIRE_S) as connection, connection.transaction():
             await connection.execute(_REGISTER, self.id, self._url, __version__)
             await connection.execute(_BEAT, self.id)
+        self._beating_since = monotonic()
 
     async def renew(self) -> None:
         """Become a new incarnation, after a fence."""
@@ -73,6 +74,11 @@ class Replica:
             raise
         if self._beating_since is None:
             self._beating_since = monotonic()
+
+    @property
+    def beating(self) -> bool:
+        """Whether the last heartbeat reached the database."""
+        return self._beating_since is not None
 
     def may_fence(self, lease_s: float) -> bool:
         """Only after a full lease of one's own beats: the first one back after an outage must not fence them all."""

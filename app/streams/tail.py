@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
+from time import monotonic
 from uuid import UUID
 
 from app.errors import BadRequest, Gone, NotFound
@@ -18,8 +19,8 @@ from streaming_sessions where id = $1
 """
 _EVENTS = "select id, payload from streaming_events where stream_id = $1 and id > $2 order by id limit $3"
 
-# With payloads of at most some 16 KiB (the runner cuts longer tokens) a page stays around a MiB.
-_PAGE = 128
+# A page is bounded in bytes, too: a whole answer is at most PARLEY_ANSWER_LIMIT (1 MiB) of text.
+_PAGE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +88,10 @@ class Tail:
 
         Raises Gone when the events are cleaned up under the reader. While the database is away it waits.
         """
-        leave_at = asyncio.get_running_loop().time() + max_age_s
+        leave_at = monotonic() + max_age_s
         subscription = self._hub.subscribe(stream_id)
         try:
-            while not self._hub.closing and asyncio.get_running_loop().time() < leave_at:
+            while not self._hub.closing and monotonic() < leave_at:
                 batch = subscription.take() or await self._catch_up(stream_id, cursor, subscription)
                 if batch is None:
                     await subscription.wait()
