@@ -148,7 +148,9 @@ def main() -> None:
     job = Job(**orjson.loads(sys.stdin.buffer.read()))
     gc.disable()  # its pauses would look like the subject's
     answers = uvloop.run(run(job))
-    sys.stdout.buffer.write(orjson.dumps([asdict(answer) for answer in answers]))
+    # Not sys.stdout: under PYTHONUNBUFFERED its write may take a part of this only.
+    with open(1, "wb", closefd=False) as out:
+        out.write(orjson.dumps([asdict(answer) for answer in answers]))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 import asyncio
 import os
 import socket
-import subprocess
 import sys
 import urllib.error
 import urllib.request
@@ -148,15 +147,15 @@ def active_streams(port: int) -> int:
 
 async def output(*arguments: str, given: bytes = b"", environment: Mapping[str, str] | None = None) -> bytes:
     """Standard output of `python ARGUMENTS`. Raises Failed with what it said where it fails."""
-    # In a thread: asyncio's own pipes lost the end of a large output when the process ended at once.
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, *arguments],
-        input=given,
-        capture_output=True,
-        check=False,
-        env=_environment(environment),
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *arguments, stdin=PIPE, stdout=PIPE, stderr=PIPE, env=_environment(environment)
     )
-    if done.returncode:
-        raise Failed(f"{' '.join(arguments)}: {done.stderr.decode()[-2000:]}")
-    return done.stdout
+    try:
+        said, errors = await process.communicate(given)
+    except BaseException:
+        process.kill()
+        await process.wait()
+        raise
+    if process.returncode:
+        raise Failed(f"{' '.join(arguments)}: {errors.decode()[-2000:]}")
+    return said
