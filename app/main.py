@@ -153,7 +153,6 @@ class Gateway:
             streams,
             event_log=event_log,
             tail=tail,
-            chatbots=chatbots,
             ending=ending,
             lease_s=settings.lease_s,
         )
@@ -236,15 +235,16 @@ class Gateway:
         """Refuse new work, let answers end, send the readers away at a frame boundary, say goodbye to the others."""
         await self._life.leave.wait()
         self._replica.refusal = Unavailable("draining", "The server is stopping; ask another one.", retry_after=1)
-        await self._runner.drain(self._settings.drain_s)
-        self._hub.close()
         try:
+            await self._runner.drain(self._settings.drain_s)
+            self._hub.close()
             async with asyncio.timeout(2):
                 await self._journal.run_once()
                 await self._replica.retire()
-        except AWAY as error:
+        except (*AWAY, asyncpg.PostgresError) as error:
             log.warning("goodbye_failed", error=type(error).__name__)
-        self._life.drained.set()
+        finally:
+            self._life.drained.set()
 
 
 def _limits(settings: Settings) -> Limits:

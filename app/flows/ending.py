@@ -28,6 +28,10 @@ class Ending:
         await self._end(stream, writer, result, error_id)
         self._count(result)
 
+    def leave(self, stream: Stream) -> None:
+        """The end of this stream could not be written; a later takeover shall try."""
+        self._streams.doubt(stream.id)
+
     def _report(self, stream: Stream, writer: Writer, result: Result) -> str | None:
         if (failure := result.failure) is None:
             return None

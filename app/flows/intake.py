@@ -125,10 +125,10 @@ class Intake:
             accepted = Accepted(stream.session_id, str(stream.id), stream.flow_type, "active")
             if incoming.key:
                 await idempotency.remember(connection, incoming.key, asdict(accepted))
-        self._streams.confirm(stream)
         prompt = _prompt(chatbot, history, incoming.text, parameters)
         flow = chatbot.flows[chatbot.flow_type]
         self._runner.start(Run(stream, flow, prompt, incoming.request_id, incoming.received))
+        self._streams.settle(stream.id)
         return accepted
 
     async def _replay(self, connection: Connection, key: idempotency.Key) -> Accepted | None:

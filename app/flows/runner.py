@@ -61,7 +61,7 @@ class Runner:
         self._bounds = bounds
         self._running: dict[UUID, asyncio.Task[None]] = {}
         self._reading: set[asyncio.Task[None]] = set()
-        self._stopping = False
+        self._stopping = self._closed = False
         event_log.on_fenced = self._cancel_all
 
     @property
@@ -74,7 +74,12 @@ class Runner:
             raise Unavailable("overloaded", "Too many answers are under way; try again soon.", retry_after=2)
 
     def start(self, run: Run) -> None:
-        """Take over a stream whose accepting transaction has committed."""
+        """Take over a stream whose accepting transaction has committed.
+
+        Raises Unavailable when the server has stopped meanwhile; a successor ends the stream then.
+        """
+        if self._closed:
+            raise Unavailable("draining", "The server is stopping; send it again.", retry_after=1)
         task = self._tasks.create_task(self._run(run), name=f"run {run.stream.id}")
         self._running[run.stream.id] = task
         self._metrics.active_streams.set(len(self._running))
@@ -90,6 +95,7 @@ class Runner:
         for task in self._reading:
             task.cancel()
         await self._settle(_END_S)
+        self._closed = True
         self._cancel_all()
         await self._settle(None)
 
@@ -118,6 +124,9 @@ class Runner:
                 log.warning("run_lost", reason=type(lost).__name__)
             except asyncio.CancelledError:
                 log.warning("run_abandoned")
+            except Exception:  # around one flow: its end could not be written; the takeover tries again
+                log.exception("run_crashed")
+                self._ending.leave(run.stream)
             finally:
                 self._log.close(writer)
 

@@ -5,7 +5,6 @@ The two steps are separate commits (G6, G7). Restarting an answer instead of end
 
 import structlog
 
-from app.flows.chatbots import Chatbots
 from app.flows.ending import Ending
 from app.flows.run import Failure, Progress, Result
 from app.streams.event import data_of, kind_of
@@ -35,7 +34,6 @@ class Takeover:
         *,
         event_log: Log,
         tail: Tail,
-        chatbots: Chatbots,
         ending: Ending,
         lease_s: float,
     ) -> None:
@@ -43,7 +41,6 @@ class Takeover:
         self._streams = streams
         self._log = event_log
         self._tail = tail
-        self._chatbots = chatbots
         self._ending = ending
         self._lease_s = lease_s
 
@@ -61,16 +58,17 @@ class Takeover:
         stream = orphan.stream
         writer = self._log.open(stream.id, last_id=orphan.last_id)
         try:
-            chatbot = await self._chatbots.version(stream.chatbot_id, stream.chatbot_version)
-            flow = chatbot.flows[stream.flow_type]
-            progress = Progress(flow.endpoint.name, flow.model)
+            progress = Progress(provider="", model="")
             saved = await self._recall(orphan, progress)
             # flow_end in the log: the provider had finished, only the saving is left to do.
             result = Result(progress, None if progress.finish_reason else _OWNER_LOST)
             await self._ending.conclude(stream, writer, result, answer_saved=saved)
             log.info("stream_taken_over", streaming_session_id=str(stream.id), status=result.status)
+            self._streams.settle(stream.id)
         except (Fenced, StreamLost) as lost:
             log.warning("run_lost", streaming_session_id=str(stream.id), reason=type(lost).__name__)
+        except Exception:  # around one stream: the others of this pass must be ended all the same
+            log.exception("takeover_failed", streaming_session_id=str(stream.id))
         finally:
             self._log.close(writer)
 
@@ -86,9 +84,11 @@ class Takeover:
 
 def _recall_event(payload: str, flow: str, progress: Progress) -> bool:
     kind = kind_of(payload)
-    if kind not in ("token", "flow_end", "message") or (data := data_of(payload))["flow"] != flow:
+    if kind not in ("flow_start", "token", "flow_end", "message") or (data := data_of(payload))["flow"] != flow:
         return False
-    if kind == "token":
+    if kind == "flow_start":
+        progress.provider, progress.model, progress.attempt = data["provider"], data["model"], data["attempt"]
+    elif kind == "token":
         progress.pieces.append(data["token"])
     elif kind == "flow_end":
         progress.finish_reason = data["finish_reason"]

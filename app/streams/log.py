@@ -19,7 +19,7 @@ import asyncpg
 import structlog
 
 from app.errors import Unavailable
-from app.postgres import AWAY, Connection, open_connection, why
+from app.postgres import Connection, open_connection, why
 from app.streams.event import Kind, encode, kind_of
 from app.streams.hub import Hub
 from app.streams.replicas import Fenced, Replica
@@ -50,6 +50,11 @@ _Events = list[tuple[UUID, int, str]]
 
 class StreamLost(Exception):
     """The log refuses this stream: its payload cannot be stored, or its next id holds something else."""
+
+
+# The database understood a batch and will not have it: one of its streams is to blame, or this replica is dead.
+_BAD_EVENTS = (StreamLost, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
+_REFUSED = (*_BAD_EVENTS, Fenced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,7 +306,7 @@ class Log:
     async def _commit(self, writers: list[Writer], events: _Events) -> None:
         try:
             await self._append(events)
-        except (StreamLost, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError) as error:
+        except _BAD_EVENTS as error:
             await self._bisect(writers, events, error)
         except Fenced as fenced:
             self._fenced(fenced)
@@ -349,7 +354,11 @@ class Log:
             try:
                 await self._append_once(events, again)
                 return
-            except AWAY as error:
+            except _REFUSED:
+                raise
+            except Exception as error:  # noqa: BLE001
+                # Whatever else a flush raises means that this connection cannot be trusted any more; asyncpg raises
+                # more kinds than a list here could keep up with.
                 log.warning("log_waiting", reason=why(error), events=len(events))
                 self._drop_connection(error)
                 again = True

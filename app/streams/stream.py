@@ -49,8 +49,10 @@ returning s.id, s.user_id, s.session_id, s.chatbot_id, s.chatbot_version, s.flow
 _LAST_ID = "select coalesce(max(id), 0) from streaming_events where stream_id = $1"
 _PAYLOAD = "select payload from streaming_events where stream_id = $1 and id = $2"
 
-# How long an accept whose COMMIT got no answer is looked for, in seconds.
-_DOUBT_S = 60
+# How long a stream in doubt is left alone before it is claimed, and how long one that cannot be found is looked for
+# (its accept may never have committed), in seconds.
+_LEFT_ALONE_S = 5
+_LOOKED_FOR_S = 60
 
 Work = Callable[[Connection], Awaitable[object]]
 
@@ -90,13 +92,17 @@ class Streams:
         Its id must be a `NEW_ID`, the transaction `Replica.transaction`.
         """
         # Until the caller confirms: a COMMIT without an answer may leave a stream that nobody runs.
-        self._doubtful[stream.id] = monotonic() + _DOUBT_S
+        self.doubt(stream.id)
         values = (getattr(stream, field) for field in Stream.__slots__)
         await connection.execute(_BEGIN, *values, self._replica.id, encode("stream_start", start))
 
-    def confirm(self, stream: Stream) -> None:
-        """The accepting transaction has committed and a run takes the stream over."""
-        self._doubtful.pop(stream.id, None)
+    def doubt(self, stream_id: UUID) -> None:
+        """Note a stream that is perhaps ours and that nobody may be running: a later `claim` looks for it."""
+        self._doubtful[stream_id] = monotonic()
+
+    def settle(self, stream_id: UUID) -> None:
+        """Somebody runs the stream, or it has ended."""
+        self._doubtful.pop(stream_id, None)
 
     async def conclude(
         self, writer: Writer, kind: Kind, data: Mapping[str, Any], *, work: Work, status: Status | None = None
@@ -146,14 +152,18 @@ class Streams:
     async def claim(self, most: int) -> list[Orphan]:
         """Up to `most` unfinished streams whose owner is dead, or whose accept was left in doubt, now ours."""
         now = monotonic()
-        self._doubtful = {stream_id: until for stream_id, until in self._doubtful.items() if until > now}
-        doubtful = [stream_id for stream_id, until in self._doubtful.items() if until < now + _DOUBT_S - 5]
-        rows = await self._pool.fetch(_CLAIM, self._replica.id, most, doubtful)
+        looked_for = [stream_id for stream_id, since in self._doubtful.items() if since < now - _LEFT_ALONE_S]
+        rows = await self._pool.fetch(_CLAIM, self._replica.id, most, looked_for)
+        for stream_id in looked_for:
+            if self._doubtful[stream_id] < now - _LOOKED_FOR_S:
+                self.settle(stream_id)
+        # In doubt until its end is written: what fails on the way there is tried again by a later pass.
+        for row in rows:
+            self.doubt(row["id"])
         return [await self._orphan(row) for row in rows]
 
     async def _orphan(self, row: asyncpg.Record) -> Orphan:
         stream = Stream(*(row[field] for field in Stream.__slots__))
-        self._doubtful.pop(stream.id, None)
         return Orphan(stream, await self._pool.fetchval(_LAST_ID, stream.id), row["attempt"])
 
 

@@ -120,8 +120,8 @@ class Tail:
                 if state.ended and cursor == state.tail:
                     return Batch(cursor + 1, cursor, b"", ended=True)
         except AWAY:
-            subscription.fall_behind()
-            await asyncio.sleep(0.2)
+            # Tried again when the hub looks around, not at once: all readers are in this together.
+            subscription.behind = True
             return None
         if len(payloads) == _PAGE:
             subscription.fall_behind()

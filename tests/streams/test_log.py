@@ -162,6 +162,18 @@ async def test_closing_a_writer_with_unsaved_events_gives_their_room_back(databa
         assert not parts.log.full
 
 
+async def test_d11_a_flush_survives_whatever_its_connection_raises(database: str) -> None:
+    """A lock wait that ran out, a table that is gone for a moment: tried again, and the lane lives."""
+    async with engine(database) as parts:
+        writer = await parts.writer()
+        await parts.pool.execute("alter table streaming_events rename to away")
+        say(writer, 3)
+        await asyncio.sleep(0.05)
+        await parts.pool.execute("alter table away rename to streaming_events")
+        assert await writer.saved() == 4
+        assert await parts.stored(writer.stream_id) == [1, 2, 3, 4]
+
+
 # -- one end
 
 
@@ -304,7 +316,7 @@ async def test_an_accept_left_in_doubt_is_claimed_later(database: str) -> None:
 async def test_a_confirmed_stream_is_never_claimed_from_its_living_owner(database: str) -> None:
     async with engine(database) as parts, engine(database) as other:
         stream = await parts.begin()
-        parts.streams.confirm(stream)
+        parts.streams.settle(stream.id)
         assert await parts.streams.claim(50) == []
         assert await other.streams.claim(50) == []
 
