@@ -1,8 +1,13 @@
 """A message goes in, a durable answer streams out; each fault ends it the way the fault list says."""
 
+import asyncio
+from time import monotonic
+
 import pytest
 
+from app.demo.server import demo_provider
 from tests.house import House, Open
+from tests.serving import apply_demo, client_of, serving
 from tests.sse import Frame, read_stream
 
 
@@ -150,3 +155,77 @@ async def test_g9_a_reader_leaving_does_not_end_the_run(house: Open) -> None:
         frames = await read_stream(home.client, url)
         assert frames[-1].data["data"]["status"] == "completed"
         assert len([frame for frame in frames if frame.event == "token"]) == 40
+
+
+# -- U17: whatever ends a run early, the provider sees the close within a second
+
+
+async def seen_closed(base_url: str, key: str) -> None:
+    """Return when the provider has seen that its connection was closed before its answer was whole."""
+    async with client_of(base_url.removesuffix("/v1")) as demo:
+        response = await demo.get("/demo/requests", params={"key": key, "wait": 1})
+    (record,) = response.json()["requests"]
+    assert record["closed_at"] is not None
+
+
+async def test_u17_deadline(house: Open) -> None:
+    async with house({"slow": "demo?delay_ms=20&tokens=5000&key=deadline"}, run_timeout_s=0.5) as home:
+        started = monotonic()
+        await home.ask("slow")
+        await seen_closed(home.demo, "deadline")
+        assert monotonic() - started < 1.5
+
+
+async def test_u17_fence(house: Open) -> None:
+    async with house({"slow": "demo?delay_ms=20&tokens=5000&key=fence"}) as home:
+        answer = (await home.post("slow")).json()
+        await until_event(home, answer["streaming_url"], 5)
+        await home.database.execute("update replicas set alive = false")
+        fenced = monotonic()
+        await seen_closed(home.demo, "fence")
+        assert monotonic() - fenced < 1.5
+
+
+async def test_u17_drain(house: Open, database: str) -> None:
+    async with demo_provider() as url:
+        await apply_demo(database, url, {"slow": "demo?delay_ms=20&tokens=5000&key=drain"})
+        async with serving(database, drain_s=0) as client:
+            body = {"user_id": "ann", "chatbot_id": "slow", "message_text": "Hello"}
+            answer = (await client.post("/api/process-message", json=body)).json()
+            while (await client.get(answer["streaming_url"])).json()["last_event_id"] < 5:
+                pass
+            left = monotonic()
+        await seen_closed(url, "drain")
+        assert monotonic() - left < 2
+
+
+async def until_event(home: House, url: str, number: int) -> None:
+    async with asyncio.timeout(10):
+        while (await home.client.get(url)).json()["last_event_id"] < number:
+            pass
+
+
+async def test_a_fenced_server_goes_on_as_a_new_replica(house: Open) -> None:
+    async with house({"slow": "demo?delay_ms=5&tokens=5000"}, beat_s=0.1, scan_s=0.1) as home:
+        lost = (await home.post("slow")).json()
+        await until_event(home, lost["streaming_url"], 5)
+        await home.database.execute("update replicas set alive = false")
+        frames = await asyncio.wait_for(read_stream(home.client, lost["streaming_url"]), 20)
+        assert frames[-1].data["data"]["error"]["code"] == "owner_lost"
+        assert [frame.number for frame in frames] == list(range(1, len(frames) + 1))
+        async with asyncio.timeout(5):
+            while (await home.post()).status_code != 200:
+                pass
+        assert await home.database.fetchval("select count(*) from replicas where alive") == 1
+
+
+async def test_p14_two_servers_in_one_process_stop_for_themselves(house: Open, database: str) -> None:
+    async with house({"slow": "demo?delay_ms=10&tokens=60"}) as home:
+        async with serving(database, drain_s=0) as other:
+            assert (await other.get("/readyz")).status_code == 200
+            url = (await home.post("slow")).json()["streaming_url"]
+            reading = asyncio.ensure_future(read_stream(home.client, url))
+            await until_event(home, url, 5)
+        frames = await reading
+        assert frames[-1].data["data"]["status"] == "completed"
+        assert (await home.client.get("/readyz")).status_code == 200
