@@ -10,7 +10,6 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from math import exp
 from time import perf_counter
 from typing import Any
 from uuid import UUID
@@ -22,6 +21,7 @@ from app.errors import Unavailable
 from app.postgres import Connection, open_connection, why
 from app.streams.event import Kind, encode, kind_of
 from app.streams.hub import Hub
+from app.streams.pace import Pace
 from app.streams.replicas import Fenced, Replica
 from app.telemetry import Metrics
 
@@ -218,7 +218,7 @@ class Log:
         self._connection: Connection | None = None
         # When the oldest of the events now pending came.
         self._oldest: float | None = None
-        self._pace = _Pace(limits.flush_gap_s)
+        self._pace = Pace(limits.flush_gap_s)
         self.on_fenced: Callable[[], None] = lambda: None
         # Set by a fence; whoever makes the replica a new incarnation clears it.
         self.fenced = False
@@ -393,31 +393,6 @@ class Log:
 def _tell(stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
     for event_id, payload in enumerate(payloads, first):
         log.debug("event_emitted", streaming_session_id=str(stream_id), id=event_id, event_kind=kind_of(payload))
-
-
-class _Pace:
-    """Flush at once while little arrives; under load leave a gap, so that one commit carries several events."""
-
-    _WINDOW_S = 0.2
-    _CALM, _BUSY = 600.0, 800.0  # events per second between which the gap grows from nothing to all of it
-
-    def __init__(self, gap_s: float) -> None:
-        self._gap_s = gap_s
-        self._rate = 0.0
-        self._last = self._measured = 0.0
-
-    async def wait(self) -> None:
-        load = min(1.0, max(0.0, (self._rate - self._CALM) / (self._BUSY - self._CALM)))
-        pause = self._last + self._gap_s * load - perf_counter()
-        self._last = perf_counter() + max(pause, 0.0)
-        if pause > 0:
-            await asyncio.sleep(pause)
-
-    def flushed(self, events: int) -> None:
-        """Fold a flush into the rate: an average that forgets with the window's time constant."""
-        now = perf_counter()
-        self._rate = self._rate * exp((self._measured - now) / self._WINDOW_S) + events / self._WINDOW_S
-        self._measured = now
 
 
 async def insert_event(connection: Connection, stream_id: UUID, event_id: int, payload: str) -> None:
