@@ -2,7 +2,6 @@
 
 import asyncio
 import itertools
-
 from time import perf_counter
 
 from app.streams.pace import Pace
