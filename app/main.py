@@ -188,6 +188,7 @@ class Gateway:
         ]
 
     async def _look_around(self) -> None:
+        (self._failing.add if self._log.waiting else self._failing.discard)("log")
         self._hub.look_around(self._log.owns)
 
     async def _come_up(self) -> None:

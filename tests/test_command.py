@@ -454,20 +454,3 @@ async def test_serve_on_a_taken_port(database: str) -> None:
         done = await run("serve", DATABASE_URL=database, PARLEY_PORT=str(port.getsockname()[1]))
     assert (done.code, len(done.err)) == (2, 1)
     assert "set PARLEY_PORT" in done.err[0]
-
-
-async def test_serve_ends_when_something_inside_it_crashes(database: str) -> None:
-    """Half a server that answers /livez and never serves again would be restarted by nobody."""
-    async with demo_provider() as url, served(database) as (process, client):
-        await apply_demo(database, url, {"slow": "demo?delay_ms=20&tokens=500"})
-        await until_ready(client)
-        connection = await asyncpg.connect(database)
-        message = {"user_id": "ann", "chatbot_id": "slow", "message_text": "Hello"}
-        assert (await client.post("/api/process-message", json=message)).status_code == 200
-        # What no retry can mend and nobody expects.
-        await connection.execute("alter table streaming_events rename to gone")
-        await connection.close()
-        done = await process.ended()
-    assert done.code == 1
-    assert any("UndefinedTableError" in line for line in done.err), "the log says what"
-    assert done.err[-1].startswith("parley: The server ended")

@@ -222,6 +222,8 @@ class Log:
         self.on_fenced: Callable[[], None] = lambda: None
         # Set by a fence; whoever makes the replica a new incarnation clears it.
         self.fenced = False
+        # A flush has failed and is tried again.
+        self.waiting = False
 
     @property
     def full(self) -> bool:
@@ -353,6 +355,7 @@ class Log:
         while True:
             try:
                 await self._append_once(events, again)
+                self.waiting = False
                 return
             except _REFUSED:
                 raise
@@ -361,7 +364,7 @@ class Log:
                 # more kinds than a list here could keep up with.
                 log.warning("log_waiting", reason=why(error), events=len(events))
                 self._drop_connection(error)
-                again = True
+                again = self.waiting = True
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 1.0)
 

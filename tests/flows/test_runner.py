@@ -157,6 +157,22 @@ async def test_g9_a_reader_leaving_does_not_end_the_run(house: Open) -> None:
         assert len([frame for frame in frames if frame.event == "token"]) == 40
 
 
+async def test_a_log_that_cannot_write_is_degraded_and_goes_on_where_it_was(house: Open) -> None:
+    async with house({"slow": "demo?delay_ms=10&tokens=60"}, poll_s=0.05) as home:
+        url = (await home.post("slow")).json()["streaming_url"]
+        await until_event(home, url, 5)
+        await home.database.execute("alter table streaming_events rename to away")
+        async with asyncio.timeout(10):
+            while (await home.client.get("/api/conversation-health")).json()["status"] != "degraded":
+                pass
+        assert (await home.client.get("/readyz?verbose")).json()["failing"] == ["log"]
+        await home.database.execute("alter table away rename to streaming_events")
+        frames = await asyncio.wait_for(read_stream(home.client, url), 20)
+        assert [frame.number for frame in frames] == list(range(1, len(frames) + 1))
+        assert frames[-1].data["data"]["status"] == "completed"
+        assert (await home.client.get("/api/conversation-health")).json()["status"] == "healthy"
+
+
 # -- U17: whatever ends a run early, the provider sees the close within a second
 
 
