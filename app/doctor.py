@@ -11,7 +11,7 @@ from app import __version__
 from app.errors import Misconfigured, ParleyError
 from app.flows import chatbots
 from app.postgres import AWAY, OLDEST, Connection, open_connection, why
-from app.providers.provider import Deadlines, Effort, Endpoint
+from app.providers.provider import Deadlines, Endpoint
 from app.providers.registry import Providers
 from app.schema import require_current
 from app.settings import Settings
@@ -83,7 +83,7 @@ async def _endpoints(connection: Connection) -> list[Endpoint]:
 
 
 async def _examine_provider(endpoint: Endpoint) -> Finding:
-    providers = Providers(deadlines=Deadlines(), effort=Effort(retries=0))
+    providers = Providers(deadlines=Deadlines(), concurrency=1)
     subject = f"provider {endpoint.name}"
     try:
         return Finding(subject, True, await providers.get(endpoint).check())

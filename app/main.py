@@ -92,7 +92,7 @@ async def _lifespan(settings: Settings, life: Life, _: Starlette) -> AsyncGenera
         pool = await stack.enter_async_context(_pool(settings))
         providers = Providers(
             deadlines=Deadlines(settings.connect_timeout_s, settings.first_token_timeout_s, settings.gap_timeout_s),
-            effort=Effort(settings.provider_concurrency, settings.provider_retries),
+            concurrency=settings.provider_concurrency,
         )
         stack.push_async_callback(providers.aclose)
         providers.preload()
@@ -147,6 +147,7 @@ class Gateway:
             ending=ending,
             metrics=metrics,
             bounds=Bounds(settings.max_runs, settings.run_timeout_s, settings.answer_limit),
+            effort=Effort(settings.provider_retries),
         )
         self._takeover = Takeover(
             replica,

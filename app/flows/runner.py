@@ -13,9 +13,10 @@ from uuid import UUID
 import structlog
 
 from app.errors import Misconfigured, ParleyError, Unavailable
+from app.flows.attempts import begun
 from app.flows.ending import Ending
 from app.flows.run import Failure, Progress, Result, Run
-from app.providers.provider import Chunk, Finish, ProviderError, Text, Usage
+from app.providers.provider import Chunk, Effort, Finish, ProviderError, Text, Usage
 from app.providers.registry import Providers
 from app.streams.log import Log, StreamLost, Writer
 from app.streams.replicas import Fenced
@@ -52,6 +53,7 @@ class Runner:
         ending: Ending,
         metrics: Metrics,
         bounds: Bounds,
+        effort: Effort,
     ) -> None:
         self._tasks = tasks
         self._log = event_log
@@ -59,6 +61,7 @@ class Runner:
         self._ending = ending
         self._metrics = metrics
         self._bounds = bounds
+        self._effort = effort
         self._running: dict[UUID, asyncio.Task[None]] = {}
         self._reading: set[asyncio.Task[None]] = set()
         self._stopping = self._closed = False
@@ -177,10 +180,12 @@ class Runner:
         writer.append(
             "flow_start", {"flow": flow, "provider": progress.provider, "model": progress.model, "attempt": 1}
         )
-        async with aclosing(provider.stream(run.prompt)) as batches:
-            async for batch in batches:
-                if progress.first_token_ms is None:
-                    self._first_token(run, progress)
+        first, rest = await begun(lambda: provider.stream(run.prompt), self._effort)
+        async with aclosing(rest):
+            self._first_token(run, progress)
+            if not self._take(first, flow, writer, progress):
+                return
+            async for batch in rest:
                 if not self._take(batch, flow, writer, progress):
                     return
                 if writer.crowded():

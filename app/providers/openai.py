@@ -6,13 +6,25 @@ reason). Anything else that ends is truncated, however cleanly the connection cl
 
 import json
 import re
+from base64 import b64encode
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
 from typing import Any
 
 import orjson
 
-from app.providers.provider import Chunk, Deadlines, Effort, Finish, FinishReason, Prompt, ProviderError, Text, Usage
+from app.providers.provider import (
+    CONCURRENCY,
+    Chunk,
+    Deadlines,
+    Finish,
+    FinishReason,
+    LimitName,
+    Prompt,
+    PromptMessage,
+    ProviderError,
+    Text,
+    Usage,
+)
 from app.providers.refusal import Refusals
 from app.providers.transport import Upstream, truncated
 
@@ -36,8 +48,8 @@ _REASONS: Mapping[str, FinishReason] = {
 class OpenAI:
     """A provider behind an OpenAI-compatible URL (`…/v1`). Key and URL come in resolved.
 
-    `extra` are members every request carries; a prompt's own parameters win over them. `include_usage` asks for token
-    counts; turn it off for servers that refuse `stream_options`. Raises Misconfigured for an unusable key or URL.
+    `include_usage` asks for token counts; turn it off for servers that refuse `stream_options`. `limit_name` is what
+    the server calls a limit of tokens. Raises Misconfigured for an unusable key or URL.
     """
 
     def __init__(
@@ -47,23 +59,36 @@ class OpenAI:
         *,
         api_key: str | None = None,
         include_usage: bool = True,
-        extra: Mapping[str, Any] | None = None,
+        limit_name: LimitName = "max_completion_tokens",
         deadlines: Deadlines | None = None,
-        effort: Effort | None = None,
+        concurrency: int = CONCURRENCY,
     ) -> None:
-        self._upstream = Upstream(
-            name, base_url, api_key=api_key, deadlines=deadlines or Deadlines(), effort=effort or Effort()
-        )
-        self._extra = {**({"stream_options": {"include_usage": True}} if include_usage else {}), **(extra or {})}
+        self._upstream = Upstream(name, base_url, api_key=api_key, deadlines=deadlines, concurrency=concurrency)
+        self._extra = {"stream_options": {"include_usage": True}} if include_usage else {}
+        self._limit_name = limit_name
+
+    @property
+    def full(self) -> bool:
+        return self._upstream.full
 
     async def stream(self, prompt: Prompt) -> AsyncGenerator[Sequence[Chunk], None]:
         body = self._request(prompt)
+        answer = _Answer(self._upstream.name, self._upstream.refusals)
         with self._upstream.slot():
-            first, rest = await self._upstream.begin(lambda: self._attempt(body))
-            async with aclosing(rest):
-                yield first
-                async for batch in rest:
+            async with self._upstream.post("chat/completions", body) as reading:
+                try:
+                    async for payloads in reading:
+                        if batch := answer.read(payloads):
+                            yield batch
+                            reading.allow(_AFTERMATH_S if answer.finished else None)
+                        if answer.over:
+                            break
+                except ProviderError:
+                    if not answer.finished:  # after it only usage and [DONE] can be missing
+                        raise
+                if batch := answer.end():
                     yield batch
+                await reading.drain()
 
     async def check(self) -> str:
         listed = _object(await self._upstream.get("models", within_s=_CHECK_S)).get("data")
@@ -74,11 +99,15 @@ class OpenAI:
         await self._upstream.aclose()
 
     def _request(self, prompt: Prompt) -> bytes:
+        limit: Mapping[str, Any] = {self._limit_name: prompt.max_tokens} if prompt.max_tokens else {}
+        form: Mapping[str, Any] = {"response_format": {"type": "json_object"}} if prompt.json_output else {}
         request = {
             **self._extra,
+            **limit,
+            **form,
             **prompt.parameters,
             "model": prompt.model,
-            "messages": [{"role": message.role, "content": message.content} for message in prompt.messages],
+            "messages": [{"role": message.role, "content": _content(message)} for message in prompt.messages],
             "stream": True,
         }
         try:
@@ -87,22 +116,16 @@ class OpenAI:
             detail = "The prompt holds something that JSON cannot carry."
             raise ProviderError("rejected", detail, retryable=False) from None
 
-    async def _attempt(self, body: bytes) -> AsyncGenerator[Sequence[Chunk], None]:
-        answer = _Answer(self._upstream.name, self._upstream.refusals)
-        async with self._upstream.post("chat/completions", body) as reading:
-            try:
-                async for payloads in reading:
-                    if batch := answer.read(payloads):
-                        yield batch
-                        reading.allow(_AFTERMATH_S if answer.finished else None)
-                    if answer.over:
-                        break
-            except ProviderError:
-                if not answer.finished:  # after it only usage and [DONE] can be missing
-                    raise
-            if batch := answer.end():
-                yield batch
-            await reading.drain()
+
+def _content(message: PromptMessage) -> str | list[dict[str, Any]]:
+    """The text alone, or parts where there are pictures, which go in as data URLs."""
+    if not message.images:
+        return message.content
+    pictures = [
+        {"type": "image_url", "image_url": {"url": f"data:{image.mime};base64,{b64encode(image.data).decode()}"}}
+        for image in message.images
+    ]
+    return [{"type": "text", "text": message.content}, *pictures]
 
 
 class _Answer:

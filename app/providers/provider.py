@@ -7,23 +7,43 @@ from typing import Any, Literal, Protocol
 from app.errors import UpstreamFailed
 
 Role = Literal["system", "user", "assistant"]
+Kind = Literal["openai", "anthropic", "flowise"]
+LimitName = Literal["max_completion_tokens", "max_tokens"]
 FinishReason = Literal["stop", "length", "content_filter", "tool_calls"]
 ErrorKind = Literal["unavailable", "timeout", "rate_limited", "busy", "refused", "rejected", "protocol", "too_large"]
+
+
+@dataclass(frozen=True, slots=True)
+class Image:
+    """A picture that was checked and re-encoded; `mime` is image/png, image/jpeg, image/webp or image/gif."""
+
+    mime: str
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
 class PromptMessage:
     role: Role
     content: str
+    images: Sequence[Image] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One call: the messages in order and parameters passed on as they are (`temperature`, `max_tokens`, …)."""
+    """One call: what is asked of which model.
+
+    `parameters` are passed on in the dialect's own place and win over what Parley would set, but never replace the
+    messages, the model or the streaming. `json_output` asks for a JSON object where the dialect can; `top_k` and
+    `session_id` are for dialects that retrieve and remember by themselves (Flowise).
+    """
 
     model: str
     messages: Sequence[PromptMessage]
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    max_tokens: int | None = None
+    json_output: bool = False
+    top_k: int | None = None
+    session_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +68,23 @@ class Finish:
 
 Chunk = Text | Usage | Finish
 
+# Calls of one provider under way at once, unless a setting says otherwise.
+CONCURRENCY = 2000
+
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a provider is and how to speak to it. `base_url` may be env:NAME, `api_key` env:NAME or file:PATH."""
+    """Where a provider is and how to speak to it. `base_url` may be env:NAME, `api_key` env:NAME or file:PATH.
+
+    The last two are for the kind openai: whether it is asked for token counts, and what it calls a limit of tokens.
+    """
 
     name: str
-    kind: str
+    kind: Kind
     base_url: str
     api_key: str | None = None
     include_usage: bool = True
+    limit_name: LimitName = "max_completion_tokens"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +98,9 @@ class Deadlines:
 
 @dataclass(frozen=True, slots=True)
 class Effort:
-    """Calls under way at once, and how often one is tried again before its first chunk.
+    """How often a call is tried again. The backoff doubles, with jitter; a longer Retry-After is cut to
+    `longest_wait_s`."""
 
-    The backoff doubles, with jitter. A Retry-After above `longest_wait_s` is cut to it.
-    """
-
-    concurrency: int = 2000
     retries: int = 2
     backoff_s: float = 0.5
     longest_wait_s: float = 10
@@ -98,12 +122,16 @@ class Provider(Protocol):
     """One configured provider. Safe for any number of concurrent calls."""
 
     def stream(self, prompt: Prompt) -> AsyncGenerator[Sequence[Chunk], None]:
-        """Yield what each read from the network held, in order, without empty batches.
+        """Make one call; yield what each read from the network held, in order, without empty batches.
 
-        Ends normally only after a Finish; anything else raises ProviderError. Calls that fail before the first
-        chunk are retried inside. Closing the generator (or cancelling its consumer) closes the upstream connection
-        at once.
+        Ends normally only after a Finish; anything else raises ProviderError. Whether to try again is the caller's
+        business. Closing the generator (or cancelling its consumer) closes the upstream connection at once.
         """
+        ...
+
+    @property
+    def full(self) -> bool:
+        """Whether another call would be refused as `upstream_busy`."""
         ...
 
     async def check(self) -> str:

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 
 from app.errors import Misconfigured
-from app.providers.provider import Deadlines, Effort, Endpoint, Provider
+from app.providers.provider import Deadlines, Endpoint, Provider
 
 # Each holds a connection pool; a server with more endpoints than this rebuilds the one unused for longest.
 _KEPT = 64
@@ -15,9 +15,9 @@ _KEPT = 64
 class Providers:
     """One client per endpoint and key. A rotated key makes a new client, so no restart is needed."""
 
-    def __init__(self, *, deadlines: Deadlines, effort: Effort) -> None:
+    def __init__(self, *, deadlines: Deadlines, concurrency: int) -> None:
         self._deadlines = deadlines
-        self._effort = effort
+        self._concurrency = concurrency
         self._providers: OrderedDict[tuple[Endpoint, str, str | None], Provider] = OrderedDict()
         self._retired: list[Provider] = []
 
@@ -45,8 +45,9 @@ class Providers:
             base_url,
             api_key=api_key,
             include_usage=endpoint.include_usage,
+            limit_name=endpoint.limit_name,
             deadlines=self._deadlines,
-            effort=self._effort,
+            concurrency=self._concurrency,
         )
 
     async def aclose(self) -> None:

@@ -1,39 +1,56 @@
-"""One provider's HTTP side: pool, capacity, the deadlines of each phase, retries before the first chunk."""
+"""One provider's HTTP side: pool, capacity, and the deadlines of each phase of a call."""
 
 import asyncio
 import math
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 
 import httpx2
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from app.errors import Misconfigured
 from app.providers.aio import AioHTTPTransport, Body, unreachable_because
-from app.providers.provider import Chunk, Deadlines, Effort, ProviderError
+from app.providers.provider import CONCURRENCY, Deadlines, ProviderError
 from app.providers.refusal import Refusals, beginning
 from app.providers.sse import Decoder
 
 # How long the end of the HTTP body may come after the end of the answer, so that the connection can be used again.
 _DRAIN_S = 0.1
 
-Batch = Sequence[Chunk]
-Attempt = AsyncGenerator[Batch, None]
+_HEADERS = {
+    "Accept": "text/event-stream, application/json",
+    "Accept-Encoding": "identity",
+    "Content-Type": "application/json",
+    "User-Agent": "parley",
+}
 
 
 class Upstream:
-    """The HTTP side of one provider. Raises Misconfigured for a base URL or key that no request could carry."""
+    """The HTTP side of one provider, of at most `concurrency` calls at once.
 
-    def __init__(self, name: str, base_url: str, *, api_key: str | None, deadlines: Deadlines, effort: Effort) -> None:
+    The key travels as a bearer token, or in the header `key_header`; `headers` are added to every request. Raises
+    Misconfigured for a base URL or key that no request could carry.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        base_url: str,
+        *,
+        api_key: str | None = None,
+        key_header: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        deadlines: Deadlines | None = None,
+        concurrency: int = CONCURRENCY,
+    ) -> None:
         self.name = name
         self.refusals = Refusals(name, secret=api_key)
         self.under_way = 0
-        self._deadlines = deadlines
-        self._effort = effort
+        self._deadlines = deadlines = deadlines or Deadlines()
+        self._concurrency = concurrency
         self._client = httpx2.AsyncClient(
             base_url=_checked_url(name, base_url),
-            headers=_headers(name, api_key),
+            headers={**_HEADERS, **(headers or {}), **_credentials(name, api_key, key_header)},
             cookies=CookieJar(policy=DefaultCookiePolicy(allowed_domains=[])),
             timeout=httpx2.Timeout(None, connect=deadlines.connect_s),
             follow_redirects=False,  # it would carry the key to a host nobody configured
@@ -44,33 +61,20 @@ class Upstream:
     async def aclose(self) -> None:
         await self._client.aclose()
 
+    @property
+    def full(self) -> bool:
+        return self.under_way >= self._concurrency
+
     @contextmanager
     def slot(self) -> Iterator[None]:
         """Room for one call. Without room ProviderError("busy") at once: a queue here would have no bound."""
-        if self.under_way >= self._effort.concurrency:
+        if self.full:
             raise ProviderError("busy", f"Provider '{self.name}' is at capacity.", retryable=True, retry_after=1)
         self.under_way += 1
         try:
             yield
         finally:
             self.under_way -= 1
-
-    async def begin(self, attempt: Callable[[], Attempt]) -> tuple[Batch, Attempt]:
-        """The first batch, and the generator of the others. An attempt that fails before its first is repeated."""
-        retrying = AsyncRetrying(
-            stop=stop_after_attempt(1 + self._effort.retries),
-            wait=self._wait,
-            retry=retry_if_exception(lambda error: isinstance(error, ProviderError) and error.retryable),
-            reraise=True,
-        )
-        return await retrying(_begun, attempt)
-
-    def _wait(self, state: RetryCallState) -> float:
-        effort = self._effort
-        backoff = wait_random_exponential(multiplier=effort.backoff_s, max=effort.longest_wait_s)(state)
-        error = state.outcome.exception() if state.outcome else None
-        asked = error.retry_after if isinstance(error, ProviderError) else None
-        return max(backoff, min(asked or 0, effort.longest_wait_s))
 
     @asynccontextmanager
     async def post(self, path: str, content: bytes) -> AsyncIterator["Reading"]:
@@ -205,11 +209,6 @@ class _Silence:
         self._abort()
 
 
-async def _begun(attempt: Callable[[], Attempt]) -> tuple[Batch, Attempt]:
-    batches = attempt()
-    return await anext(batches), batches
-
-
 def _silent(name: str, what: str, seconds: float) -> ProviderError:
     return ProviderError("timeout", f"Provider '{name}' did not {what} within {seconds:g} s.", retryable=True)
 
@@ -230,16 +229,10 @@ def _checked_url(name: str, base_url: str) -> httpx2.URL:
     return url
 
 
-def _headers(name: str, api_key: str | None) -> dict[str, str]:
-    headers = {
-        "Accept": "text/event-stream, application/json",
-        "Accept-Encoding": "identity",
-        "Content-Type": "application/json",
-        "User-Agent": "parley",
-    }
-    if api_key:
-        if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-            detail = f"The key of provider '{name}' holds a space, a line break or a character outside ASCII."
-            raise Misconfigured("provider_key_invalid", detail)
-        headers["Authorization"] = f"Bearer {api_key}"
-    return headers
+def _credentials(name: str, api_key: str | None, header: str | None) -> dict[str, str]:
+    if not api_key:
+        return {}
+    if not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
+        detail = f"The key of provider '{name}' holds a space, a line break or a character outside ASCII."
+        raise Misconfigured("provider_key_invalid", detail)
+    return {header: api_key} if header else {"Authorization": f"Bearer {api_key}"}

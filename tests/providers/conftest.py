@@ -9,7 +9,7 @@ import pytest
 
 from app.demo import demo_provider
 from app.providers.openai import OpenAI
-from app.providers.provider import Deadlines, Effort
+from app.providers.provider import Deadlines
 
 KEY = "sk-canary-0123456789"
 
@@ -32,7 +32,6 @@ async def connect(demo_url: str) -> AsyncIterator[Connect]:
             options = {
                 "api_key": KEY,
                 "deadlines": Deadlines(connect_s=2, first_token_s=5, gap_s=5),
-                "effort": Effort(backoff_s=0.001),
                 **options,
             }
             provider = OpenAI("vendor", url, **options)

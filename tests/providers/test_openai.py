@@ -8,7 +8,7 @@ import pytest
 from app.demo.answers import tokens
 from app.errors import Misconfigured
 from app.providers.openai import PIECE, OpenAI
-from app.providers.provider import Effort, Finish, Prompt, PromptMessage, Provider, ProviderError, Text, Usage
+from app.providers.provider import Finish, Image, Prompt, PromptMessage, Provider, ProviderError, Text, Usage
 from tests.providers.answers import answered, failed, finish_of, prompt, text_of
 from tests.providers.conftest import KEY, Connect, Remembered
 from tests.providers.wire import as_stream, raw_server
@@ -29,7 +29,7 @@ def delta(content: object = None, finish: object = None, index: int = 0) -> byte
 async def played(connect: Connect, *events: bytes) -> tuple[str, Finish | None, ProviderError | None]:
     """What comes of a stream of exactly these events, without retries."""
     async with raw_server(lambda writer: _written(writer.write, as_stream(list(events)))) as url:
-        chunks, error = await answered(connect(url, effort=Effort(retries=0)), prompt("any"))
+        chunks, error = await answered(connect(url), prompt("any"))
     return text_of(chunks), finish_of(chunks), error
 
 
@@ -49,10 +49,11 @@ async def test_an_answer_arrives_as_text_finish_and_usage(connect: Connect) -> N
 async def test_the_request_carries_prompt_parameters_and_key_and_nothing_can_turn_streaming_off(
     connect: Connect, remembered: Remembered
 ) -> None:
-    provider = connect(extra={"temperature": 0.1, "seed": 7, "stream": False})
+    provider = connect(limit_name="max_tokens")
     messages = [PromptMessage("system", "Be brief."), PromptMessage("user", "Hi"), PromptMessage("assistant", "Yo")]
     model = "demo?delay_ms=0&key=request"
-    await answered(provider, Prompt(model, messages, {"temperature": 0.9, "model": "other", "messages": []}))
+    parameters = {"temperature": 0.9, "seed": 7, "stream": False, "model": "other", "messages": []}
+    await answered(provider, Prompt(model, messages, parameters, max_tokens=500, json_output=True))
     [record] = await remembered("request")
     assert record["body"] == {
         "model": model,
@@ -61,6 +62,8 @@ async def test_the_request_carries_prompt_parameters_and_key_and_nothing_can_tur
             {"role": "user", "content": "Hi"},
             {"role": "assistant", "content": "Yo"},
         ],
+        "max_tokens": 500,
+        "response_format": {"type": "json_object"},
         "temperature": 0.9,
         "seed": 7,
         "stream": True,
@@ -69,6 +72,16 @@ async def test_the_request_carries_prompt_parameters_and_key_and_nothing_can_tur
     assert record["headers"]["accept-encoding"] == "identity"
     assert record["headers"]["authorization"].startswith("sha256:")
     assert "cookie" not in record["headers"]
+
+
+async def test_pictures_travel_as_parts_beside_the_text(connect: Connect, remembered: Remembered) -> None:
+    message = PromptMessage("user", "What is it?", [Image("image/png", b"\x89PNG")])
+    await answered(connect(), Prompt(f"{FAST}&key=picture", [message]))
+    [record] = await remembered("picture")
+    assert record["body"]["messages"][0]["content"] == [
+        {"type": "text", "text": "What is it?"},
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw=="}},
+    ]
 
 
 async def test_usage_need_not_be_asked_for(connect: Connect, remembered: Remembered) -> None:
@@ -110,7 +123,7 @@ async def test_u3_an_error_instead_of_a_stream_is_an_error(connect: Connect, rem
     assert (error.kind, error.detail) == (
         "unavailable", "Provider 'vendor' reported an error: The demo is overloaded on request.",
     )  # fmt: skip
-    assert len(await remembered("u3")) == 3
+    assert len(await remembered("u3")) == 1
 
 
 async def test_u3_a_document_instead_of_a_stream_is_an_error(connect: Connect) -> None:
@@ -295,7 +308,7 @@ async def test_usage_told_many_times_is_one_chunk(connect: Connect) -> None:
 async def test_no_secret_and_no_address_is_in_any_failure(connect: Connect, demo_url: str) -> None:
     models = [f"demo?fault=status&status={status}" for status in (400, 401, 403, 404, 429, 500, 529)]
     models += [f"{FAST}&fault={fault}" for fault in ("error", "json_error", "redirect", "gzip", "eof", "garbage")]
-    provider = connect(effort=Effort(retries=0))
+    provider = connect()
     for model in models:
         error = await failed(provider, prompt(model))
         assert not any(secret in f"{error!r} {error.detail}" for secret in (KEY, "://", "127.0.0.1", "\r", "\n"))

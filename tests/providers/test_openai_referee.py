@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.providers.openai import OpenAI
-from app.providers.provider import Effort, FinishReason
+from app.providers.provider import FinishReason
 from tests.providers.answers import answered, finish_of, prompt, text_of
 from tests.providers.wire import as_stream, raw_server
 
@@ -107,7 +107,7 @@ async def both_readers() -> AsyncIterator[Both]:
         raw_server(lambda writer: _written(writer.write, response)) as url,
         openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as sdk,
     ):
-        ours = OpenAI("vendor", url, effort=Effort(retries=0))
+        ours = OpenAI("vendor", url)
         yield Both(ours, sdk, answer_with)
         await ours.aclose()
 
