@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 _EXCERPT = 120
 # About the length of a model's tokens: a word with the space before it, longer words in two or three pieces.
-_TOKEN = re.compile(r"\n+|[^\S\n]*\S{1,7}")
+_TOKEN = re.compile(r"\n+|[^\S\n]*\S{1,7}|[^\S\n]+")
 
 _OPENINGS = (
     "You asked: *{question}* Here is an answer that looks like one.",
@@ -47,14 +47,19 @@ _FILLER = (
 def tokens(question: str, count: int | None) -> list[str]:
     """The answer in pieces; exactly `count` of them where a count is given."""
     if count is None:
-        return _TOKEN.findall(_text(question))
+        return cut(_text(question))
     return list(itertools.islice(_endless(question), count))
 
 
+def cut(text: str) -> list[str]:
+    """Any text in pieces like a model's."""
+    return _TOKEN.findall(text)
+
+
 def _endless(question: str) -> Iterator[str]:
-    yield from _TOKEN.findall(_text(question))
+    yield from cut(_text(question))
     for paragraph in itertools.cycle(_FILLER):
-        yield from _TOKEN.findall(paragraph)
+        yield from cut(paragraph)
 
 
 def _text(question: str) -> str:

@@ -10,16 +10,18 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.types import Send
+from starlette.datastructures import Headers
+from starlette.types import Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from app.demo.wire import stamped
+from app.demo.dialect import Dialect, stamped
 from app.demo.wishes import Wishes
 
-EXTENSION = "demo.connection"
+_EXTENSION = "demo.connection"
 _SSE = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
 # Pauses up to this long are not worth a timer that notices the client leaving.
 _SHORT_S = 0.25
+_SECRET = ("authorization", "x-api-key")
 
 
 class Connection:
@@ -45,7 +47,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
-        self.scope["extensions"] = {EXTENSION: self.connection}  # type: ignore[dict-item]
+        self.scope["extensions"] = {_EXTENSION: self.connection}  # type: ignore[dict-item]
 
 
 @dataclass(slots=True)
@@ -69,20 +71,26 @@ class Record:
 
 def shown_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """Headers with the credentials hashed: two requests can be compared, no key can be read."""
-    shown = dict(headers)
-    if "authorization" in shown:
-        shown["authorization"] = f"sha256:{hashlib.sha256(shown['authorization'].encode()).hexdigest()[:16]}"
-    return shown
+    return {name: _hashed(value) if name in _SECRET else value for name, value in headers.items()}
+
+
+def _credentials(headers: Mapping[str, str]) -> str:
+    return next((headers[name] for name in _SECRET if name in headers), "")
+
+
+def _hashed(value: str) -> str:
+    return f"sha256:{hashlib.sha256(value.encode()).hexdigest()[:16]}"
 
 
 class Exchange:
     """The answer's side of one request: start, write, pace, and end in one of several ways."""
 
-    def __init__(self, wishes: Wishes, record: Record, *, connection: Connection, send: Send, credentials: str) -> None:
+    def __init__(self, wishes: Wishes, record: Record, *, dialect: Dialect, scope: Scope, send: Send) -> None:
         self.wishes = wishes
-        self.credentials = credentials
         self.record = record
-        self._connection = connection
+        self.dialect = dialect
+        self.credentials = _credentials(Headers(scope=scope))
+        self._connection: Connection = scope["extensions"][_EXTENSION]
         self._send = send
 
     async def start(self, status: int = 200, headers: Sequence[tuple[bytes, bytes]] = _SSE) -> None:

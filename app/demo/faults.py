@@ -5,9 +5,8 @@ import gzip
 import json
 from collections.abc import Awaitable, Callable, Mapping
 
-from app.demo import wire
+from app.demo.dialect import Frames, dumped
 from app.demo.exchange import Exchange
-from app.demo.wire import Frames
 
 MIB = 1024 * 1024
 _JSON = ((b"content-type", b"application/json"),)
@@ -33,12 +32,16 @@ def _comments(whole: list[bytes], frames: Frames, at: int) -> list[bytes]:
 
 
 def _multiline(whole: list[bytes], frames: Frames, at: int) -> list[bytes]:
-    return [frame if frame == wire.DONE else _over_lines(frame) for frame in whole]
+    return [b"\n".join(map(_over_lines, frame.split(b"\n"))) for frame in whole]
 
 
-def _over_lines(frame: bytes) -> bytes:
-    text = json.dumps(json.loads(frame.removeprefix(b"data: ")), indent=1, ensure_ascii=False)
-    return "".join(f"data: {line}\n" for line in text.split("\n")).encode() + b"\n"
+def _over_lines(line: bytes) -> bytes:
+    """A line of JSON data as many lines; any other as it is."""
+    name, _, data = line.partition(b":")
+    if name != b"data" or not data.lstrip().startswith(b"{"):
+        return line
+    text = json.dumps(json.loads(data), indent=1, ensure_ascii=False)
+    return "\n".join(f"data: {part}" for part in text.split("\n")).encode()
 
 
 def _bytes(whole: list[bytes], frames: Frames, at: int) -> list[bytes]:
@@ -58,7 +61,7 @@ def _line_of(size: int) -> Shape:
     """One frame whose line is exactly this long."""
 
     def insert(whole: list[bytes], frames: Frames, at: int) -> list[bytes]:
-        room = size - (len(frames.text(b'""')) - 2)
+        room = size - max(map(len, frames.text(b'""').split(b"\n")))
         return [*whole[:at], frames.text(b'"%s"' % (b"x" * room)), *whole[at:]]
 
     return insert
@@ -72,8 +75,7 @@ def _raw(*events: bytes) -> Shape:
 
 
 def _error(whole: list[bytes], frames: Frames, at: int) -> list[bytes]:
-    failed = wire.error("The demo failed on request, see https://demo.invalid/help.", kind="server_error")
-    return [*whole[:at], wire.sse(failed)]
+    return [*whole[:at], frames.failed]
 
 
 def _eof(whole: list[bytes], frames: Frames, at: int) -> list[bytes]:
@@ -81,7 +83,7 @@ def _eof(whole: list[bytes], frames: Frames, at: int) -> list[bytes]:
 
 
 def _no_done(whole: list[bytes], frames: Frames, at: int) -> list[bytes]:
-    return [frame for frame in whole if frame != wire.DONE]
+    return [frame for frame in whole if frame != frames.done]
 
 
 def _no_finish(whole: list[bytes], frames: Frames, at: int) -> list[bytes]:
@@ -125,14 +127,14 @@ async def _status(exchange: Exchange) -> None:
     wishes = exchange.wishes
     headers = [*_JSON, *([(b"retry-after", wishes.retry_after.encode())] if wishes.retry_after else [])]
     said = f"The demo answers {wishes.status} on request. Your credentials: {exchange.credentials}"
-    body = wire.dumped(wire.error(f"{said}\r\nSee https://demo.invalid/errors.", kind="demo_error"))
+    failed = exchange.dialect.error(f"{said}\r\nSee https://demo.invalid/errors.", status=wishes.status)
     await exchange.start(wishes.status, headers)
-    await exchange.end(body)
+    await exchange.end(dumped(failed))
 
 
 async def _json_error(exchange: Exchange) -> None:
     await exchange.start(200, _JSON)
-    await exchange.end(wire.dumped(wire.error("The demo is overloaded on request.", kind="overloaded")))
+    await exchange.end(dumped(exchange.dialect.error("The demo is overloaded on request.", status=529)))
 
 
 async def _html(exchange: Exchange) -> None:
@@ -196,5 +198,5 @@ def shaped(names: tuple[str, ...], frames: Frames, *, after: int) -> list[bytes]
     whole = frames.whole()
     for name, shape in SHAPES.items():
         if name in names:
-            whole = shape(whole, frames, 1 + min(after, len(frames.texts)))
+            whole = shape(whole, frames, len(frames.opening) + min(after, len(frames.said)))
     return whole

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 import uvicorn
 from starlette.applications import Starlette
@@ -16,12 +16,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from app.demo import faults, wire
-from app.demo.answers import tokens
-from app.demo.exchange import EXTENSION, Exchange, Protocol, Record, shown_headers
-from app.demo.wire import Frames
+from app.demo import faults, openai
+from app.demo.answers import cut, tokens
+from app.demo.dialect import STAMP, Call, Dialect, dumped
+from app.demo.exchange import Exchange, Protocol, Record, shown_headers
 from app.demo.wishes import Unknown, Wishes, wished
 
+# A new vendor is one module and one entry here.
+DIALECTS: tuple[Dialect, ...] = (openai.OpenAI(),)
 _MODELS = ("demo", "demo?delay_ms=0", "demo?tokens=500&delay_ms=20")
 _REMEMBERED = 1000
 _REMEMBERED_BODY = 64 * 1024
@@ -36,15 +38,14 @@ class DemoProvider:
         self._records: deque[Record] = deque(maxlen=_REMEMBERED)
         self.app = Starlette(
             routes=[
-                Route("/v1/chat/completions", self.completions, methods=["POST"]),
+                *(Route(dialect.path, partial(self.answer, dialect), methods=["POST"]) for dialect in DIALECTS),
                 Route("/v1/models", self.models),
                 Route("/demo/requests", self.requests),
             ]
         )
 
     async def models(self, request: Request) -> Response:
-        listed = [{"id": name, "object": "model", "created": wire.CREATED, "owned_by": "parley"} for name in _MODELS]
-        return JSONResponse({"object": "list", "data": listed})
+        return JSONResponse(openai.models(_MODELS))
 
     async def requests(self, request: Request) -> Response:
         """What was asked, newest last; `key` picks requests, `wait` waits up to 10 s until they are over."""
@@ -56,21 +57,22 @@ class DemoProvider:
                     await record.over.wait()
         return JSONResponse({"requests": [record.shown() for record in picked]})
 
-    async def completions(self, request: Request) -> Response:
+    async def answer(self, dialect: Dialect, request: Request) -> Response:
         try:
-            body = json.loads(raw := await request.body())
-            wishes = self._patient(_wishes(body, request.headers.get("x-demo", "")))
+            raw = await request.body()
+            call = dialect.understood(json.loads(raw), request)
+            wishes = self._patient(_wishes(call.model, request.headers.get("x-demo", "")))
         except ClientDisconnect:
             return Response(status_code=400)  # nobody will read it
         except (ValueError, RecursionError) as error:
-            return JSONResponse(wire.error(str(error), kind="invalid_request_error"), 400)
+            return JSONResponse(dialect.error(str(error), status=400), 400)
         if wishes is None:
-            missing = f"The model '{body['model']}' does not exist; the demo's are called demo."
-            return JSONResponse(wire.error(missing, kind="invalid_request_error", code="model_not_found"), 404)
-        kept = body if len(raw) <= _REMEMBERED_BODY else {"bytes": len(raw)}
+            missing = f"The model '{call.model}' does not exist; the demo's are called demo."
+            return JSONResponse(dialect.error(missing, status=404), 404)
+        kept = call.body if len(raw) <= _REMEMBERED_BODY else {"bytes": len(raw)}
         record = Record(wishes.key, _address(request), shown_headers(request.headers), kept)
         self._records.append(record)
-        return _Answer(wishes, record, body=body)
+        return _Answer(dialect, call, wishes=wishes, record=record)
 
     def _patient(self, wishes: Wishes | None) -> Wishes | None:
         """The wishes, without their faults when enough requests of this key had them."""
@@ -83,16 +85,15 @@ class DemoProvider:
 class _Answer(Response):
     """Answers one request as its wishes say, straight over ASGI."""
 
-    def __init__(self, wishes: Wishes, record: Record, *, body: dict[str, Any]) -> None:
+    def __init__(self, dialect: Dialect, call: Call, *, wishes: Wishes, record: Record) -> None:
         super().__init__()
+        self._dialect = dialect
+        self._call = call
         self._wishes = wishes
         self._record = record
-        self._body = body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        connection = scope["extensions"][EXTENSION]
-        credentials = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
-        exchange = Exchange(self._wishes, self._record, connection=connection, send=send, credentials=credentials)
+        exchange = Exchange(self._wishes, self._record, dialect=self._dialect, scope=scope, send=send)
         try:
             await self._play(exchange)
         finally:
@@ -102,28 +103,26 @@ class _Answer(Response):
         wishes = self._wishes
         if instead := next((play for name, play in faults.INSTEAD.items() if name in wishes.fault), None):
             await instead(exchange)
-            return
-        said = self._said()
-        if self._body.get("stream"):
-            await self._stream(exchange, said)
+        elif self._call.streaming:
+            await self._stream(exchange)
         else:
             await exchange.pause((wishes.first_ms or 0) / 1000)
             await exchange.start(200, ((b"content-type", b"application/json"),))
-            await exchange.end(wire.dumped(self._document(said)))
+            await exchange.end(dumped(self._dialect.document(self._call, self._said())))
 
     def _said(self) -> list[str]:
         wishes = self._wishes
         if wishes.echo:
-            return [json.dumps(self._body, ensure_ascii=False)]
+            return [json.dumps(self._call.body, ensure_ascii=False)]
         if wishes.clock:
-            return [wire.STAMP] * (wishes.tokens or 1)
-        return tokens(_question(self._body), wishes.tokens)
+            return [STAMP] * (wishes.tokens or 1)
+        if wishes.say is not None:
+            return cut(wishes.say)
+        return tokens(self._call.question, wishes.tokens)
 
-    async def _stream(self, exchange: Exchange, said: list[str]) -> None:
+    async def _stream(self, exchange: Exchange) -> None:
         wishes = self._wishes
-        options = self._body.get("stream_options")
-        include_usage = isinstance(options, dict) and bool(options.get("include_usage"))
-        frames = Frames(self._body["model"], said, prompt_tokens=_length(self._body), include_usage=include_usage)
+        frames = self._dialect.frames(self._call, self._said())
         ending = next((end for name, end in faults.ENDS.items() if name in wishes.fault), None)
         await exchange.start()
         if ending is None:
@@ -132,10 +131,6 @@ class _Answer(Response):
         else:
             await exchange.pace(faults.shaped(("eof", *wishes.fault), frames, after=wishes.after))
             await ending(exchange)
-
-    def _document(self, said: list[str]) -> dict[str, Any]:
-        counts = {"prompt_tokens": _length(self._body), "completion_tokens": len(said)}
-        return wire.completion(self._body["model"], "".join(said), **counts)
 
 
 @asynccontextmanager
@@ -197,11 +192,8 @@ class _Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def _wishes(body: Any, header: str) -> Wishes | None:
+def _wishes(model: str, header: str) -> Wishes | None:
     """The wishes of a request; None for a model of somebody else. Raises ValueError for what cannot be granted."""
-    model = body.get("model") if isinstance(body, dict) else None
-    if not isinstance(model, str):
-        raise ValueError("The body must be an object with a model.")
     if model.partition("?")[0] != "demo":
         return None
     wishes = wished(model, header)
@@ -212,25 +204,3 @@ def _wishes(body: Any, header: str) -> Wishes | None:
 
 def _address(request: Request) -> str:
     return f"{request.client.host}:{request.client.port}" if request.client else ""
-
-
-def _messages(body: dict[str, Any]) -> list[dict[str, Any]]:
-    messages = body.get("messages")
-    return [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
-
-
-def _question(body: dict[str, Any]) -> str:
-    asked = (_content(message) for message in reversed(_messages(body)) if message.get("role") == "user")
-    return next(asked, "")
-
-
-def _content(message: dict[str, Any]) -> str:
-    """A message's text: a string, or the text parts of a list."""
-    content = message.get("content")
-    if isinstance(content, list):
-        return " ".join(str(part.get("text", "")) for part in content if isinstance(part, dict))
-    return content if isinstance(content, str) else ""
-
-
-def _length(body: dict[str, Any]) -> int:
-    return sum(len(_content(message)) // 4 + 1 for message in _messages(body))

@@ -14,7 +14,8 @@ class Unknown(ValueError):
 class Wishes:
     """`clock` makes every token the monotonic time at which it is sent, in nanoseconds: readers measure latency by it.
 
-    `times` limits the faults to the first requests that carry the same `key`; `after` counts tokens.
+    `say` is the whole answer. `times` limits the faults to the first requests that carry the same `key`; `after`
+    counts tokens.
     """
 
     tokens: int | None = None
@@ -29,6 +30,7 @@ class Wishes:
     retry_after: str = ""
     to: str = "http://127.0.0.1:9/v1/chat/completions"
     echo: bool = False
+    say: str | None = None
     clock: bool = False
 
 
@@ -53,6 +55,7 @@ _READ: Mapping[str, Callable[[str], Any]] = {
     "retry_after": str,
     "to": str,
     "echo": _flag,
+    "say": str,
     "clock": _flag,
 }
 

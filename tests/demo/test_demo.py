@@ -7,13 +7,14 @@ import time
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import httpx2
 import openai
 import pytest
 
 from app.demo import demo_provider, faults
-from app.demo.answers import tokens
+from app.demo.answers import cut, tokens
 from app.demo.wishes import Wishes
 
 
@@ -121,6 +122,16 @@ async def test_the_record_shows_what_was_sent_but_no_key(demo_url: str, client: 
 async def test_an_echo_returns_the_request(client: httpx2.AsyncClient) -> None:
     body = asked("Hi", "demo?echo=1&delay_ms=0")
     assert json.loads(await text(client, body)) == body
+
+
+@pytest.mark.parametrize(
+    "said", ["", " ", "refund", '{"title": "A & B",\n "n": [1, 2]}\n', "a <<card:1>>  b\t\n\n\x00 ü🙂 \u2028"]
+)
+async def test_a_scripted_answer_comes_as_it_is(client: httpx2.AsyncClient, said: str) -> None:
+    body = asked("Hi", f"demo?delay_ms=0&tokens=2&{urlencode({'say': said})}")
+    assert await text(client, body) == said
+    streamed = [json.loads(frame.removeprefix(b"data: ")) for frame in (await frames(client, body))[1:-2]]
+    assert [chunk["choices"][0]["delta"]["content"] for chunk in streamed] == cut(said)
 
 
 @pytest.mark.parametrize(
