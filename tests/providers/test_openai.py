@@ -7,7 +7,8 @@ import pytest
 
 from app.demo.answers import tokens
 from app.errors import Misconfigured
-from app.providers.openai import PIECE, OpenAI
+from app.providers.answer import PIECE
+from app.providers.openai import OpenAI
 from app.providers.provider import Finish, Image, Prompt, PromptMessage, Provider, ProviderError, Text, Usage
 from tests.providers.answers import answered, failed, finish_of, prompt, text_of
 from tests.providers.conftest import KEY, Connect, Remembered

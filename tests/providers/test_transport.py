@@ -359,7 +359,7 @@ async def test_so_does_one_whose_body_ends_a_little_after_the_answer(connect: Co
 async def test_what_goes_wrong_after_the_finish_does_not_undo_it(
     connect: Connect, monkeypatch: pytest.MonkeyPatch, stalled: bool
 ) -> None:
-    monkeypatch.setattr("app.providers.openai._AFTERMATH_S", 0.05)
+    monkeypatch.setattr("app.providers.answer._AFTERMATH_S", 0.05)
 
     async def play(writer: asyncio.StreamWriter) -> None:
         writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(FINISHED))
