@@ -49,13 +49,12 @@ class Scanner:
         if markers:
             self._openings, self._whole_openings = _patterns(tuple(marker.open for marker in self._markers))
         self._held = ""
-        self._offset = 0  # of what is held, in the whole text
+        self._offset = 0  # of what is held, in all that went through _scan
         self._inside: Marker | None = None  # what is held begins with its opening
 
     def feed(self, text: str) -> list[Piece]:
         """What `text` makes certain; all of it unless it ends in what may be a marker. Never empty pieces."""
         if not self._held and (not self._markers or self._openings.search(text) is None):
-            self._offset += len(text)
             return [Piece(text)] if text else []
         return self._scan(self._held + text, self._openings)
 
@@ -97,22 +96,17 @@ class Scanner:
 class _Closing:
     """Where a closing delimiter comes next. However many openings ask, in order, the text is searched once."""
 
-    __slots__ = ("_clear", "_delimiter", "_found")
+    __slots__ = ("_clear", "_delimiter")
 
     def __init__(self, delimiter: str) -> None:
         self._delimiter = delimiter
-        self._clear = 0  # no delimiter begins between the last start asked for and here, in the whole text
-        self._found = False  # but one does here
+        self._clear = 0  # no delimiter begins between the last start asked for and here, in all that was scanned
 
     def find(self, text: str, start: int, offset: int) -> int:
-        """The first place in `text`, which begins at `offset` of the whole text, from `start` on; or -1."""
-        clear = self._clear - offset
-        if self._found and clear >= start:
-            return clear
-        clear = max(clear, start)
+        """The first place in `text`, which begins at `offset`, from `start` on; or -1."""
+        clear = max(self._clear - offset, start)
         place = text.find(self._delimiter, clear)
-        self._found = place >= 0
-        self._clear = offset + (place if self._found else max(clear, len(text) - len(self._delimiter) + 1))
+        self._clear = offset + (place if place >= 0 else max(clear, len(text) - len(self._delimiter) + 1))
         return place
 
 

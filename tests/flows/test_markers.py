@@ -56,6 +56,8 @@ def test_an_unclosed_marker_is_text_and_what_follows_its_opening_is_scanned() ->
 def test_content_may_have_as_many_characters_as_allowed_and_no_more() -> None:
     assert Scanner([CARD], most=3).feed("[[card:123]]") == [Piece("", (("card", "123"),))]
     scanner = Scanner([CARD], most=3)
+    assert scanner.feed("[[card:123]") == []
+    assert scanner.feed("]") == [Piece("", (("card", "123"),))]
     assert scanner.feed("[[card:123") == []
     assert scanner.feed("4]]") == [Piece("[[card:1234]]")]
     assert Scanner([CARD], most=3).feed("[[card:12345]]") == [Piece("[[card:12345]]")]

@@ -63,9 +63,11 @@ def chunked(draw: st.DrawFn) -> tuple[list[Marker], list[str]]:
 def test_any_chunking_gives_what_the_whole_text_gives(case: tuple[list[Marker], list[str]], most: int) -> None:
     markers, chunks = case
     assert refusal(markers) is None
-    scanner = Scanner(markers, most=most)
-    pieces = [piece for chunk in chunks for piece in scanner.feed(chunk)] + scanner.end()
-    assert joined(pieces) == naive(markers, "".join(chunks), most)
+    text = "".join(chunks)
+    for way in (chunks, [text], list(text)):
+        scanner = Scanner(markers, most=most)
+        pieces = [piece for chunk in way for piece in scanner.feed(chunk)] + scanner.end()
+        assert joined(pieces) == naive(markers, text, most)
 
 
 @given(chunked())
