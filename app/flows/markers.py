@@ -10,6 +10,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
+from operator import itemgetter
 
 _MOST_MARKERS = 32
 _LONGEST = 64
@@ -43,11 +45,11 @@ class Scanner:
     """
 
     def __init__(self, markers: Sequence[Marker], *, most: int = 4096) -> None:
-        self._markers = sorted(markers, key=lambda marker: len(marker.open), reverse=True)
+        self._markers = {marker.open: marker for marker in markers}
         self._most = most
         self._closings = {marker.close: _Closing(marker.close) for marker in markers}
         if markers:
-            self._openings, self._whole_openings = _patterns(tuple(marker.open for marker in self._markers))
+            self._openings, self._whole_openings = _patterns(frozenset(self._markers))
         self._held = ""
         self._offset = 0  # of what is held, in all that went through _scan
         self._inside: Marker | None = None  # what is held begins with its opening
@@ -71,7 +73,7 @@ class Scanner:
                 at = found.start() if found else len(text)
                 if found is None or found.lastindex is None:
                     break
-                self._inside = self._markers[found.lastindex - 1]
+                self._inside = self._markers[found[0]]
             behind = self._past(text, at, self._inside, pieces=pieces, ended=ended)
             if behind is None:
                 break
@@ -140,22 +142,27 @@ class _Pieces:
 
 
 @lru_cache(maxsize=256)
-def _patterns(openings: tuple[str, ...]) -> tuple[re.Pattern[str], re.Pattern[str]]:
-    """Two patterns for openings given longest first: the first also finds what may become one when text follows.
+def _patterns(openings: frozenset[str]) -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """Two patterns for the longest opening at the leftmost place.
 
-    A whole opening is told by `lastindex`, its place in `openings` counted from 1; a beginning of one has none.
+    The first also finds what may become one (or a longer one) when text follows; then `lastindex` is None.
     """
-    possible = "|".join(map(_or_its_beginning, openings))
-    whole = "|".join(f"{re.escape(opening)}()" for opening in openings)
-    return re.compile(possible), re.compile(whole)
+    ordered = sorted(openings)
+    return re.compile(_either(ordered, 0, beginnings=True)), re.compile(_either(ordered, 0, beginnings=False))
 
 
-def _or_its_beginning(opening: str) -> str:
-    r"""For `abc`: `a(?:b(?:c()|\Z)|\Z)`, all of it or as much as there is before the end."""
-    pattern = f"{re.escape(opening[-1])}()"
-    for character in reversed(opening[:-1]):
-        pattern = rf"{re.escape(character)}(?:{pattern}|\Z)"
-    return pattern
+def _either(openings: Sequence[str], at: int, *, beginnings: bool) -> str:
+    r"""A pattern for the rest of sorted openings that are equal up to `at`: `a(?:b(?:c()|\Z)|\Z|())` for `a` and `abc`.
+
+    Beginnings are shared, so at most one opening's length is compared at any place, however many there are.
+    """
+    longer = groupby((opening for opening in openings if len(opening) > at), itemgetter(at))
+    branches = [re.escape(first) + _either([*alike], at + 1, beginnings=beginnings) for first, alike in longer]
+    if branches and at and beginnings:
+        branches.append(r"\Z")
+    if len(openings[0]) == at:
+        branches.append("()")
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
 
 
 def refusal(markers: Sequence[Marker]) -> str | None:
