@@ -116,11 +116,12 @@ def doctor() -> None:
 def apply(file: Path, dry_run: bool) -> None:
     """Make the chatbots what FILE says, showing the difference."""
     dsn = _dsn(settings := _with_database())
-    from app.flows import chatbots, config
+    from app.flows import chatbots
+    from app.flows.file import load as load_file
     from app.postgres import open_connection, wait_for_database
     from app.schema import require_current
 
-    wanted = config.load(file)
+    wanted = load_file(file)
 
     async def run() -> list["Change"]:
         await wait_for_database(dsn, settings.database_wait_s, lambda reason: click.echo(reason, err=True))
@@ -135,7 +136,7 @@ def apply(file: Path, dry_run: bool) -> None:
     for change in changes:
         click.echo(_difference(change))
     done = "would change" if dry_run else "changed"
-    click.echo(f"{len(changes)} of {len(wanted)} chatbots {done}." if changes else "Nothing to change.")
+    click.echo(f"{len(changes)} of {len(wanted.chatbots)} chatbots {done}." if changes else "Nothing to change.")
 
 
 @main.command("demo-provider")

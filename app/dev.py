@@ -13,7 +13,7 @@ from app import server
 from app.demo.server import demo_provider
 from app.embedded import EmbeddedPostgres, embedded_postgres
 from app.errors import Misconfigured
-from app.flows import chatbots, config
+from app.flows import chatbots, file
 from app.main import Life
 from app.postgres import open_connection
 from app.schema import migrate, require_current
@@ -42,7 +42,7 @@ Parley is ready: {url}"""
 async def dev(settings: Settings, apply: Path | None) -> None:
     """Run until a signal. Raises Misconfigured where something is in the way, or PostgreSQL dies."""
     leave = server.signals()
-    wanted = config.load(apply) if apply else {}
+    wanted = file.load(apply) if apply else file.File({})
     async with embedded_postgres(settings.data_dir) as postgres, demo_provider() as demo_url:
         # The demo chatbot's configuration names this variable: the demo provider's port changes with each start.
         os.environ["PARLEY_DEMO_URL"] = demo_url
@@ -62,7 +62,7 @@ def _for_dev(settings: Settings, dsn: str) -> Settings:
     return settings.model_copy(update={"database_url": dsn, "drain_s": drain_s})
 
 
-async def _prepare(dsn: str, wanted: dict[str, config.Chatbot]) -> None:
+async def _prepare(dsn: str, wanted: file.File) -> None:
     connection = await open_connection(dsn)
     try:
         try:
@@ -70,7 +70,7 @@ async def _prepare(dsn: str, wanted: dict[str, config.Chatbot]) -> None:
         except Misconfigured:
             await migrate(dsn)
         if "demo" not in await chatbots.all_newest(connection):
-            wanted = {**config.load(_DEMO), **wanted}
+            await chatbots.apply(connection, file.load(_DEMO))
         await chatbots.apply(connection, wanted)
     finally:
         await connection.close()

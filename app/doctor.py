@@ -79,7 +79,8 @@ async def _examine_database(connection: Connection) -> AsyncGenerator[Finding, N
 
 async def _endpoints(connection: Connection) -> list[Endpoint]:
     found = await chatbots.all_newest(connection)
-    return list(dict.fromkeys(flow.endpoint for chatbot in found.values() for flow in chatbot.flows.values()))
+    flows = [flow for chatbot in found.values() for flow in chatbot.flows.values()]
+    return list(dict.fromkeys(choice.endpoint for flow in flows for choice in flow.choices))
 
 
 async def _examine_provider(endpoint: Endpoint) -> Finding:

@@ -20,8 +20,8 @@ on conflict do nothing
 _WRITE_RUN = """
 insert into conversation_processing_metrics
     (stream_id, session_id, chatbot_id, flow_type, status, error_code, provider, model, events,
-     prompt_tokens, completion_tokens, first_token_ms, duration_ms)
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)
+     prompt_tokens, completion_tokens, first_token_ms, duration_ms, mode, attempts, tokens_per_s, flows)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $17)
 on conflict do nothing
 """
 
@@ -30,7 +30,7 @@ _Row = tuple[UUID, str, str, str, str | None, UUID | None]
 
 @dataclass(frozen=True, slots=True)
 class RunFigures:
-    """One answer in figures; times in milliseconds."""
+    """One answer in figures; times in milliseconds. `flows` is a JSON object: each flow's outcome, times and tokens."""
 
     stream_id: UUID
     session_id: str
@@ -45,6 +45,10 @@ class RunFigures:
     completion_tokens: int
     first_token_ms: int | None
     duration_ms: int
+    mode: str
+    attempts: int
+    tokens_per_s: float | None
+    flows: str
 
 
 class Journal:

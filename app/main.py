@@ -16,6 +16,7 @@ from app import health, problems
 from app.errors import Misconfigured, Unavailable
 from app.flows import endpoints as flow_endpoints
 from app.flows import idempotency
+from app.flows.call import Means
 from app.flows.chatbots import Chatbots
 from app.flows.ending import Ending
 from app.flows.intake import Intake, Memory
@@ -139,15 +140,13 @@ class Gateway:
         streams = Streams(pool, replica)
         tail = Tail(pool, hub, event_log)
         chatbots = Chatbots(pool)
-        ending = Ending(streams, journal, metrics)
+        ending = Ending(streams, metrics)
         self._runner = runner = Runner(
             tasks,
             event_log,
-            providers=providers,
             ending=ending,
-            metrics=metrics,
-            bounds=Bounds(settings.max_runs, settings.run_timeout_s, settings.answer_limit),
-            effort=Effort(settings.provider_retries),
+            means=Means(providers, Effort(settings.provider_retries), journal, metrics, settings.answer_limit),
+            bounds=Bounds(settings.max_runs, settings.run_timeout_s),
         )
         self._takeover = Takeover(
             replica,
@@ -155,6 +154,7 @@ class Gateway:
             event_log=event_log,
             tail=tail,
             ending=ending,
+            journal=journal,
             lease_s=settings.lease_s,
         )
         memory = Memory(settings.history_limit, settings.history_bytes, self._key_s)

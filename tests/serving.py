@@ -8,7 +8,7 @@ from typing import Any
 import asyncpg
 import httpx2
 
-from app.flows import chatbots, config
+from app.flows import chatbots, file
 from app.server import gateway
 from app.settings import load
 
@@ -36,12 +36,12 @@ async def until_ready(client: httpx2.AsyncClient) -> None:
 
 async def apply_demo(database: str, base_url: str, models: Mapping[str, str]) -> None:
     """Make chatbots of these ids, each with its model of the demo provider."""
-    file = {
+    wanted = {
         "providers": {"demo": {"kind": "openai", "base_url": base_url}},
         "chatbots": {name: {"flows": {"main": {"provider": "demo", "model": model}}} for name, model in models.items()},
     }
     connection = await asyncpg.connect(database)
     try:
-        await chatbots.apply(connection, config.parse(str(file)))
+        await chatbots.apply(connection, file.parse(str(wanted)))
     finally:
         await connection.close()

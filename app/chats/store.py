@@ -1,15 +1,24 @@
 """The tables `chats` and `messages`. Keys are per user, because ids may come from users' devices."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import orjson
+
 from app.chats.chat import Message, MessageStatus, title_from
 from app.errors import Conflict
 from app.postgres import Connection
+
+# What belongs to a message besides its text: {"type": "image", "id"}, or {"type": "marker", "name", "content",
+# "offset"}.
+Attachment = Mapping[str, Any]
 
 _SAVE_QUESTION = """
 with chat as (
     insert into chats (user_id, id, title) values ($1, $2, $3)
     on conflict (user_id, id) do update set updated_at = now(), is_deleted = false)
-insert into messages (user_id, chat_id, id, content, role, position)
-values ($1, $2, $4, $5, 'user',
+insert into messages (user_id, chat_id, id, content, role, attachments, position)
+values ($1, $2, $4, $5, 'user', $6,
         (select coalesce(max(position), 0) + 1 from messages where user_id = $1 and chat_id = $2))
 on conflict (user_id, id) do nothing
 returning 1
@@ -17,8 +26,8 @@ returning 1
 _SAVE_ANSWER = """
 with chat as (
     update chats set updated_at = now() where user_id = $1 and id = $2)
-insert into messages (user_id, chat_id, id, content, role, status, position)
-values ($1, $2, $3, $4, 'assistant', $5,
+insert into messages (user_id, chat_id, id, content, role, status, attachments, position)
+values ($1, $2, $3, $4, 'assistant', $5, $6,
         (select coalesce(max(position), 0) + 1 from messages where user_id = $1 and chat_id = $2))
 on conflict (user_id, id) do nothing
 """
@@ -29,21 +38,37 @@ order by position desc limit $3
 """
 
 
-async def save_question(connection: Connection, *, user_id: str, chat_id: str, message_id: str, content: str) -> None:
+async def save_question(
+    connection: Connection,
+    *,
+    user_id: str,
+    chat_id: str,
+    message_id: str,
+    content: str,
+    attachments: Sequence[Attachment] = (),
+) -> None:
     """The user's message at the end of its chat, which is made where it is new. Raises Conflict for a used id.
 
     The caller holds the lock of the chat's session, so positions do not collide.
     """
-    title = title_from(content)
-    if not await connection.fetchval(_SAVE_QUESTION, user_id, chat_id, title, message_id, content):
+    values = (user_id, chat_id, title_from(content), message_id, content, orjson.dumps(attachments).decode())
+    if not await connection.fetchval(_SAVE_QUESTION, *values):
         raise Conflict("message_exists", "A message with this client_message_id was stored before; choose a new id.")
 
 
 async def save_answer(
-    connection: Connection, *, user_id: str, chat_id: str, message_id: str, content: str, status: MessageStatus
+    connection: Connection,
+    *,
+    user_id: str,
+    chat_id: str,
+    message_id: str,
+    content: str,
+    status: MessageStatus,
+    attachments: Sequence[Attachment] = (),
 ) -> None:
     """The assistant's message; saving it again under the same id changes nothing."""
-    await connection.execute(_SAVE_ANSWER, user_id, chat_id, message_id, content, status)
+    kept = orjson.dumps(attachments).decode()
+    await connection.execute(_SAVE_ANSWER, user_id, chat_id, message_id, content, status, kept)
 
 
 async def history(connection: Connection, *, user_id: str, chat_id: str, limit: int) -> list[Message]:

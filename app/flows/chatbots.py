@@ -1,14 +1,16 @@
-"""The table of chatbots: every applied configuration is a version, and a stream keeps the version it began with."""
+"""The tables of chatbots and templates: what is applied is a version, and a stream keeps the one it began with."""
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
 import orjson
 
-from app.errors import NotFound
-from app.flows.config import Chatbot
+from app.errors import Misconfigured, NotFound
+from app.flows.config import Assignment, Chatbot, Flow
+from app.flows.file import File, problems
 from app.postgres import Connection, Pool
 
 _KEPT = 256
@@ -18,6 +20,12 @@ _FRESH_S = 1.0
 _NEWEST = "select max(version) from chatbots where id = $1"
 _READ = "select configuration from chatbots where id = $1 and version = $2"
 _ADD = "insert into chatbots (id, version, configuration) values ($1, $2, $3)"
+_ASSIGN = """
+insert into flow_template_assignments (chatbot_id, chatbot_version, flow, template, template_version)
+values ($1, $2, $3, $4, $5)
+"""
+_TEMPLATES = "select name, version, text from prompt_templates order by name, version"
+_ADD_TEMPLATE = "insert into prompt_templates (name, version, text) values ($1, $2, $3)"
 _LOCK = "lock table chatbots in share row exclusive mode"
 _ALL = "select distinct on (id) id, version, configuration from chatbots order by id, version desc"
 
@@ -71,21 +79,68 @@ async def all_newest(connection: Connection) -> dict[str, Chatbot]:
     return {row["id"]: Chatbot.from_json(orjson.loads(row["configuration"])) for row in await connection.fetch(_ALL)}
 
 
-async def apply(connection: Connection, chatbots: dict[str, Chatbot], *, dry_run: bool = False) -> list[Change]:
-    """Add a version for every chatbot that differs from its newest one; chatbots not named stay as they are."""
+async def apply(connection: Connection, file: File, *, dry_run: bool = False) -> list[Change]:
+    """Add a version for every chatbot and template that differs from its newest one; all others stay as they are.
+
+    Raises Misconfigured where a template is missing, or its stored text does not work where it is used.
+    """
     async with connection.transaction():
         await connection.execute(_LOCK)
+        texts = await _templates(connection, file, dry_run=dry_run)
         rows = {row["id"]: row for row in await connection.fetch(_ALL)}
         changes = []
-        for chatbot_id, chatbot in chatbots.items():
+        for chatbot_id, chatbot in file.chatbots.items():
             row = rows.get(chatbot_id)
             # Through JSON and back, so that a tuple and the list it is stored as do not count as a difference.
-            after = orjson.loads(orjson.dumps(chatbot.to_json()))
+            after = orjson.loads(orjson.dumps(_resolved(chatbot_id, chatbot, texts).to_json()))
             before = orjson.loads(row["configuration"]) if row else None
             if before != after:
                 changes.append(Change(chatbot_id, row["version"] + 1 if row else 1, before, after))
         if not dry_run:
-            await connection.executemany(
-                _ADD, [(c.chatbot_id, c.version, orjson.dumps(c.after).decode()) for c in changes]
-            )
+            for change in changes:
+                await _add(connection, change)
         return changes
+
+
+async def _add(connection: Connection, change: Change) -> None:
+    await connection.execute(_ADD, change.chatbot_id, change.version, orjson.dumps(change.after).decode())
+    for name, flow in change.after["flows"].items():
+        if (assigned := flow["assignment"]) is not None:
+            values = (change.chatbot_id, change.version, name, assigned["template"], assigned["version"])
+            await connection.execute(_ASSIGN, *values)
+
+
+async def _templates(connection: Connection, file: File, *, dry_run: bool) -> dict[Assignment, str]:
+    """Every template's text by name and version, those of the file added; version 0 is the newest."""
+    rows = await connection.fetch(_TEMPLATES)
+    texts = {Assignment(row["name"], row["version"]): row["text"] for row in rows}
+    newest = {row["name"]: row["version"] for row in rows}
+    for name, text in file.templates.items():
+        version = newest.get(name, 0)
+        if texts.get(Assignment(name, version)) != text:
+            newest[name] = version = version + 1
+            texts[Assignment(name, version)] = text
+            if not dry_run:
+                await connection.execute(_ADD_TEMPLATE, name, version, text)
+    return texts | {Assignment(name, 0): texts[Assignment(name, version)] for name, version in newest.items()}
+
+
+def _resolved(chatbot_id: str, chatbot: Chatbot, texts: Mapping[Assignment, str]) -> Chatbot:
+    """With the text and the true version of every assigned template in its place."""
+    flows = {name: _assigned(flow, f"{chatbot_id}.flows.{name}", texts) for name, flow in chatbot.flows.items()}
+    resolved = replace(chatbot, flows=flows)
+    for place, text in problems(resolved):
+        raise Misconfigured("configuration_invalid", f"{chatbot_id}.{'.'.join(map(str, place))}: {text}")
+    return resolved
+
+
+def _assigned(flow: Flow, place: str, texts: Mapping[Assignment, str]) -> Flow:
+    if flow.assignment is None:
+        return flow
+    wanted = flow.assignment
+    if (text := texts.get(wanted)) is None:
+        known = ", ".join(sorted({f"{known.template}@{known.version}" for known in texts if known.version})) or "none"
+        name = f"{wanted.template}@{wanted.version}" if wanted.version else wanted.template
+        raise Misconfigured("template_unknown", f"{place}.template: there is no template {name} ({known}).")
+    version = wanted.version or max(known.version for known in texts if known.template == wanted.template)
+    return replace(flow, system=text, assignment=Assignment(wanted.template, version))

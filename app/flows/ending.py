@@ -2,11 +2,14 @@
 
 from typing import Any
 
+import orjson
+
 from app.chats import store, usage
 from app.flows import sessions
-from app.flows.run import Result, answer_id
-from app.journal import Journal, RunFigures, record_run
+from app.flows.run import Attempt, Progress, Result, answer_id
+from app.journal import RunFigures, record_run
 from app.postgres import Connection
+from app.providers.provider import Usage
 from app.streams.log import Writer
 from app.streams.stream import Stream, Streams
 from app.telemetry import Metrics
@@ -15,34 +18,16 @@ from app.telemetry import Metrics
 class Ending:
     """Two fenced commits, each after everything before it is in the log (G5)."""
 
-    def __init__(self, streams: Streams, journal: Journal, metrics: Metrics) -> None:
+    def __init__(self, streams: Streams, metrics: Metrics) -> None:
         self._streams = streams
-        self._journal = journal
         self._metrics = metrics
 
-    async def conclude(self, stream: Stream, writer: Writer, result: Result, *, answer_saved: bool = False) -> None:
-        """Raises Fenced or StreamLost where this replica may not write the end any more."""
-        error_id = self._report(stream, writer, result)
-        if result.progress.pieces and not answer_saved:
-            await self._save_answer(stream, writer, result)
-        await self._end(stream, writer, result, error_id)
-        self._count(result)
+    async def save_answer(self, stream: Stream, writer: Writer, answer: Progress) -> None:
+        """The assistant's message, what it has cost and the event `message`, in one commit.
 
-    def leave(self, stream: Stream) -> None:
-        """The end of this stream could not be written; a later takeover shall try."""
-        self._streams.doubt(stream.id)
-
-    def _report(self, stream: Stream, writer: Writer, result: Result) -> str | None:
-        if (failure := result.failure) is None:
-            return None
-        error_id = self._journal.record(failure.code, failure.message, stream_id=stream.id)
-        told = {"code": failure.code, "message": failure.message, "retryable": failure.retryable, "error_id": error_id}
-        writer.append("flow_error", {"flow": stream.flow_type, **told})
-        return error_id
-
-    async def _save_answer(self, stream: Stream, writer: Writer, result: Result) -> None:
+        Raises Fenced or StreamLost where this replica may not write any more.
+        """
         message_id = answer_id(stream.id)
-        text = result.progress.text
 
         async def work(connection: Connection) -> None:
             await store.save_answer(
@@ -50,70 +35,113 @@ class Ending:
                 user_id=stream.user_id,
                 chat_id=stream.session_id,
                 message_id=message_id,
-                content=text,
-                status="complete" if result.failure is None else "partial",
+                content=answer.text,
+                attachments=[_attachment(*marker) for marker in answer.markers],
+                status="complete" if answer.failure is None else "partial",
             )
-            await usage.record(connection, _attempt(stream, result))
+            await usage.record(connection, _entries(stream, answer))
 
-        data = {"message_id": message_id, "flow": stream.flow_type}
-        await self._streams.conclude(writer, "message", data, work=work)
+        await self._streams.conclude(writer, "message", {"message_id": message_id, "flow": answer.flow}, work=work)
 
-    async def _end(self, stream: Stream, writer: Writer, result: Result, error_id: str | None) -> None:
+    async def conclude(self, stream: Stream, writer: Writer, result: Result) -> None:
+        """The terminal event, in one commit with the status, the session's release and what is left to record.
+
+        Raises Fenced or StreamLost where this replica may not write any more.
+        """
         failure = result.failure
-        data: dict[str, Any] = {"status": result.status, "usage": result.progress.usage_json()}
-        if failure is not None:
-            data["error"] = {"code": failure.code, "message": failure.message, "error_id": error_id}
+        data: dict[str, Any] = {"status": result.status, "usage": result.usage_json()}
+        if failure is not None and failure.outcome == "failed":
+            data["error"] = {"code": failure.code, "message": failure.message, "error_id": result.answer.error_id}
 
         async def work(connection: Connection) -> None:
             await sessions.release(
                 connection, user_id=stream.user_id, session_id=stream.session_id, stream_id=stream.id
             )
-            await usage.record(connection, _attempt(stream, result))
+            for progress in result.flows:
+                await usage.record(connection, _entries(stream, progress))
             await record_run(connection, _figures(stream, writer, result))
 
         await self._streams.conclude(writer, "stream_end", data, work=work, status=result.status)
+        self._count(result)
+
+    def leave(self, stream: Stream) -> None:
+        """The end of this stream could not be written; a later takeover shall try."""
+        self._streams.doubt(stream.id)
 
     def _count(self, result: Result) -> None:
         self._metrics.streams_ended.labels(result.status).inc()
-        counted = result.progress.usage_json()
+        counted = result.usage_json()
         self._metrics.tokens.labels("input").inc(counted["prompt_tokens"])
         self._metrics.tokens.labels("output").inc(counted["completion_tokens"])
 
 
-def _attempt(stream: Stream, result: Result) -> usage.Attempt:
-    progress = result.progress
-    counted = progress.usage_json()
-    return usage.Attempt(
+def _attachment(name: str, content: str, offset: int) -> dict[str, Any]:
+    """A marker as it is kept with its message; `offset` counts characters of the text before it."""
+    return {"type": "marker", "name": name, "content": content, "offset": offset}
+
+
+def _entries(stream: Stream, progress: Progress) -> list[usage.Entry]:
+    return [_entry(stream, progress.flow, attempt) for attempt in progress.attempts]
+
+
+def _entry(stream: Stream, flow: str, attempt: Attempt) -> usage.Entry:
+    counted = attempt.usage or Usage(0, 0)
+    return usage.Entry(
         stream_id=stream.id,
-        flow=stream.flow_type,
-        attempt=progress.attempt,
+        flow=flow,
+        attempt=attempt.number,
         user_id=stream.user_id,
         chatbot_id=stream.chatbot_id,
-        provider=progress.provider,
-        model=progress.model,
-        outcome=result.outcome,
-        prompt_tokens=counted["prompt_tokens"],
-        completion_tokens=counted["completion_tokens"],
-        first_token_ms=progress.first_token_ms,
-        duration_ms=progress.duration_ms,
+        provider=attempt.provider,
+        model=attempt.model,
+        outcome=attempt.outcome,
+        error_code=attempt.error_code,
+        prompt_tokens=counted.prompt_tokens,
+        completion_tokens=counted.completion_tokens,
+        first_token_ms=attempt.first_token_ms,
+        duration_ms=attempt.duration_ms,
+        started_at=attempt.started_at,
     )
 
 
 def _figures(stream: Stream, writer: Writer, result: Result) -> RunFigures:
-    progress = result.progress
-    counted = progress.usage_json()
+    answer, counted = result.answer, result.usage_json()
+    last = answer.attempts[-1] if answer.attempts else None
     return RunFigures(
         stream_id=stream.id,
         session_id=stream.session_id,
         chatbot_id=stream.chatbot_id,
-        flow_type=stream.flow_type,
+        flow_type=answer.flow,
         status=result.status,
         error_code=result.failure.code if result.failure else None,
-        provider=progress.provider,
-        model=progress.model,
+        provider=last.provider if last else "",
+        model=last.model if last else "",
         events=writer.last_id + 1,
         prompt_tokens=counted["prompt_tokens"],
         completion_tokens=counted["completion_tokens"],
-        first_token_ms=progress.first_token_ms,
-        duration_ms=progress.duration_ms,
+        first_token_ms=answer.first_token_ms,
+        duration_ms=answer.duration_ms,
+        mode=result.mode,
+        attempts=sum(len(progress.attempts) for progress in result.flows),
+        tokens_per_s=_pace(last),
+        flows=orjson.dumps({progress.flow: _times(progress) for progress in result.flows}).decode(),
     )
+
+
+def _pace(attempt: Attempt | None) -> float | None:
+    """Tokens a second behind the first one, as far as the provider has counted them."""
+    if attempt is None or attempt.usage is None or attempt.first_token_ms is None:
+        return None
+    spoken_ms = attempt.duration_ms - attempt.first_token_ms
+    return round(attempt.usage.completion_tokens * 1000 / spoken_ms, 1) if spoken_ms > 0 else None
+
+
+def _times(progress: Progress) -> dict[str, Any]:
+    return {
+        "outcome": progress.failure.outcome if progress.failure else "completed",
+        "error_code": progress.failure.code if progress.failure else None,
+        "attempts": len(progress.attempts),
+        "first_token_ms": progress.first_token_ms,
+        "duration_ms": progress.duration_ms,
+        **progress.usage_json(),
+    }

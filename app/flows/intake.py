@@ -10,14 +10,14 @@ from typing import Any, Literal
 
 from app.chats import store
 from app.chats.chat import Message, most_recent
-from app.errors import Invalid, Unavailable
+from app.errors import Unavailable
 from app.flows import idempotency, sessions
 from app.flows.chatbots import Chatbots
-from app.flows.config import Chatbot
-from app.flows.run import Run
+from app.flows.plan import Ask, Plan, plan
+from app.flows.run import Inputs, Run
 from app.flows.runner import Runner
+from app.flows.wishes import allowed
 from app.postgres import Connection, retry_conflicts
-from app.providers.provider import Prompt, PromptMessage
 from app.streams.replicas import Fenced, Replica
 from app.streams.stream import Stream, Streams
 
@@ -115,19 +115,27 @@ class Intake:
 
     async def _accept(self, incoming: Incoming) -> Accepted:
         version, chatbot = await self._chatbots.newest(incoming.chatbot_id)
-        parameters = _allowed(incoming.configuration, chatbot)
+        wishes = allowed(incoming.configuration, chatbot)
+        ask = Ask(incoming.text, False, wishes.language, wishes.flow_type)
+        planned = plan(chatbot, ask)
         async with self._replica.transaction() as connection:
             if incoming.key and (told := await self._replay(connection, incoming.key)):
                 return told
             # Only now: a repetition is answered even when there is no room for another run.
             self._runner.admit()
-            stream, history = await self._write(connection, incoming, version, chatbot)
+            stream, history = await self._write(connection, incoming, version, planned)
             accepted = Accepted(stream.session_id, str(stream.id), stream.flow_type, "active")
             if incoming.key:
                 await idempotency.remember(connection, incoming.key, asdict(accepted))
-        prompt = _prompt(chatbot, history, incoming.text, parameters)
-        flow = chatbot.flows[chatbot.flow_type]
-        self._runner.start(Run(stream, flow, prompt, incoming.request_id, incoming.received))
+        inputs = Inputs(
+            incoming.text,
+            history,
+            language=wishes.language,
+            values={**chatbot.values, **wishes.values},
+            temperature=wishes.temperature,
+            top_k=wishes.top_k,
+        )
+        self._runner.start(Run(stream, chatbot, planned, inputs, incoming.request_id, incoming.received))
         self._streams.settle(stream.id)
         return accepted
 
@@ -136,7 +144,7 @@ class Intake:
         return Accepted(**{**told, "replayed": True}) if told else None
 
     async def _write(
-        self, connection: Connection, incoming: Incoming, version: int, chatbot: Chatbot
+        self, connection: Connection, incoming: Incoming, version: int, planned: Plan
     ) -> tuple[Stream, Sequence[Message]]:
         user_id, session_id = incoming.user_id, incoming.session_id or str(uuid.uuid4())
         stream_id, new = await sessions.occupy(
@@ -152,8 +160,8 @@ class Intake:
             message_id=incoming.message_id or str(uuid.uuid4()),
             content=incoming.text,
         )
-        stream = Stream(stream_id, user_id, session_id, incoming.chatbot_id, version, chatbot.flow_type)
-        await self._streams.begin(connection, stream, _start(stream))
+        stream = Stream(stream_id, user_id, session_id, incoming.chatbot_id, version, planned.decision.flow)
+        await self._streams.begin(connection, stream, _start(stream, planned))
         return stream, history
 
     async def _stored(self, connection: Connection, user_id: str, chat_id: str) -> list[Message]:
@@ -161,33 +169,10 @@ class Intake:
         return most_recent(stored, limit=self._memory.messages, max_bytes=self._memory.bytes)
 
 
-def _start(stream: Stream) -> dict[str, Any]:
+def _start(stream: Stream, planned: Plan) -> dict[str, Any]:
     return {
         "session_id": stream.session_id,
         "chatbot_id": stream.chatbot_id,
         "flow_type": stream.flow_type,
-        "plan": [[stream.flow_type]],
+        "plan": planned.shown(),
     }
-
-
-def _prompt(chatbot: Chatbot, history: Sequence[Message], text: str, parameters: dict[str, Any]) -> Prompt:
-    flow = chatbot.flows[chatbot.flow_type]
-    system = [PromptMessage("system", flow.system)] if flow.system else []
-    past = [PromptMessage(message.role, message.content) for message in history]
-    return Prompt(flow.model, [*system, *past, PromptMessage("user", text)], {**flow.parameters, **parameters})
-
-
-def _allowed(wanted: dict[str, Any], chatbot: Chatbot) -> dict[str, Any]:
-    """What the request may set of the model's parameters. Raises Invalid for everything else (I12)."""
-    allowed = ["temperature"] if chatbot.temperature else []
-    if refused := sorted(wanted.keys() - set(allowed)):
-        may = ", ".join(allowed) or "nothing"
-        raise Invalid(
-            "configuration_refused", f"configuration may set {may} for this chatbot, not {', '.join(refused)}."
-        )
-    if chatbot.temperature and "temperature" in wanted:
-        low, high = chatbot.temperature
-        value = wanted["temperature"]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
-            raise Invalid("configuration_refused", f"configuration.temperature must lie between {low:g} and {high:g}.")
-    return wanted

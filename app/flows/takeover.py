@@ -3,14 +3,18 @@
 The two steps are separate commits (G6, G7). Restarting an answer instead of ending it comes with the flows.
 """
 
+from typing import Any
+
+import orjson
 import structlog
 
 from app.flows.ending import Ending
-from app.flows.run import Failure, Progress, Result
+from app.flows.run import CANCELLED, Attempt, Failure, Progress, Result
+from app.journal import Journal
 from app.streams.event import data_of, kind_of
-from app.streams.log import Log, StreamLost
+from app.streams.log import Log, StreamLost, Writer
 from app.streams.replicas import Fenced, Replica
-from app.streams.stream import Orphan, Streams
+from app.streams.stream import Orphan, Stream, Streams
 from app.streams.tail import Tail
 
 log = structlog.get_logger(__name__)
@@ -18,6 +22,8 @@ log = structlog.get_logger(__name__)
 # Streams claimed per pass, and events read at once.
 _CLAIMED = 50
 _PAGE = 1000
+
+_OF_A_FLOW = ("flow_start", "flow_restart", "token", "flow_output", "flow_error", "flow_end", "message")
 
 _OWNER_LOST = Failure(
     "owner_lost", "The server that wrote this answer is gone; the text so far is kept.", retryable=True
@@ -35,6 +41,7 @@ class Takeover:
         event_log: Log,
         tail: Tail,
         ending: Ending,
+        journal: Journal,
         lease_s: float,
     ) -> None:
         self._replica = replica
@@ -42,6 +49,7 @@ class Takeover:
         self._log = event_log
         self._tail = tail
         self._ending = ending
+        self._journal = journal
         self._lease_s = lease_s
 
     async def run_once(self) -> int:
@@ -58,12 +66,18 @@ class Takeover:
         stream = orphan.stream
         writer = self._log.open(stream.id, last_id=orphan.last_id)
         try:
-            progress = Progress(provider="", model="")
-            saved = await self._recall(orphan, progress)
+            memory = await self._recall(orphan)
+            answer = memory.answer
             # flow_end in the log: the provider had finished, only the saving is left to do.
-            result = Result(progress, None if progress.finish_reason else _OWNER_LOST)
-            await self._ending.conclude(stream, writer, result, answer_saved=saved)
-            log.info("stream_taken_over", streaming_session_id=str(stream.id), status=result.status)
+            answer.failure = memory.failure or (None if answer.finish_reason else _OWNER_LOST)
+            if answer.failure is not None and answer.attempts:
+                answer.attempts[-1].end(answer.failure)
+            if answer.failure is _OWNER_LOST:
+                self._report(stream, writer, answer)
+            if answer.shown and not memory.saved:
+                await self._ending.save_answer(stream, writer, answer)
+            await self._ending.conclude(stream, writer, Result(answer, [answer]))
+            log.info("stream_taken_over", streaming_session_id=str(stream.id))
             self._streams.settle(stream.id)
         except (Fenced, StreamLost) as lost:
             log.warning("run_lost", streaming_session_id=str(stream.id), reason=type(lost).__name__)
@@ -72,25 +86,62 @@ class Takeover:
         finally:
             self._log.close(writer)
 
-    async def _recall(self, orphan: Orphan, progress: Progress) -> bool:
-        """Read back what the log holds of the answer; returns whether it was saved as a message already."""
-        saved, cursor = False, 0
+    def _report(self, stream: Stream, writer: Writer, answer: Progress) -> None:
+        answer.error_id = self._journal.record(_OWNER_LOST.code, _OWNER_LOST.message, stream_id=stream.id)
+        told = {"code": _OWNER_LOST.code, "message": _OWNER_LOST.message, "retryable": _OWNER_LOST.retryable}
+        writer.append("flow_error", {"flow": answer.flow, **told, "error_id": answer.error_id})
+
+    async def _recall(self, orphan: Orphan) -> "_Memory":
+        """Read back what the log holds of the answer."""
+        memory, cursor = _Memory(Progress(orphan.stream.flow_type)), 0
         while payloads := await self._tail.read(orphan.stream.id, cursor, _PAGE):
             cursor += len(payloads)
             for payload in payloads:
-                saved |= _recall_event(payload, orphan.stream.flow_type, progress)
-        return saved
+                memory.recall(payload)
+        return memory
 
 
-def _recall_event(payload: str, flow: str, progress: Progress) -> bool:
-    kind = kind_of(payload)
-    if kind not in ("flow_start", "token", "flow_end", "message") or (data := data_of(payload))["flow"] != flow:
-        return False
-    if kind == "flow_start":
-        progress.provider, progress.model, progress.attempt = data["provider"], data["model"], data["attempt"]
-    elif kind == "token":
-        progress.pieces.append(data["token"])
-    elif kind == "flow_end":
-        progress.finish_reason = data["finish_reason"]
-        progress.first_token_ms, progress.duration_ms = data["ttft_ms"], data["duration_ms"]
-    return kind == "message"
+class _Memory:
+    """What the log says of the answer flow, whichever flow that turned out to be."""
+
+    def __init__(self, answer: Progress) -> None:
+        self.answer = answer
+        self.saved = False
+        self.failure: Failure | None = None
+
+    def recall(self, payload: str) -> None:
+        kind = kind_of(payload)
+        if kind == "flow_selected" and (chosen := data_of(payload)["flow"]) != self.answer.flow:
+            self.answer = Progress(chosen)
+        elif kind in _OF_A_FLOW and (data := data_of(payload))["flow"] == self.answer.flow:
+            self._recall(kind, data)
+
+    def _recall(self, kind: str, data: dict[str, Any]) -> None:
+        answer = self.answer
+        match kind:
+            case "flow_start":
+                answer.attempts.append(Attempt(data["attempt"], data["provider"], data["model"]))
+            case "flow_restart":
+                answer.clear()
+            case "token":
+                answer.pieces.append(data["token"])
+                answer.length += len(data["token"])
+                for name, contents in data["markers"].items():
+                    answer.markers += [(name, content, answer.length) for content in contents]
+            case "flow_output":
+                answer.pieces.append(text_of(data["output"]))
+            case "flow_error":
+                self.failure = Failure(data["code"], data["message"], data["retryable"])
+                answer.error_id = data["error_id"]
+            case "flow_end":
+                answer.finish_reason = data["finish_reason"]
+                answer.first_token_ms, answer.duration_ms = data["ttft_ms"], data["duration_ms"]
+                if data["finish_reason"] == "cancelled":
+                    self.failure = CANCELLED
+            case "message":
+                self.saved = True
+
+
+def text_of(output: Any) -> str:
+    """A flow's output as text: what a model wrote as JSON is kept as JSON."""
+    return output if isinstance(output, str) else orjson.dumps(output).decode()

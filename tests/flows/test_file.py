@@ -6,7 +6,7 @@ import asyncpg
 import pytest
 
 from app.errors import Misconfigured
-from app.flows import chatbots, config
+from app.flows import chatbots, file
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = [*sorted((ROOT / "docs/examples").glob("*.yaml")), ROOT / "app/demo/chatbots.yaml"]
@@ -20,7 +20,7 @@ chatbots:
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_every_example_can_be_applied(path: Path) -> None:
-    assert config.load(path)
+    assert file.load(path)
 
 
 def test_there_are_examples() -> None:
@@ -35,7 +35,6 @@ def test_there_are_examples() -> None:
         ("env:KEY", "sk-123456", "never the key itself"),
         ("provider: p", "provider: q", "no provider is named 'q' (p)"),
         ("model: m", "models: m", "chatbots.a.flows.main.model: Field required"),
-        ("main:", "other:", "exactly one flow, named main"),
         ("model: m", "model: m, parameters: {stream: false}", "stream cannot be set here"),
         ("  a:", "  'a b':", "chatbots.a b"),
         ("chatbots:", "chatbots: [", "not valid YAML"),
@@ -44,14 +43,14 @@ def test_there_are_examples() -> None:
 )
 def test_mistakes_are_named(old: str, new: str, told: str) -> None:
     with pytest.raises(Misconfigured) as error:
-        config.parse(GOOD.replace(old, new, 1), "bots.yaml")
+        file.parse(GOOD.replace(old, new, 1), "bots.yaml")
     assert told in error.value.detail
     assert "sk-123456" not in error.value.detail
 
 
 def test_all_mistakes_are_named_at_once() -> None:
     with pytest.raises(Misconfigured) as error:
-        config.parse("providers: {p: {kind: x, base_url: y}}\nchatbots: {a: {}}")
+        file.parse("providers: {p: {kind: x, base_url: y}}\nchatbots: {a: {}}")
     assert error.value.detail.count("\n") >= 3
 
 
@@ -60,29 +59,29 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe")
     for name in ("none.yaml", "large.yaml", "binary.yaml", "."):
         with pytest.raises(Misconfigured):
-            config.load(tmp_path / name)
+            file.load(tmp_path / name)
 
 
 async def test_a_version_is_added_only_where_something_changes(database: str) -> None:
     connection = await asyncpg.connect(database)
-    wanted = config.parse(GOOD)
+    wanted = file.parse(GOOD)
     assert [change.version for change in await chatbots.apply(connection, wanted, dry_run=True)] == [1]
     assert [change.version for change in await chatbots.apply(connection, wanted)] == [1]
     assert await chatbots.apply(connection, wanted) == []
-    changed = config.parse(GOOD.replace("model: m", "model: n, parameters: {temperature: 0.5}"))
+    changed = file.parse(GOOD.replace("model: m", "model: n, parameters: {temperature: 0.5}"))
     assert [change.version for change in await chatbots.apply(connection, changed)] == [2]
-    assert await chatbots.all_newest(connection) == changed
+    assert await chatbots.all_newest(connection) == changed.chatbots
     await connection.close()
 
 
 async def test_temperature_within_the_bounds_a_chatbot_allows(database: str) -> None:
     from app.errors import Invalid
-    from app.flows.intake import _allowed
+    from app.flows.wishes import allowed
 
-    chatbot = config.parse(GOOD.replace("model: m}}", "model: m}}, allow: {temperature: [0, 1]}"))["a"]
-    assert _allowed({"temperature": 0.5}, chatbot) == {"temperature": 0.5}
-    for wrong in (2, -1, True, "0.5", None, float("nan")):
+    chatbot = file.parse(GOOD.replace("model: m}}", "model: m}}, allow: {temperature: [0, 1]}")).chatbots["a"]
+    assert allowed({"temperature": 0.5}, chatbot).temperature == 0.5
+    for wrong in (2, -1, True, "0.5", float("nan")):
         with pytest.raises(Invalid, match="between 0 and 1"):
-            _allowed({"temperature": wrong}, chatbot)
+            allowed({"temperature": wrong}, chatbot)
     with pytest.raises(Invalid, match="not top_p"):
-        _allowed({"top_p": 1}, chatbot)
+        allowed({"top_p": 1}, chatbot)

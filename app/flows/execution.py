@@ -1,0 +1,142 @@
+"""One run under way: every step of the plan starts as soon as those it needs have ended, and the answer is saved when
+it is whole, whatever the side flows are still doing."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import structlog
+
+from app.flows.call import Call, Means
+from app.flows.config import ANSWER, Step
+from app.flows.plan import Decision, outputs_hold, routed
+from app.flows.run import Failure, Progress, Result, Run
+from app.flows.voice import Voice
+from app.streams.log import StreamLost, Writer
+from app.streams.replicas import Fenced
+
+log = structlog.get_logger(__name__)
+
+_DROPPED = Failure("dropped", "The router decided for another flow.", outcome="cancelled")
+
+
+class Execution:
+    """Bounded by the steps of the plan; the runner bounds its time. `save` stores the answer with its event."""
+
+    def __init__(self, run: Run, writer: Writer, *, means: Means, save: Callable[[Progress], Awaitable[None]]) -> None:
+        self._run = run
+        self._plan = run.plan
+        self._writer = writer
+        self._means = means
+        self._save = save
+        self._decision = run.plan.decision
+        self._answer = Progress(self._decision.flow)
+        self._settled = {name: asyncio.Event() for name in run.plan.needs}
+        self._calls: dict[str, Call] = {}
+        self._started: list[Progress] = []
+        self._outputs: dict[str, str] = {}
+        self._stopped: Failure | None = None
+        self._parallel = False
+
+    async def perform(self) -> Result:
+        """Run the plan to its end. Raises Fenced or StreamLost where this replica may not write any more."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for step in self._plan.steps.values():
+                    tasks.create_task(self._step(step))
+        except BaseExceptionGroup as group:
+            raise _cause(group) from group
+        return Result(self._answer, self._started, "parallel" if self._parallel else "sequential")
+
+    def stop(self, why: Failure, flow: str | None = None) -> list[Call]:
+        """End the whole run, or one flow of it; the calls that are ended by it."""
+        if flow is None:
+            self._stopped = self._stopped or why
+        calls = [call for name, call in self._calls.items() if flow in (None, name)]
+        for call in calls:
+            call.stop(why)
+        return calls
+
+    # -- steps
+
+    async def _step(self, step: Step) -> None:
+        try:
+            for needed in self._plan.needs[step.flow]:
+                await self._settled[needed].wait()
+            if step.flow == ANSWER:
+                await self._perform_answer()
+            elif self._stopped is None and outputs_hold(step.when, self._outputs):
+                await self._perform_side(step)
+        finally:
+            self._settled[step.flow].set()
+
+    async def _perform_side(self, step: Step) -> None:
+        progress = await self._perform(self._call(step.flow))
+        if progress.failure is None:
+            self._outputs[step.flow] = progress.text
+        elif step.on_failure == "fail":
+            self.stop(progress.failure)
+        if step.flow == self._plan.router and self._stopped is None:
+            self._select(routed(self._run.chatbot, self._outputs.get(step.flow)))
+
+    async def _perform_answer(self) -> None:
+        if self._plan.speculative:
+            self._answer = await self._speculate()
+        elif self._stopped is None:
+            self._answer = await self._perform(self._call(self._decision.flow))
+        if self._stopped is not None and not self._answer.attempts:
+            self._answer.failure = self._stopped
+        self._outputs[ANSWER] = self._answer.text
+        if self._answer.shown:
+            await self._save(self._answer)
+
+    async def _speculate(self) -> Progress:
+        """Start the likely answer beside the router; nobody hears it before the router has decided for it."""
+        likely = self._call(self._decision.flow, held=True)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._perform(likely))
+            assert self._plan.router is not None
+            await self._settled[self._plan.router].wait()
+            if self._decision.flow == likely.progress.flow:
+                likely.voice.release()
+            else:
+                likely.stop(_DROPPED)
+        if self._decision.flow == likely.progress.flow or self._stopped is not None:
+            return likely.progress
+        return await self._perform(self._call(self._decision.flow))
+
+    def _select(self, decision: Decision) -> None:
+        self._decision = decision
+        told = {"flow": decision.flow, "by": decision.by, "reason": decision.reason}
+        self._writer.append("flow_selected", told)
+
+    def _call(self, flow: str, *, held: bool = False) -> Call:
+        call = Call(self._run, flow, voice=Voice(self._writer, held=held), means=self._means)
+        self._started.append(call.progress)
+        return call
+
+    async def _perform(self, call: Call) -> Progress:
+        name = call.progress.flow
+        self._calls[name] = call
+        if len(self._calls) > 1:
+            self._parallel = True
+            log.info("parallel_started", flows=list(self._calls))
+        if self._stopped is not None:
+            call.stop(self._stopped)
+        try:
+            await call.run(self._outputs)
+        finally:
+            del self._calls[name]
+        return call.progress
+
+
+def _cause(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The one exception that matters: being fenced off, else whatever came first."""
+    for kind in (Fenced, StreamLost):
+        if (found := group.subgroup(kind)) is not None:
+            return _first(found)
+    return _first(group)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    first = group.exceptions[0]
+    return _first(first) if isinstance(first, BaseExceptionGroup) else first
