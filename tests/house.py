@@ -4,11 +4,15 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import urlencode
 
 import asyncpg
 import httpx2
+import yaml
 
 from app.demo.server import demo_provider
+from app.flows import chatbots as chatbots_table
+from app.flows import file
 from tests.serving import apply_demo, serving
 from tests.sse import Frame, read_stream
 
@@ -30,9 +34,24 @@ class House:
         answer = response.json()
         return answer, await read_stream(self.client, answer["streaming_url"])
 
+    async def apply(self, **chatbots: dict[str, Any]) -> None:
+        """Make chatbots as a file would say them; their provider is `demo`, and `gone` is one where nobody listens."""
+        providers = {
+            "demo": {"kind": "openai", "base_url": self.demo},
+            "gone": {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"},
+        }
+        wanted = file.parse(yaml.safe_dump({"providers": providers, "chatbots": chatbots}))
+        await chatbots_table.apply(self.database, wanted)
+
     async def count(self, table: str) -> int:
         number: int = await self.database.fetchval(f"select count(*) from {table}")
         return number
+
+
+def flow(say: str | None = None, **fields: Any) -> dict[str, Any]:
+    """A flow of the demo provider that says this; `wishes` are added to its model."""
+    wishes = {"delay_ms": "0", **fields.pop("wishes", {})} | ({"say": say} if say is not None else {})
+    return {"provider": "demo", "model": f"demo?{urlencode(wishes)}", **fields}
 
 
 Open = Callable[..., AbstractAsyncContextManager[House]]
