@@ -34,3 +34,26 @@ def most_recent(messages: list[Message], *, limit: int, max_bytes: int) -> list[
             break
         kept.append(message)
     return kept[::-1]
+
+
+def estimated_tokens(text: str) -> int:
+    """How many tokens a model may make of a text, rather too many than too few: no vendor's tokenizer is asked.
+
+    English takes about four bytes per token and is counted with three; other scripts are counted with two.
+    """
+    plain = len(text.encode("ascii", "ignore"))
+    return plain // 3 + (len(text.encode(errors="replace")) - plain) // 2 + 4
+
+
+def fitting(messages: list[Message], *, limit: int, budget_tokens: int) -> list[Message]:
+    """The longest tail of `messages` within both bounds that does not begin in the middle of an exchange."""
+    kept: list[Message] = []
+    room = budget_tokens
+    for message in reversed(messages[-limit:] if limit else []):
+        room -= estimated_tokens(message.content)
+        if room < 0:
+            break
+        kept.append(message)
+    while len(kept) < len(messages) and kept and kept[-1].role == "assistant":
+        kept.pop()
+    return kept[::-1]
