@@ -227,8 +227,15 @@ def _first(group: BaseExceptionGroup[ParleyError]) -> ParleyError:
 def _difference(change: "Change") -> str:
     import yaml
 
+    from app.flows.config import Chatbot
+    from app.flows.export import dump
+
     def lines(value: dict[str, Any] | None) -> list[str]:
-        return yaml.safe_dump(value, sort_keys=False, allow_unicode=True).splitlines() if value else []
+        """The chatbot in the shape of its file."""
+        if value is None:
+            return []
+        told = dump({change.chatbot_id: Chatbot.from_json(value)})
+        return yaml.safe_dump(told, sort_keys=False, allow_unicode=True).splitlines()
 
     title = f"chatbot {change.chatbot_id}"
     return "\n".join(

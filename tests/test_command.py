@@ -350,7 +350,7 @@ async def test_apply_adds_versions_and_shows_what_changes(database: str, tmp_pat
     first = await run("apply", str(chatbots_file(tmp_path)), DATABASE_URL=database)
     assert first.code == 0, first.err
     assert first.out[:2] == ["--- (new)", "+++ chatbot one version 1"]
-    assert "+    model: first" in first.out
+    assert "+        model: first" in first.out
     assert first.out[-1] == "1 of 1 chatbots changed."
 
     again = await run("apply", str(chatbots_file(tmp_path)), DATABASE_URL=database)
@@ -366,7 +366,7 @@ async def test_apply_adds_versions_and_shows_what_changes(database: str, tmp_pat
     assert second.code == 0
     assert second.out[:-1] == dry.out[:-1]
     assert second.out[:2] == ["--- chatbot one version 1", "+++ chatbot one version 2"]
-    assert {"-    model: first", "+    model: second"} <= set(second.out)
+    assert {"-        model: first", "+        model: second"} <= set(second.out)
     assert await versions(database) == [("one", 1), ("one", 2)]
 
 

@@ -284,7 +284,7 @@ async def test_a_file_that_cannot_be_applied_is_refused_before_anything_starts(p
     (place / "bad.yaml").write_text("chatbots: [")
     done = await run("dev", "--apply", str(place / "bad.yaml"), **QUICK, PARLEY_DATA_DIR=str(place / "data"))
     assert (done.code, done.out) == (2, [])
-    assert "not valid YAML" in done.err[0]
+    assert "not valid YAML" in done.err[1]
     assert not (place / "data").exists()
 
 

@@ -114,6 +114,8 @@ class Runner:
                 _report_end(result, writer)
             except (Fenced, StreamLost) as lost:
                 log.warning("run_lost", reason=type(lost).__name__)
+            except asyncio.CancelledError:
+                log.warning("run_abandoned")
             except Exception:  # around one run: its end is left unwritten, and the takeover tries again
                 log.exception("run_crashed")
                 self._ending.leave(stream)
