@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.chats.chat import Message, Role, estimated_tokens, fitting
+from app.chats.chat import Message, Role, estimated_tokens, fitting, most_recent
 
 roles: st.SearchStrategy[Role] = st.sampled_from(["user", "assistant", "system"])
 texts = st.one_of(st.text(max_size=30), st.integers(0, 200).map(lambda size: "x" * size))
@@ -34,3 +34,14 @@ def test_a_longer_text_never_counts_less(first: str, second: str) -> None:
     assert estimated_tokens(first + second) >= max(estimated_tokens(first), estimated_tokens(second))
     whole = estimated_tokens(first) + estimated_tokens(second) - estimated_tokens("")
     assert abs(estimated_tokens(first + second) - whole) <= 2
+
+
+@given(histories, st.integers(0, 14), st.integers(-10, 300))
+def test_the_most_recent_are_the_longest_tail_within_both_bounds(
+    messages: list[Message], limit: int, max_bytes: int
+) -> None:
+    def fits(tail: list[Message]) -> bool:
+        return len(tail) <= limit and sum(len(message.content.encode()) for message in tail) <= max_bytes
+
+    tails = [messages[start:] for start in range(len(messages) + 1)]
+    assert most_recent(messages, limit=limit, max_bytes=max_bytes) == next(filter(fits, tails), [])
