@@ -13,6 +13,9 @@ import asyncpg
 import pytest
 
 from app.demo import demo_provider
+from app.flows.file import parse
+from app.flows.markers import Scanner
+from app.flows.templates import Template, TemplateError
 from app.streams.event import TERMINAL, Kind, to_frames
 from app.telemetry import Metrics
 from tests.serving import apply_demo, serving
@@ -112,6 +115,22 @@ async def test_documented_queries_run(database: str) -> None:
     finally:
         await connection.close()
     assert "SELECT * FROM streaming_sessions WHERE status = 'active'" in queries
+
+
+def test_the_documented_chatbot_works_and_every_placeholder_is_documented() -> None:
+    text = _document("templates.md")
+    (example,) = _fenced(text, "yaml")
+    shop = parse(example).chatbots["shop"]
+    assert shop.flows["main"].system.startswith("You answer for {{value.shop}}")
+    pieces = Scanner(shop.markers).feed("Try this: [[card:4711]] It is new.")
+    tokens = [{"token": piece.text, "markers": {name: [of] for name, of in piece.markers}} for piece in pieces]
+    assert tokens == [
+        {"token": "Try this: ", "markers": {"card": ["4711"]}},
+        {"token": " It is new.", "markers": {}},
+    ]
+    names = _first_cells(_section(text, "Placeholders"))
+    with pytest.raises(TemplateError, match=re.escape(f"{', '.join(names[:-1])} and {names[-1]};")):
+        Template("{{unknown}}")
 
 
 def test_links_between_documents_lead_somewhere() -> None:
