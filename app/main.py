@@ -16,12 +16,15 @@ from app import health, problems
 from app.errors import Misconfigured, Unavailable
 from app.flows import endpoints as flow_endpoints
 from app.flows import idempotency
+from app.flows.beginning import Beginning, Memory
 from app.flows.call import Means
 from app.flows.chatbots import Chatbots
 from app.flows.ending import Ending
-from app.flows.intake import Intake, Memory
+from app.flows.intake import Intake
 from app.flows.runner import Bounds, Runner
+from app.flows.stopping import Stopping
 from app.flows.takeover import Takeover
+from app.flows.turns import Turns
 from app.journal import Journal
 from app.openapi import Reference
 from app.operations import HEADERS, OPERATIONS
@@ -61,14 +64,25 @@ class Life:
 def create_app(settings: Settings, life: Life | None = None) -> Starlette:
     """The gateway over `settings.database_url`, which may still be down: it serves as soon as the database does."""
     reference = Reference(OPERATIONS, HEADERS)
+    body_limit = [Middleware(problems.BodyLimit, settings.body_limit)]
     routes = [
         Route(
             "/api/process-message",
             flow_endpoints.process_message,
             methods=["POST"],
-            middleware=[Middleware(problems.BodyLimit, settings.body_limit)],
+            middleware=body_limit,
         ),
         Route("/api/stream-events/{stream_id}", stream_endpoints.stream_events),
+        Route("/api/stream-events/{stream_id}/cancel", flow_endpoints.cancel, methods=["POST"], middleware=body_limit),
+        Route("/api/sessions/{session_id}/queue", flow_endpoints.queue),
+        Route(
+            "/api/sessions/{session_id}/queue/{message_id}",
+            flow_endpoints.edit_queued,
+            methods=["PATCH"],
+            middleware=body_limit,
+        ),
+        Route("/api/sessions/{session_id}/queue/{message_id}", flow_endpoints.remove_queued, methods=["DELETE"]),
+        Route("/api/sessions/{session_id}/queue/{message_id}/send-now", flow_endpoints.send_now, methods=["POST"]),
         Route("/api/conversation-health", health.conversation_health),
         Route("/livez", health.livez),
         Route("/readyz", health.readyz),
@@ -139,7 +153,6 @@ class Gateway:
         self._partitions = Partitions(pool, days_ahead=settings.partition_days)
         streams = Streams(pool, replica)
         tail = Tail(pool, hub, event_log)
-        chatbots = Chatbots(pool)
         ending = Ending(streams, metrics)
         self._runner = runner = Runner(
             tasks,
@@ -157,10 +170,21 @@ class Gateway:
             journal=journal,
             lease_s=settings.lease_s,
         )
-        memory = Memory(settings.history_limit, settings.history_bytes, self._key_s)
-        intake = Intake(
-            replica, streams, chatbots=chatbots, runner=runner, memory=memory, at_once=max(1, settings.pool_size - 2)
+        beginning = Beginning(
+            streams, chatbots=Chatbots(pool), memory=Memory(settings.history_limit, settings.history_bytes)
         )
+        intake = Intake(
+            replica,
+            streams,
+            beginning=beginning,
+            runner=runner,
+            key_s=self._key_s,
+            waiting=settings.queue_limit,
+            at_once=max(1, settings.pool_size - 2),
+        )
+        self._turns = turns = Turns(pool, replica, hub=hub, streams=streams, beginning=beginning, runner=runner)
+        runner.on_end = turns.give_next
+        self._stopping = stopping = Stopping(pool, streams, tail=tail, runner=runner, turns=turns)
         self.state = State(
             settings=settings,
             pool=pool,
@@ -172,6 +196,8 @@ class Gateway:
             tail=tail,
             runner=runner,
             intake=intake,
+            turns=turns,
+            stopping=stopping,
         )
 
     @property
@@ -204,6 +230,7 @@ class Gateway:
             tasks.create_task(
                 every(self._settings.scan_s, self._takeover.run_once, name="takeover", failing=self._failing)
             )
+            tasks.create_task(every(self._settings.scan_s, self._look_after, name="turns", failing=self._failing))
             tasks.create_task(every(_UPKEEP_S, self._upkeep, name="upkeep", failing=self._failing))
 
     async def _usable(self) -> bool:
@@ -220,6 +247,10 @@ class Gateway:
             self._replica.refusal = Unavailable("starting", f"The server is starting: {detail}", retry_after=2)
             return False
         return True
+
+    async def _look_after(self) -> None:
+        await self._stopping.run_once()
+        await self._turns.run_once()
 
     async def _beat(self) -> None:
         if self._log.fenced:

@@ -7,7 +7,15 @@ from uuid import UUID
 import orjson
 from pydantic import BaseModel
 
-from app.flows.endpoints import ProcessAnswer, ProcessMessage
+from app.flows.endpoints import (
+    Cancel,
+    CancelAnswer,
+    EditMessage,
+    ProcessAnswer,
+    ProcessMessage,
+    Queue,
+    QueueAnswer,
+)
 from app.openapi import Answer, Content, Operation, Parameter
 from app.streams.endpoints import Page
 from app.streams.event import to_frames, to_object
@@ -105,6 +113,7 @@ _PROCESS_MESSAGE = Operation(
         400: ["invalid_json", "bad_request"],
         404: ["chatbot_unknown"],
         409: ["session_busy", "message_exists"],
+        429: ["queue_full"],
         413: ["body_too_large"],
         422: [
             "invalid_request",
@@ -165,6 +174,101 @@ _STREAM_EVENTS = Operation(
     },
 )
 
+_CANCEL = Operation(
+    "Stop an answer",
+    "The provider's connection is closed, what was said so far is kept, and the stream ends as `cancelled`. May be "
+    "asked of any replica and any number of times: what has ended stays as it is. Where another replica runs the "
+    "answer and does not confirm within two seconds, `session_status` is still `active` and `upstream_closed` false; "
+    "the order stands. With `flow` only that flow is stopped. The body may be left out.",
+    answers={
+        200: Answer(
+            "Stopped, or had ended.",
+            {
+                _JSON: Content(
+                    {
+                        "success": True,
+                        "session_status": "cancelled",
+                        "upstream_closed": True,
+                        "upstream_close_ms": 12,
+                        "last_event_id": 17,
+                    },
+                    CancelAnswer,
+                )
+            },
+        )
+    },
+    parameters=[
+        Parameter("stream_id", "path", "The `streaming_session_id`.", {"type": "string", "format": "uuid"}),
+    ],
+    body=Content({"flow": None}, Cancel),
+    problems={
+        400: ["invalid_json"],
+        404: ["stream_unknown"],
+        413: ["body_too_large"],
+        422: ["invalid_request"],
+        503: ["database_unavailable"],
+    },
+)
+
+_WAITING: dict[str, Any] = {
+    "message_id": "b1946ac9-2d0e-4c5e-8f43-7f2a2b6f1c11",
+    "streaming_session_id": _STREAM,
+    "chatbot_id": "demo",
+    "message_text": "And then?",
+    "created_at": "2024-01-01T12:00:00.000Z",
+    "updated_at": "2024-01-01T12:00:00.000Z",
+}
+_CHANGED = {"success": True, "message_id": _WAITING["message_id"], "streaming_session_id": _STREAM}
+_OF_A_SESSION = [
+    Parameter("session_id", "path", "The `session_id` of the chat."),
+    Parameter("user_id", "query", "Whose session it is. Required."),
+]
+_OF_A_MESSAGE = [*_OF_A_SESSION, Parameter("message_id", "path", "The `message_id` from the queue.")]
+_QUEUE_PROBLEMS = {
+    404: ["message_not_queued"],
+    422: ["invalid_request"],
+    503: ["database_unavailable"],
+}
+_QUEUE = Operation(
+    "List waiting messages",
+    "What was sent with `on_busy: enqueue` while an answer was under way, in the order of its turns.",
+    answers={
+        200: Answer(
+            "The queue.",
+            {_JSON: Content({"success": True, "session_id": "chat-1", "messages": [_WAITING]}, Queue)},
+        )
+    },
+    parameters=_OF_A_SESSION,
+    problems={422: ["invalid_request"], 503: ["database_unavailable"]},
+)
+_EDIT_QUEUED = Operation(
+    "Edit a waiting message",
+    "Gives it another text. Not once its turn has come.",
+    answers={200: Answer("Changed.", {_JSON: Content({**_CHANGED, "streaming_session_id": None}, QueueAnswer)})},
+    parameters=_OF_A_MESSAGE,
+    body=Content({"message_text": "And after that?"}, EditMessage),
+    problems={
+        **_QUEUE_PROBLEMS,
+        400: ["invalid_json"],
+        413: ["body_too_large"],
+        422: ["invalid_request", "message_too_long"],
+    },
+)
+_REMOVE_QUEUED = Operation(
+    "Remove a waiting message",
+    "Its stream ends as `cancelled`. Not once its turn has come: stop its answer instead.",
+    answers={200: Answer("Removed.", {_JSON: Content(_CHANGED, QueueAnswer)})},
+    parameters=_OF_A_MESSAGE,
+    problems=_QUEUE_PROBLEMS,
+)
+_SEND_NOW = Operation(
+    "Answer a waiting message now",
+    "It goes to the front of the queue, and the answer under way is stopped, keeping its text.",
+    answers={200: Answer("Next.", {_JSON: Content(_CHANGED, QueueAnswer)})},
+    parameters=_OF_A_MESSAGE,
+    problems=_QUEUE_PROBLEMS,
+)
+
 _HEALTH: dict[str, Any] = {
     "status": "healthy",
     "database": "connected",
@@ -223,6 +327,11 @@ _DOCS = Operation(
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/api/process-message"): _PROCESS_MESSAGE,
     ("GET", "/api/stream-events/{stream_id}"): _STREAM_EVENTS,
+    ("POST", "/api/stream-events/{stream_id}/cancel"): _CANCEL,
+    ("GET", "/api/sessions/{session_id}/queue"): _QUEUE,
+    ("PATCH", "/api/sessions/{session_id}/queue/{message_id}"): _EDIT_QUEUED,
+    ("DELETE", "/api/sessions/{session_id}/queue/{message_id}"): _REMOVE_QUEUED,
+    ("POST", "/api/sessions/{session_id}/queue/{message_id}/send-now"): _SEND_NOW,
     ("GET", "/api/conversation-health"): _CONVERSATION_HEALTH,
     ("GET", "/livez"): _LIVEZ,
     ("GET", "/readyz"): _READYZ,

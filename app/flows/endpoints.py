@@ -1,7 +1,8 @@
-"""POST /api/process-message: validation at the edge, then the intake."""
+"""Sending a message, stopping an answer, and what a user may do with messages that wait: validation at the edge."""
 
 import hashlib
-from typing import Annotated, Any, Literal, TypedDict
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -10,21 +11,31 @@ from starlette.responses import Response
 
 from app.chats.chat import Message
 from app.errors import Invalid
+from app.flows import queue as waiting
+from app.flows.beginning import Incoming
 from app.flows.idempotency import Key
-from app.flows.intake import Accepted, Incoming, Intake
+from app.flows.intake import Accepted, Intake
+from app.flows.stopping import Stopping
+from app.flows.turns import Turns
+from app.postgres import Pool
 from app.settings import Settings
+from app.streams.identity import stream_id_of
 from app.telemetry import request_id
 from app.text import clean, parse_object
 
 # Ids travel in URLs and log lines; a user id is whatever the front end calls its users, but for control characters.
 _ID = r"^[A-Za-z0-9._~:-]{1,128}$"
 
+Body = TypeVar("Body", bound=BaseModel)
 Id = Annotated[str, Field(pattern=_ID)]
 Printable = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f\ufffd]+$")]
 
 
 class Needs(TypedDict):
     intake: Intake
+    stopping: Stopping
+    turns: Turns
+    pool: Pool
     settings: Settings
 
 
@@ -63,6 +74,55 @@ class ProcessAnswer(BaseModel):
     status: Literal["active", "queued"]
 
 
+class Cancel(BaseModel):
+    """What to stop: the whole answer, or one of its flows."""
+
+    flow: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+
+
+class CancelAnswer(BaseModel):
+    """What became of it. `upstream_closed`: no connection to a provider is open any more, after so many ms."""
+
+    success: Literal[True] = True
+    session_status: Literal["queued", "active", "completed", "failed", "cancelled"]
+    upstream_closed: bool
+    upstream_close_ms: int | None
+    last_event_id: int
+
+
+class QueuedMessage(BaseModel):
+    """A message that waits for its turn."""
+
+    message_id: str
+    streaming_session_id: str
+    chatbot_id: str
+    message_text: str
+    created_at: str
+    updated_at: str
+
+
+class Queue(BaseModel):
+    """The waiting messages of a session, in the order of their turns."""
+
+    success: Literal[True] = True
+    session_id: str
+    messages: list[QueuedMessage]
+
+
+class EditMessage(BaseModel):
+    """The new text of a waiting message."""
+
+    message_text: Annotated[str, Field(min_length=1)]
+
+
+class QueueAnswer(BaseModel):
+    """The stream of the message that was changed."""
+
+    success: Literal[True] = True
+    message_id: str
+    streaming_session_id: str | None = None
+
+
 async def process_message(request: Request[Needs]) -> Response:
     """Accept a message; answers as soon as it is durable, before the model is asked."""
     body = await request.body()
@@ -83,26 +143,35 @@ def _incoming(request: Request[Needs], body: bytes, settings: Settings) -> Incom
         message_id=message.client_message_id,
         history=_history(message),
         configuration=message.configuration or {},
+        on_busy=message.on_busy,
         key=_key(request, message, given),
         request_id=request_id(request.scope),
     )
 
 
 def _validated(given: dict[str, Any]) -> ProcessMessage:
-    try:
-        message = ProcessMessage.model_validate(given)
-    except ValidationError as error:
-        # Never the input itself: it may be large, secret or both.
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:10])
-        raise Invalid("invalid_request", f"The request is not valid: {wrong}.") from None
+    message = _model(ProcessMessage, given)
     if message.image_data is not None or message.image_id is not None:
         raise Invalid("images_unsupported", "This chatbot takes no images; leave image_data and image_id out.")
     return message
 
 
-def _check_sizes(message: ProcessMessage, settings: Settings) -> None:
-    if len(message.message_text.encode(errors="replace")) > settings.message_limit:
+def _model(model: type[Body], given: dict[str, Any]) -> Body:
+    try:
+        return model.model_validate(given)
+    except ValidationError as error:
+        # Never the input itself: it may be large, secret or both.
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:10])
+        raise Invalid("invalid_request", f"The request is not valid: {wrong}.") from None
+
+
+def _check_length(text: str, settings: Settings) -> None:
+    if len(text.encode(errors="replace")) > settings.message_limit:
         raise Invalid("message_too_long", f"message_text is longer than {settings.message_limit} bytes.")
+
+
+def _check_sizes(message: ProcessMessage, settings: Settings) -> None:
+    _check_length(message.message_text, settings)
     history = message.conversation_history or []
     if len(history) > settings.history_limit:
         raise Invalid("history_too_long", f"conversation_history has more than {settings.history_limit} messages.")
@@ -138,3 +207,86 @@ def _answer(accepted: Accepted) -> Response:
     )
     headers = {"Idempotent-Replayed": "true"} if accepted.replayed else None
     return Response(answer.model_dump_json(), media_type="application/json", headers=headers)
+
+
+# -- stopping
+
+
+async def cancel(request: Request[Needs]) -> Response:
+    """Stop an answer, or one of its flows; what was said so far is kept. Any number of times."""
+    body = await request.body()
+    wanted = _model(Cancel, parse_object(body) if body.strip() else {})
+    stream_id = stream_id_of(request.path_params["stream_id"])
+    stopped = await request.state["stopping"].stop(stream_id, wanted.flow)
+    return _json(
+        CancelAnswer(
+            session_status=stopped.status,
+            upstream_closed=stopped.closed,
+            upstream_close_ms=stopped.close_ms,
+            last_event_id=stopped.last_event_id,
+        )
+    )
+
+
+# -- messages that wait
+
+
+async def queue(request: Request[Needs]) -> Response:
+    """The messages that wait in a session."""
+    names = _names(request)
+    messages = await waiting.listed(request.state["pool"], **names)
+    return _json(
+        Queue(
+            session_id=names["session_id"],
+            messages=[
+                QueuedMessage(
+                    message_id=message.message_id,
+                    streaming_session_id=str(message.stream_id),
+                    chatbot_id=message.chatbot_id,
+                    message_text=message.text,
+                    created_at=_time(message.created_at),
+                    updated_at=_time(message.updated_at),
+                )
+                for message in messages
+            ],
+        )
+    )
+
+
+async def edit_queued(request: Request[Needs]) -> Response:
+    """Give a waiting message another text."""
+    wanted = _model(EditMessage, parse_object(await request.body()))
+    _check_length(wanted.message_text, request.state["settings"])
+    message_id = request.path_params["message_id"]
+    text = clean(wanted.message_text)
+    await request.state["turns"].edit(**_names(request), message_id=message_id, text=text)
+    return _json(QueueAnswer(message_id=message_id))
+
+
+async def remove_queued(request: Request[Needs]) -> Response:
+    """Take a message out of the queue; its stream ends as cancelled."""
+    message_id = request.path_params["message_id"]
+    stream_id = await request.state["turns"].remove(**_names(request), message_id=message_id)
+    return _json(QueueAnswer(message_id=message_id, streaming_session_id=str(stream_id)))
+
+
+async def send_now(request: Request[Needs]) -> Response:
+    """Give a waiting message its turn at once: the answer under way is stopped, keeping its text."""
+    message_id = request.path_params["message_id"]
+    stream_id = await request.state["turns"].send_now(**_names(request), message_id=message_id)
+    return _json(QueueAnswer(message_id=message_id, streaming_session_id=str(stream_id)))
+
+
+def _names(request: Request[Needs]) -> dict[str, str]:
+    """Session ids are a user's own, so the user must be named until requests are authenticated."""
+    if not (user_id := request.query_params.get("user_id")):
+        raise Invalid("invalid_request", "Add ?user_id=: session ids are known per user.")
+    return {"user_id": clean(user_id), "session_id": clean(request.path_params["session_id"])}
+
+
+def _time(value: datetime) -> str:
+    return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _json(answer: BaseModel) -> Response:
+    return Response(answer.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"})

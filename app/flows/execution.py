@@ -35,6 +35,7 @@ class Execution:
         self._started: list[Progress] = []
         self._outputs: dict[str, str] = {}
         self._stopped: Failure | None = None
+        self._unwanted: dict[str, Failure] = {}
         self._parallel = False
 
     async def perform(self) -> Result:
@@ -51,6 +52,8 @@ class Execution:
         """End the whole run, or one flow of it; the calls that are ended by it."""
         if flow is None:
             self._stopped = self._stopped or why
+        else:
+            self._unwanted.setdefault(flow, why)
         calls = [call for name, call in self._calls.items() if flow in (None, name)]
         for call in calls:
             call.stop(why)
@@ -120,8 +123,8 @@ class Execution:
         if len(self._calls) > 1:
             self._parallel = True
             log.info("parallel_started", flows=list(self._calls))
-        if self._stopped is not None:
-            call.stop(self._stopped)
+        if (why := self._stopped or self._unwanted.get(name)) is not None:
+            call.stop(why)
         try:
             await call.run(self._outputs)
         finally:

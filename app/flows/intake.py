@@ -2,40 +2,22 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import asdict, dataclass, field
-from time import perf_counter
-from typing import Any, Literal
+from dataclasses import asdict, dataclass
+from typing import Literal
 
-from app.chats import store
-from app.chats.chat import Message, most_recent
-from app.errors import Unavailable
-from app.flows import idempotency, sessions
-from app.flows.chatbots import Chatbots
-from app.flows.plan import Ask, Plan, plan
-from app.flows.run import Inputs, Run
+from app.errors import Conflict, Unavailable
+from app.flows import idempotency, queue, sessions
+from app.flows.beginning import Beginning, Incoming, Prepared
+from app.flows.run import CANCELLED, Run
 from app.flows.runner import Runner
-from app.flows.wishes import allowed
 from app.postgres import Connection, retry_conflicts
 from app.streams.replicas import Fenced, Replica
 from app.streams.stream import Stream, Streams
 
-
-@dataclass(frozen=True, slots=True)
-class Incoming:
-    """A validated message. `history` of None means: what is stored."""
-
-    user_id: str
-    chatbot_id: str
-    text: str
-    session_id: str | None = None
-    message_id: str | None = None
-    history: Sequence[Message] | None = None
-    configuration: dict[str, Any] = field(default_factory=dict)
-    key: idempotency.Key | None = None
-    request_id: str | None = None
-    received: float = field(default_factory=perf_counter)
+# How long an accept waits for its turn in a burst, in seconds.
+_TURN_S = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,27 +27,15 @@ class Accepted:
     session_id: str
     streaming_session_id: str
     flow_type: str
-    status: Literal["active"]
+    status: Literal["active", "queued"]
     replayed: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Memory:
-    """How much of a chat the model sees, and for how long an idempotency key is remembered."""
-
-    messages: int = 200
-    bytes: int = 256 << 10
-    key_s: float = 86400
-
-
-# How long an accept waits for its turn in a burst, in seconds.
-_TURN_S = 5
 
 
 class Intake:
     """The accepting transaction. Its locks, in order: idempotency key, session, chat, message, stream, fence.
 
     At most `at_once` of them are under way, so that a burst of messages leaves connections to readers and health.
+    `key_s`: how long an idempotency key is remembered; `waiting`: the most messages that wait in one session.
     """
 
     def __init__(
@@ -73,22 +43,24 @@ class Intake:
         replica: Replica,
         streams: Streams,
         *,
-        chatbots: Chatbots,
+        beginning: Beginning,
         runner: Runner,
-        memory: Memory,
+        key_s: float,
+        waiting: int,
         at_once: int,
     ) -> None:
         self._turns = asyncio.Semaphore(at_once)
         self._replica = replica
         self._streams = streams
-        self._chatbots = chatbots
+        self._beginning = beginning
         self._runner = runner
-        self._memory = memory
+        self._key_s = key_s
+        self._waiting = waiting
 
     async def accept(self, incoming: Incoming) -> Accepted:
-        """Make the message durable, start its run, and say where the answer streams.
+        """Make the message durable, start its run or queue it, and say where the answer streams.
 
-        Raises NotFound, Conflict, Invalid or Unavailable; then nothing was written.
+        Raises NotFound, Conflict, Invalid, TooMany or Unavailable; then nothing was written.
         """
         if self._replica.refusal is not None:
             raise self._replica.refusal
@@ -114,65 +86,67 @@ class Intake:
             self._turns.release()
 
     async def _accept(self, incoming: Incoming) -> Accepted:
-        version, chatbot = await self._chatbots.newest(incoming.chatbot_id)
-        wishes = allowed(incoming.configuration, chatbot)
-        ask = Ask(incoming.text, False, wishes.language, wishes.flow_type)
-        planned = plan(chatbot, ask)
+        prepared = await self._beginning.prepare(incoming)
         async with self._replica.transaction() as connection:
             if incoming.key and (told := await self._replay(connection, incoming.key)):
                 return told
             # Only now: a repetition is answered even when there is no room for another run.
             self._runner.admit()
-            stream, history = await self._write(connection, incoming, version, planned)
-            accepted = Accepted(stream.session_id, str(stream.id), stream.flow_type, "active")
+            place = await self._place(connection, prepared)
+            stream = place.stream
+            status: Literal["active", "queued"] = "active" if isinstance(place, Run) else "queued"
+            accepted = Accepted(stream.session_id, str(stream.id), stream.flow_type, status)
             if incoming.key:
                 await idempotency.remember(connection, incoming.key, asdict(accepted))
-        inputs = Inputs(
-            incoming.text,
-            history,
-            language=wishes.language,
-            values={**chatbot.values, **wishes.values},
-            temperature=wishes.temperature,
-            top_k=wishes.top_k,
-        )
-        self._runner.start(Run(stream, chatbot, planned, inputs, incoming.request_id, incoming.received))
-        self._streams.settle(stream.id)
+        if isinstance(place, Run):
+            self._runner.start(place)
+            self._streams.settle(stream.id)
+        elif place.interrupts is not None:
+            self._runner.stop(place.interrupts, CANCELLED)
         return accepted
 
     async def _replay(self, connection: Connection, key: idempotency.Key) -> Accepted | None:
-        told = await idempotency.claim(connection, key, remember_s=self._memory.key_s)
+        told = await idempotency.claim(connection, key, remember_s=self._key_s)
         return Accepted(**{**told, "replayed": True}) if told else None
 
-    async def _write(
-        self, connection: Connection, incoming: Incoming, version: int, planned: Plan
-    ) -> tuple[Stream, Sequence[Message]]:
-        user_id, session_id = incoming.user_id, incoming.session_id or str(uuid.uuid4())
-        stream_id, new = await sessions.occupy(
-            connection, user_id=user_id, session_id=session_id, chatbot_id=incoming.chatbot_id
+    async def _place(self, connection: Connection, prepared: Prepared) -> "Run | _Queued":
+        """Occupy the session, or find a place in its queue."""
+        incoming = prepared.incoming
+        session_id = incoming.session_id or str(uuid.uuid4())
+        taken = await sessions.occupy(
+            connection, user_id=incoming.user_id, session_id=session_id, chatbot_id=incoming.chatbot_id
         )
-        history = incoming.history
-        if history is None:
-            history = () if new else await self._stored(connection, user_id, session_id)
-        await store.save_question(
-            connection,
-            user_id=user_id,
-            chat_id=session_id,
-            message_id=incoming.message_id or str(uuid.uuid4()),
-            content=incoming.text,
+        if taken is None:
+            return await self._enqueue(connection, prepared, session_id)
+        stream_id, new = taken
+        return await self._beginning.write(
+            connection, prepared, stream_id=stream_id, session_id=session_id, new=new, queued=False
         )
-        stream = Stream(stream_id, user_id, session_id, incoming.chatbot_id, version, planned.decision.flow)
-        await self._streams.begin(connection, stream, _start(stream, planned))
-        return stream, history
 
-    async def _stored(self, connection: Connection, user_id: str, chat_id: str) -> list[Message]:
-        stored = await store.history(connection, user_id=user_id, chat_id=chat_id, limit=self._memory.messages)
-        return most_recent(stored, limit=self._memory.messages, max_bytes=self._memory.bytes)
+    async def _enqueue(self, connection: Connection, prepared: Prepared, session_id: str) -> "_Queued":
+        incoming = prepared.incoming
+        on_busy = incoming.on_busy or prepared.chatbot.on_busy
+        if on_busy == "reject":
+            raise Conflict(
+                "session_busy", "An answer is under way in this session; wait for its stream_end, then send again."
+            )
+        interrupts = None
+        first = on_busy == "interrupt"
+        fields = (incoming.user_id, session_id, incoming.chatbot_id, prepared.version, prepared.flow_type)
+        stream = await self._streams.enqueue(connection, *fields)
+        await queue.add(
+            connection, incoming, session_id=session_id, stream_id=stream.id, most=self._waiting, first=first
+        )
+        if first:
+            interrupts = await sessions.lock(connection, user_id=incoming.user_id, session_id=session_id)
+            if interrupts is not None:
+                await self._streams.ask_to_stop(connection, interrupts)
+        return _Queued(stream, interrupts)
 
 
-def _start(stream: Stream, planned: Plan) -> dict[str, Any]:
-    return {
-        "session_id": stream.session_id,
-        "chatbot_id": stream.chatbot_id,
-        "flow_type": stream.flow_type,
-        "plan": planned.shown(),
-    }
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """A message that waits; `interrupts` is the stream that is stopped for it."""
+
+    stream: Stream
+    interrupts: uuid.UUID | None

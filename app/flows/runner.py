@@ -4,18 +4,20 @@ Bounded by `max_runs`; each run by its deadline, its plan, the length of an answ
 """
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from uuid import UUID
 
 import structlog
 
 from app.errors import Unavailable
-from app.flows.call import Means
+from app.flows.call import Call, Means
 from app.flows.ending import Ending
 from app.flows.execution import Execution
 from app.flows.run import Failure, Progress, Result, Run
 from app.streams.log import Log, StreamLost, Writer
 from app.streams.replicas import Fenced
+from app.streams.stream import Stream
 
 log = structlog.get_logger(__name__)
 
@@ -53,7 +55,8 @@ class Runner:
         self._bounds = bounds
         self._running: dict[UUID, asyncio.Task[None]] = {}
         self._executions: dict[UUID, Execution] = {}
-        self._stopping_now = self._closed = False
+        self._stopping = self._closed = False
+        self.on_end: Callable[[Stream], Awaitable[object]] = _nothing
         event_log.on_fenced = self._cancel_all
 
     @property
@@ -72,10 +75,32 @@ class Runner:
         """
         if self._closed:
             raise Unavailable("draining", "The server is stopping; send it again.", retry_after=1)
-        task = self._tasks.create_task(self._run(run), name=f"run {run.stream.id}")
-        self._running[run.stream.id] = task
+        stream = run.stream
+        writer = self._log.open(stream.id, last_id=1)
+
+        async def save(answer: Progress) -> None:
+            await self._ending.save_answer(stream, writer, answer)
+
+        execution = self._executions[stream.id] = Execution(run, writer, means=self._means, save=save)
+        if self._stopping:
+            execution.stop(_STOPPED)
+        task = self._tasks.create_task(self._run(run, writer, execution), name=f"run {stream.id}")
+        self._running[stream.id] = task
         self._means.metrics.active_streams.set(len(self._running))
-        task.add_done_callback(lambda _: self._done(run.stream.id))
+        task.add_done_callback(lambda _: self._done(stream.id))
+
+    def stop(self, stream_id: UUID, why: Failure, flow: str | None = None) -> list[Call]:
+        """End a run, or one flow of it, if it is under way here; the calls that are ended by it."""
+        execution = self._executions.get(stream_id)
+        return [] if execution is None else execution.stop(why, flow)
+
+    def runs(self, stream_id: UUID) -> bool:
+        return stream_id in self._executions
+
+    async def ended(self, stream_id: UUID, within_s: float) -> None:
+        """Wait until a run here has written its end, or for so long."""
+        if (task := self._running.get(stream_id)) is not None:
+            await asyncio.wait([task], timeout=within_s)
 
     async def drain(self, grace_s: float) -> None:
         """Let answers finish for `grace_s`, then end the rest as failed with what they have.
@@ -83,7 +108,7 @@ class Runner:
         An end that cannot be saved in time is left to the takeover by another replica.
         """
         await self._settle(grace_s)
-        self._stopping_now = True
+        self._stopping = True
         for execution in self._executions.values():
             execution.stop(_STOPPED)
         await self._settle(_END_S)
@@ -96,22 +121,25 @@ class Runner:
             await asyncio.wait(self._running.values(), timeout=timeout_s)
 
     def _done(self, stream_id: UUID) -> None:
-        del self._running[stream_id]
+        del self._running[stream_id], self._executions[stream_id]
         self._means.metrics.active_streams.set(len(self._running))
 
     def _cancel_all(self) -> None:
         for task in self._running.values():
             task.cancel()
 
-    async def _run(self, run: Run) -> None:
+    async def _run(self, run: Run, writer: Writer, execution: Execution) -> None:
         stream = run.stream
-        writer = self._log.open(stream.id, last_id=1)
-        with structlog.contextvars.bound_contextvars(streaming_session_id=str(stream.id), request_id=run.request_id):
+        late = asyncio.get_running_loop().call_later(self._bounds.run_s, execution.stop, _LATE)
+        bound = {"streaming_session_id": str(stream.id), "request_id": run.request_id}
+        with structlog.contextvars.bound_contextvars(**bound):
             log.info("processing_started", chatbot=stream.chatbot_id, flow=stream.flow_type)
             try:
-                result = await self._perform(run, writer)
+                result = await execution.perform()
                 await self._ending.conclude(stream, writer, result)
                 _report_end(result, writer)
+                self._log.close(writer)
+                await self.on_end(stream)
             except (Fenced, StreamLost) as lost:
                 log.warning("run_lost", reason=type(lost).__name__)
             except asyncio.CancelledError:
@@ -120,22 +148,12 @@ class Runner:
                 log.exception("run_crashed")
                 self._ending.leave(stream)
             finally:
+                late.cancel()
                 self._log.close(writer)
 
-    async def _perform(self, run: Run, writer: Writer) -> Result:
-        async def save(answer: Progress) -> None:
-            await self._ending.save_answer(run.stream, writer, answer)
 
-        execution = Execution(run, writer, means=self._means, save=save)
-        self._executions[run.stream.id] = execution
-        late = asyncio.get_running_loop().call_later(self._bounds.run_s, execution.stop, _LATE)
-        try:
-            if self._stopping_now:
-                execution.stop(_STOPPED)
-            return await execution.perform()
-        finally:
-            late.cancel()
-            del self._executions[run.stream.id]
+async def _nothing(_: Stream) -> None:
+    """Nobody waits for the end of a run."""
 
 
 def _report_end(result: Result, writer: Writer) -> None:

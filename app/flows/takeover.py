@@ -69,7 +69,7 @@ class Takeover:
             memory = await self._recall(orphan)
             answer = memory.answer
             # flow_end in the log: the provider had finished, only the saving is left to do.
-            answer.failure = memory.failure or (None if answer.finish_reason else _OWNER_LOST)
+            answer.failure = memory.failure or (None if answer.finish_reason else _end_of(orphan))
             if answer.failure is not None and answer.attempts:
                 answer.attempts[-1].end(answer.failure)
             if answer.failure is _OWNER_LOST:
@@ -140,6 +140,10 @@ class _Memory:
                     self.failure = CANCELLED
             case "message":
                 self.saved = True
+
+
+def _end_of(orphan: Orphan) -> Failure:
+    return CANCELLED if orphan.cancelled else _OWNER_LOST
 
 
 def text_of(output: Any) -> str:

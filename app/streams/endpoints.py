@@ -10,11 +10,12 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.errors import BadRequest, Gone, NotFound
+from app.errors import BadRequest, Gone
 from app.postgres import AWAY
 from app.settings import Settings
 from app.streams.event import TERMINAL, data_of, kind_of, to_object
 from app.streams.hub import Batch, Hub
+from app.streams.identity import stream_id_of
 from app.streams.sse import HEARTBEAT, come_back_later, event_stream, retry_line
 from app.streams.tail import State, Tail
 from app.telemetry import Metrics
@@ -23,7 +24,6 @@ _MOST_EVENTS, _DEFAULT_EVENTS = 5000, 500
 _LONGEST_WAIT_S = 30.0
 _CURSOR_NAMES = ("after", "last_event_id", "starting_after")
 _NUMBER = re.compile(r"[0-9]{1,10}")
-_UUID = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
 
 
 class Needs(TypedDict):
@@ -53,18 +53,11 @@ class Page(BaseModel):
 
 async def stream_events(request: Request[Needs]) -> Response:
     """Read a stream from any position, as a page of JSON or as server-sent events."""
-    stream_id = _stream_id(request)
+    stream_id = stream_id_of(request.path_params["stream_id"])
     cursor = _cursor(request, stream_id)
     if "text/event-stream" in request.headers.get("accept", ""):
         return await _sse(request, stream_id, cursor)
     return await _page(request, stream_id, cursor)
-
-
-def _stream_id(request: Request[Needs]) -> UUID:
-    given = request.path_params["stream_id"]
-    if not _UUID.fullmatch(given):
-        raise NotFound("stream_unknown", "There is no such stream; the id comes from POST /api/process-message.")
-    return UUID(given)
 
 
 def _cursor(request: Request[Needs], stream_id: UUID) -> int:

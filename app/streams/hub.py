@@ -103,6 +103,11 @@ class Hub:
             for subscription in followers:
                 subscription.push(batch)
 
+    def stir(self, stream_id: UUID) -> None:
+        """Send the readers of a stream to the table: something was committed there outside of the lane."""
+        for subscription in self._subscriptions.get(stream_id, ()):
+            subscription.fall_behind()
+
     def look_around(self, owned: Callable[[UUID], bool]) -> None:
         """Send readers that heard nothing since the last call to the table: publishing is only a hint (G16).
 

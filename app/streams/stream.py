@@ -12,7 +12,7 @@ import asyncpg
 import structlog
 
 from app.postgres import AWAY, CONFLICT, Connection, Pool, why
-from app.streams.event import Kind, Status, encode
+from app.streams.event import TERMINAL, Kind, Status, encode
 from app.streams.log import StreamLost, Writer, insert_event
 from app.streams.replicas import Replica
 
@@ -30,6 +30,34 @@ with s as (
     values ($1, $2, $3, $4, $5, $6, 'active', $7))
 insert into streaming_events (stream_id, id, payload) values ($1, 1, $8)
 """
+_BEGIN_QUEUED = """
+with s as (
+    update streaming_sessions set status = 'active', chatbot_version = $5, flow_type = $6, replica_id = $7
+    where id = $1 and user_id = $2 and session_id = $3 and chatbot_id = $4 and status = 'queued' returning id)
+insert into streaming_events (stream_id, id, payload) select id, 1, $8 from s
+"""
+_ENQUEUE = f"""
+insert into streaming_sessions (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status)
+values ({NEW_ID.format(random_part="$1")}, $2, $3, $4, $5, $6, 'queued')
+returning id
+"""
+_END_QUEUED = """
+with s as (
+    update streaming_sessions set status = $2, last_event_id = 1, ended_at = now()
+    where id = $1 and status = 'queued' returning id)
+insert into streaming_events (stream_id, id, payload) select id, 1, $3 from s
+"""
+# '{}' stands for the whole run and is never narrowed down again.
+_ASK_TO_STOP = """
+update streaming_sessions set cancel_flows = case
+    when $2::text is null or cancel_flows = '{}' then '{}'
+    else array_append(coalesce(cancel_flows, '{}'), $2) end
+where id = $1 and status = 'active'
+"""
+_ASKED_TO_STOP = """
+select id, cancel_flows from streaming_sessions
+where replica_id = $1 and cancel_flows is not null and status in ('queued', 'active') limit $2
+"""
 _END = """
 update streaming_sessions set status = $2, last_event_id = $3, ended_at = now()
 where id = $1 and status in ('queued', 'active')
@@ -39,12 +67,12 @@ _CLAIM = """
 with o as materialized (select 1 from replicas where id = $1 and alive for share),
      orphans as (
         select s.id from streaming_sessions s
-        where s.status in ('queued', 'active') and exists (select from o)
+        where s.status = 'active' and exists (select from o)
           and (not exists (select from replicas r where r.id = s.replica_id and r.alive) or s.id = any($3::uuid[]))
         order by s.id limit $2 for update of s skip locked)
 update streaming_sessions s set replica_id = $1, attempt = s.attempt + 1
 from orphans where s.id = orphans.id
-returning s.id, s.user_id, s.session_id, s.chatbot_id, s.chatbot_version, s.flow_type, s.attempt, s.created_at
+returning s.id, s.user_id, s.session_id, s.chatbot_id, s.chatbot_version, s.flow_type, s.attempt, s.cancel_flows
 """
 _LAST_ID = "select coalesce(max(id), 0) from streaming_events where stream_id = $1"
 _PAYLOAD = "select payload from streaming_events where stream_id = $1 and id = $2"
@@ -76,6 +104,7 @@ class Orphan:
     stream: Stream
     last_id: int
     attempt: int
+    cancelled: bool
 
 
 class Streams:
@@ -86,15 +115,49 @@ class Streams:
         self._replica = replica
         self._doubtful: dict[UUID, float] = {}
 
-    async def begin(self, connection: Connection, stream: Stream, start: Mapping[str, Any]) -> None:
+    async def begin(
+        self, connection: Connection, stream: Stream, start: Mapping[str, Any], *, queued: bool = False
+    ) -> None:
         """Make an active stream of this replica with its first event `stream_start`, in the caller's transaction.
 
-        Its id must be a `NEW_ID`, the transaction `Replica.transaction`.
+        Its id must be a `NEW_ID`, or that of a stream that was `queued`; the transaction `Replica.transaction`.
         """
         # Until the caller confirms: a COMMIT without an answer may leave a stream that nobody runs.
         self.doubt(stream.id)
         values = (getattr(stream, field) for field in Stream.__slots__)
-        await connection.execute(_BEGIN, *values, self._replica.id, encode("stream_start", start))
+        await connection.execute(
+            _BEGIN_QUEUED if queued else _BEGIN, *values, self._replica.id, encode("stream_start", start)
+        )
+
+    async def enqueue(
+        self,
+        connection: Connection,
+        user_id: str,
+        session_id: str,
+        chatbot_id: str,
+        chatbot_version: int,
+        flow_type: str,
+    ) -> Stream:
+        """Make a stream without events that nobody owns, in the caller's transaction."""
+        values = (user_id, session_id, chatbot_id, chatbot_version, flow_type)
+        return Stream(await connection.fetchval(_ENQUEUE, random_part(), *values), *values)
+
+    async def end_queued(
+        self, connection: Connection, stream_id: UUID, status: Status, data: Mapping[str, Any]
+    ) -> None:
+        """End a stream that never began, with its only event, in the caller's transaction."""
+        usage = {"prompt_tokens": 0, "completion_tokens": 0}
+        payload = encode(TERMINAL, {"status": status, "usage": usage, **data})
+        await connection.execute(_END_QUEUED, stream_id, status, payload)
+
+    async def ask_to_stop(self, connection: Connection | Pool, stream_id: UUID, flow: str | None = None) -> None:
+        """Note durably that a run, or a flow of it, shall stop: its owner looks, and so does a takeover."""
+        await connection.execute(_ASK_TO_STOP, stream_id, flow)
+
+    async def asked_to_stop(self, most: int) -> list[tuple[UUID, list[str]]]:
+        """Streams of this replica that somebody wants to stop; no flows means the whole run."""
+        rows = await self._pool.fetch(_ASKED_TO_STOP, self._replica.id, most)
+        return [(row["id"], row["cancel_flows"]) for row in rows]
 
     def doubt(self, stream_id: UUID) -> None:
         """Note a stream that is perhaps ours and that nobody may be running: a later `claim` looks for it."""
@@ -164,7 +227,8 @@ class Streams:
 
     async def _orphan(self, row: asyncpg.Record) -> Orphan:
         stream = Stream(*(row[field] for field in Stream.__slots__))
-        return Orphan(stream, await self._pool.fetchval(_LAST_ID, stream.id), row["attempt"])
+        last_id = await self._pool.fetchval(_LAST_ID, stream.id)
+        return Orphan(stream, last_id, row["attempt"], row["cancel_flows"] == [])
 
 
 def random_part() -> str:

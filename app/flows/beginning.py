@@ -1,0 +1,125 @@
+"""How every run begins, when its message is accepted or when its turn in the queue has come."""
+
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import Any
+from uuid import UUID
+
+from app.chats import store
+from app.chats.chat import Message, most_recent
+from app.flows import idempotency
+from app.flows.chatbots import Chatbots
+from app.flows.config import Chatbot
+from app.flows.plan import Ask, Plan, plan
+from app.flows.run import Inputs, Run
+from app.flows.wishes import Wishes, allowed
+from app.postgres import Connection
+from app.streams.stream import Stream, Streams
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A validated message. `history` of None means: what is stored; `on_busy` of None: as the chatbot has it."""
+
+    user_id: str
+    chatbot_id: str
+    text: str
+    session_id: str | None = None
+    message_id: str | None = None
+    history: Sequence[Message] | None = None
+    configuration: dict[str, Any] = field(default_factory=dict)
+    on_busy: str | None = None
+    key: idempotency.Key | None = None
+    request_id: str | None = None
+    received: float = field(default_factory=perf_counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """How much of a chat the model sees."""
+
+    messages: int = 200
+    bytes: int = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A message with all that is decided about it before anything is written."""
+
+    incoming: Incoming
+    version: int
+    chatbot: Chatbot
+    wishes: Wishes
+    plan: Plan
+
+    @property
+    def flow_type(self) -> str:
+        return self.plan.decision.flow
+
+
+class Beginning:
+    """From a message to a run, in two steps: what can be refused is refused before a transaction begins."""
+
+    def __init__(self, streams: Streams, *, chatbots: Chatbots, memory: Memory) -> None:
+        self._streams = streams
+        self._chatbots = chatbots
+        self._memory = memory
+
+    async def prepare(self, incoming: Incoming) -> Prepared:
+        """Raises NotFound or Invalid for what this chatbot does not take."""
+        version, chatbot = await self._chatbots.newest(incoming.chatbot_id)
+        wishes = allowed(incoming.configuration, chatbot)
+        ask = Ask(incoming.text, False, wishes.language, wishes.flow_type)
+        return Prepared(incoming, version, chatbot, wishes, plan(chatbot, ask))
+
+    async def write(
+        self, connection: Connection, prepared: Prepared, *, stream_id: UUID, session_id: str, new: bool, queued: bool
+    ) -> Run:
+        """The question, the active stream and its first event, in the transaction that occupied the session.
+
+        Raises Conflict where the message's id is taken.
+        """
+        incoming = prepared.incoming
+        history = incoming.history
+        if history is None:
+            history = () if new else await self._stored(connection, incoming.user_id, session_id)
+        await store.save_question(
+            connection,
+            user_id=incoming.user_id,
+            chat_id=session_id,
+            message_id=incoming.message_id or str(uuid.uuid4()),
+            content=incoming.text,
+        )
+        stream = Stream(
+            stream_id, incoming.user_id, session_id, incoming.chatbot_id, prepared.version, prepared.flow_type
+        )
+        await self._streams.begin(connection, stream, _start(stream, prepared.plan), queued=queued)
+        inputs = _inputs(prepared, history)
+        return Run(stream, prepared.chatbot, prepared.plan, inputs, incoming.request_id, incoming.received)
+
+    async def _stored(self, connection: Connection, user_id: str, chat_id: str) -> list[Message]:
+        stored = await store.history(connection, user_id=user_id, chat_id=chat_id, limit=self._memory.messages)
+        return most_recent(stored, limit=self._memory.messages, max_bytes=self._memory.bytes)
+
+
+def _inputs(prepared: Prepared, history: Sequence[Message]) -> Inputs:
+    wishes = prepared.wishes
+    return Inputs(
+        prepared.incoming.text,
+        history,
+        language=wishes.language,
+        values={**prepared.chatbot.values, **wishes.values},
+        temperature=wishes.temperature,
+        top_k=wishes.top_k,
+    )
+
+
+def _start(stream: Stream, planned: Plan) -> dict[str, Any]:
+    return {
+        "session_id": stream.session_id,
+        "chatbot_id": stream.chatbot_id,
+        "flow_type": stream.flow_type,
+        "plan": planned.shown(),
+    }

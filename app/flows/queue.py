@@ -1,0 +1,172 @@
+"""queued_messages: what a user sent while an answer was under way, in the order in which it will have its turn.
+
+Every statement runs under the lock of the session's row. Bounded per session when a message is added.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from typing import Any
+from uuid import UUID, uuid4
+
+import asyncpg
+import orjson
+
+from app.chats.chat import Message
+from app.errors import Conflict, NotFound, TooMany
+from app.flows.beginning import Incoming
+from app.postgres import Connection, Pool
+
+_COUNT = "select count(*) from queued_messages where user_id = $1 and session_id = $2"
+_IS_STORED = "select exists (select from messages where user_id = $1 and id = $2)"
+_ADD = """
+insert into queued_messages (user_id, session_id, message_id, stream_id, chatbot_id, text, request, place)
+select $1, $2, $3, $4, $5, $6, $7,
+       case when $8 then coalesce(min(place), 0) - 1 else coalesce(max(place), 0) + 1 end
+from queued_messages where user_id = $1 and session_id = $2
+"""
+_FIRST = """
+select message_id, stream_id, chatbot_id, text, request from queued_messages
+where user_id = $1 and session_id = $2 order by place limit 1
+"""
+_TAKE = "delete from queued_messages where stream_id = $1"
+_LIST = """
+select message_id, stream_id, chatbot_id, text, created_at, updated_at from queued_messages
+where user_id = $1 and session_id = $2 order by place
+"""
+_EDIT = """
+update queued_messages set text = $4, updated_at = now() where user_id = $1 and session_id = $2 and message_id = $3
+returning 1
+"""
+_REMOVE = """
+delete from queued_messages where user_id = $1 and session_id = $2 and message_id = $3 returning stream_id
+"""
+_TO_FRONT = """
+update queued_messages set place = (
+    select min(place) - 1 from queued_messages where user_id = $1 and session_id = $2)
+where user_id = $1 and session_id = $2 and message_id = $3
+returning stream_id
+"""
+_FIND = "select user_id, session_id, message_id from queued_messages where stream_id = $1"
+# Sessions whose turn has come and that nobody has given it: their replica has gone in between, or it was draining.
+_DUE = """
+select distinct q.user_id, q.session_id from queued_messages q
+join conversation_sessions s on s.user_id = q.user_id and s.id = q.session_id
+where s.status = 'idle' limit $1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """A queued message as its user sees it."""
+
+    message_id: str
+    stream_id: UUID
+    chatbot_id: str
+    text: str
+    created_at: datetime
+    updated_at: datetime
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A message whose turn comes, and the stream that will answer it."""
+
+    stream_id: UUID
+    incoming: Incoming
+
+
+async def add(
+    connection: Connection, incoming: Incoming, *, session_id: str, stream_id: UUID, most: int, first: bool
+) -> None:
+    """At the end of the queue, or at its front. Raises TooMany when it is full and Conflict for a used message id."""
+    waiting = await connection.fetchval(_COUNT, incoming.user_id, session_id)
+    if waiting >= most:
+        raise TooMany("queue_full", f"{most} messages wait in this session already; let them be answered first.")
+    message_id = incoming.message_id or str(uuid4())
+    values = (incoming.user_id, session_id, message_id, stream_id, incoming.chatbot_id, incoming.text)
+    try:
+        if await connection.fetchval(_IS_STORED, incoming.user_id, message_id):
+            raise _exists()
+        await connection.execute(_ADD, *values, _request(incoming), first)
+    except asyncpg.UniqueViolationError:
+        raise _exists() from None
+
+
+def _exists() -> Conflict:
+    return Conflict("message_exists", "A message with this client_message_id was stored before; choose a new id.")
+
+
+def _request(incoming: Incoming) -> str:
+    """What a message brings besides its text and ids."""
+    history = None if incoming.history is None else [asdict(message) for message in incoming.history]
+    request = {"configuration": incoming.configuration, "history": history, "request_id": incoming.request_id}
+    return orjson.dumps(request).decode()
+
+
+async def first(connection: Connection | Pool, *, user_id: str, session_id: str) -> Turn | None:
+    """The message whose turn comes next."""
+    row = await connection.fetchrow(_FIRST, user_id, session_id)
+    if row is None:
+        return None
+    request: Mapping[str, Any] = orjson.loads(row["request"])
+    history = request["history"]
+    incoming = Incoming(
+        user_id,
+        row["chatbot_id"],
+        row["text"],
+        session_id=session_id,
+        message_id=row["message_id"],
+        history=None if history is None else [Message(**message) for message in history],
+        configuration=request["configuration"],
+        request_id=request["request_id"],
+        received=0,
+    )
+    return Turn(row["stream_id"], incoming)
+
+
+async def take(connection: Connection, stream_id: UUID) -> None:
+    """Out of the queue."""
+    await connection.execute(_TAKE, stream_id)
+
+
+async def listed(pool: Pool, *, user_id: str, session_id: str) -> list[Waiting]:
+    """In the order of their turns."""
+    return [Waiting(*row) for row in await pool.fetch(_LIST, user_id, session_id)]
+
+
+async def edit(connection: Connection, *, user_id: str, session_id: str, message_id: str, text: str) -> None:
+    """Raises NotFound for a message that does not wait any more."""
+    if not await connection.fetchval(_EDIT, user_id, session_id, message_id, text):
+        raise not_queued()
+
+
+async def remove(connection: Connection, *, user_id: str, session_id: str, message_id: str) -> UUID:
+    """Returns the stream of the message. Raises NotFound for one that does not wait any more."""
+    stream_id: UUID | None = await connection.fetchval(_REMOVE, user_id, session_id, message_id)
+    if stream_id is None:
+        raise not_queued()
+    return stream_id
+
+
+async def to_front(connection: Connection, *, user_id: str, session_id: str, message_id: str) -> UUID:
+    """Returns the stream of the message. Raises NotFound for one that does not wait any more."""
+    stream_id: UUID | None = await connection.fetchval(_TO_FRONT, user_id, session_id, message_id)
+    if stream_id is None:
+        raise not_queued()
+    return stream_id
+
+
+async def of_stream(pool: Pool, stream_id: UUID) -> tuple[str, str, str] | None:
+    """User, session and message of a queued stream."""
+    row = await pool.fetchrow(_FIND, stream_id)
+    return (row["user_id"], row["session_id"], row["message_id"]) if row else None
+
+
+async def due(pool: Pool, most: int) -> list[tuple[str, str]]:
+    """Sessions that are idle although messages wait in them."""
+    return [(row["user_id"], row["session_id"]) for row in await pool.fetch(_DUE, most)]
+
+
+def not_queued() -> NotFound:
+    return NotFound("message_not_queued", "No such message waits in this session; it may have had its turn.")

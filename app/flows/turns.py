@@ -1,0 +1,135 @@
+"""Who is next: gives a session's waiting messages their turn, one after the other, and takes orders about them."""
+
+from uuid import UUID
+
+import structlog
+
+from app.errors import Invalid, NotFound, Unavailable
+from app.flows import queue, sessions
+from app.flows.beginning import Beginning
+from app.flows.queue import Turn
+from app.flows.run import CANCELLED, Failure, Run
+from app.flows.runner import Runner
+from app.postgres import Pool, retry_conflicts
+from app.streams.hub import Hub
+from app.streams.replicas import Fenced, Replica
+from app.streams.stream import Stream, Streams
+
+log = structlog.get_logger(__name__)
+
+# Sessions looked after in one pass.
+_PER_PASS = 50
+
+
+class Turns:
+    """The end of a run gives the next message its turn; a pass does it where that replica could not."""
+
+    def __init__(
+        self, pool: Pool, replica: Replica, *, hub: Hub, streams: Streams, beginning: Beginning, runner: Runner
+    ) -> None:
+        self._pool = pool
+        self._replica = replica
+        self._hub = hub
+        self._streams = streams
+        self._beginning = beginning
+        self._runner = runner
+
+    async def run_once(self) -> int:
+        """Give turns that are due; returns how many."""
+        given = 0
+        if self._replica.refusal is None:
+            for user_id, session_id in await queue.due(self._pool, _PER_PASS):
+                given += await self.give(user_id, session_id)
+        return given
+
+    async def give_next(self, ended: Stream) -> None:
+        """At the end of a run: whoever waits in its session is next."""
+        await self.give(ended.user_id, ended.session_id)
+
+    async def give(self, user_id: str, session_id: str) -> bool:
+        """Start the first waiting message of a session, if there is one and the session is idle.
+
+        Nothing happens where this replica is full or leaving: another one, or a later pass, gives the turn.
+        """
+        if self._replica.refusal is not None:
+            return False
+        try:
+            self._runner.admit()
+            run = await retry_conflicts(lambda: self._next(user_id, session_id))
+        except (Unavailable, Fenced, _Overtaken) as error:
+            log.info("turn_postponed", reason=type(error).__name__)
+            return False
+        if run is None:
+            return False
+        self._hub.stir(run.stream.id)
+        self._runner.start(run)
+        self._streams.settle(run.stream.id)
+        return True
+
+    async def _next(self, user_id: str, session_id: str) -> Run | None:
+        first = await queue.first(self._pool, user_id=user_id, session_id=session_id)
+        if first is None:
+            return None
+        try:
+            prepared = await self._beginning.prepare(first.incoming)
+        except (NotFound, Invalid) as error:  # its chatbot has changed meanwhile and does not take it any more
+            await self._refuse(first, Failure(error.code, error.detail))
+            return None
+        async with self._replica.transaction() as connection:
+            if not await sessions.reoccupy(
+                connection, user_id=user_id, session_id=session_id, stream_id=first.stream_id
+            ):
+                return None
+            # Edited, removed or overtaken since it was read: the session stays as it was, and the next pass sees to it.
+            if await queue.first(connection, user_id=user_id, session_id=session_id) != first:
+                raise _Overtaken
+            await queue.take(connection, first.stream_id)
+            return await self._beginning.write(
+                connection, prepared, stream_id=first.stream_id, session_id=session_id, new=False, queued=True
+            )
+
+    async def _refuse(self, first: Turn, failure: Failure) -> None:
+        incoming = first.incoming
+        assert incoming.session_id is not None
+        async with self._replica.transaction() as connection:
+            await sessions.lock(connection, user_id=incoming.user_id, session_id=incoming.session_id)
+            await queue.take(connection, first.stream_id)
+            error = {"code": failure.code, "message": failure.message, "error_id": None}
+            await self._streams.end_queued(connection, first.stream_id, "failed", {"error": error})
+        self._hub.stir(first.stream_id)
+
+    # -- what its user may do with a waiting message
+
+    async def edit(self, *, user_id: str, session_id: str, message_id: str, text: str) -> None:
+        """Raises NotFound for a message that does not wait any more."""
+        async with self._replica.transaction() as connection:
+            await sessions.lock(connection, user_id=user_id, session_id=session_id)
+            await queue.edit(connection, user_id=user_id, session_id=session_id, message_id=message_id, text=text)
+
+    async def remove(self, *, user_id: str, session_id: str, message_id: str) -> UUID:
+        """Its stream ends cancelled. Raises NotFound for a message that does not wait any more."""
+        async with self._replica.transaction() as connection:
+            await sessions.lock(connection, user_id=user_id, session_id=session_id)
+            stream_id = await queue.remove(connection, user_id=user_id, session_id=session_id, message_id=message_id)
+            await self._streams.end_queued(connection, stream_id, "cancelled", {})
+        self._hub.stir(stream_id)
+        return stream_id
+
+    async def send_now(self, *, user_id: str, session_id: str, message_id: str) -> UUID:
+        """To the front of the queue, and whatever is under way is stopped for it; its stream.
+
+        Raises NotFound for a message that does not wait any more.
+        """
+        async with self._replica.transaction() as connection:
+            running = await sessions.lock(connection, user_id=user_id, session_id=session_id)
+            names = {"user_id": user_id, "session_id": session_id}
+            stream_id = await queue.to_front(connection, **names, message_id=message_id)
+            if running is not None:
+                await self._streams.ask_to_stop(connection, running)
+        if running is not None:
+            self._runner.stop(running, CANCELLED)
+        return stream_id
+
+
+class _Overtaken(Exception):
+    """What was read of the queue is out of date."""

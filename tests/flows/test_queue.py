@@ -1,0 +1,166 @@
+"""A second message while an answer runs: refused, queued or put first; the queue is durable, visible and editable."""
+
+import asyncio
+from typing import Any
+
+import httpx2
+
+from tests.flows.events import kinds, only, text
+from tests.flows.test_stopping import ENDLESS, until_event
+from tests.house import House, Open, flow
+from tests.serving import serving
+from tests.sse import read_stream
+
+SLOW = {"flows": {"main": flow(wishes={"tokens": 30, "delay_ms": 10})}}
+
+
+async def send(home: House, session: str = "chat", **fields: Any) -> dict[str, Any]:
+    response = await home.post("shop", session_id=session, **fields)
+    assert response.status_code == 200, response.text
+    answer: dict[str, Any] = response.json()
+    return answer
+
+
+async def queue(client: httpx2.AsyncClient, session: str = "chat") -> list[dict[str, Any]]:
+    response = await client.get(f"/api/sessions/{session}/queue", params={"user_id": "ann"})
+    assert response.status_code == 200, response.text
+    messages: list[dict[str, Any]] = response.json()["messages"]
+    return messages
+
+
+async def said(home: House) -> list[tuple[str, str]]:
+    rows = await home.database.fetch("select role, content from messages order by position")
+    return [(row["role"], row["content"]) for row in rows if row["role"] == "user"]
+
+
+async def test_messages_wait_and_have_their_turns_in_order(house: Open) -> None:
+    async with house() as home:
+        await home.apply(shop=SLOW)
+        answers = [await send(home, message_text=f"number {n}") for n in range(4)]
+        assert [answer["status"] for answer in answers] == ["active", "queued", "queued", "queued"]
+        waiting = await queue(home.client)
+        assert [message["message_text"] for message in waiting] == ["number 1", "number 2", "number 3"]
+        assert [message["streaming_session_id"] for message in waiting] == [
+            answer["streaming_session_id"] for answer in answers[1:]
+        ]
+        page = (await home.client.get(answers[3]["streaming_url"])).json()
+        assert (page["session_status"], page["events"], page["has_more"]) == ("queued", [], True)
+        # Read live from before their turns: nothing may be missed when they begin.
+        streams = await asyncio.gather(*(read_stream(home.client, answer["streaming_url"]) for answer in answers))
+        for frames in streams:
+            assert kinds(frames) == ["stream_start", "flow_start", "token", "flow_end", "message", "stream_end"]
+            assert [frame.number for frame in frames] == list(range(1, len(frames) + 1))
+        assert await said(home) == [("user", f"number {n}") for n in range(4)]
+        assert await queue(home.client) == []
+        assert await home.database.fetchval("select status from conversation_sessions") == "idle"
+
+
+async def test_reject(house: Open) -> None:
+    async with house() as home:
+        await home.apply(shop=SLOW | {"on_busy": "reject"})
+        await send(home)
+        response = await home.post("shop", session_id="chat")
+        assert (response.status_code, response.json()["code"]) == (409, "session_busy")
+        assert (await send(home, on_busy="enqueue"))["status"] == "queued"
+
+
+async def test_interrupt_stops_the_answer_under_way_and_comes_next(house: Open) -> None:
+    async with house() as home:
+        await home.apply(shop={"flows": {"main": flow(wishes=ENDLESS)}}, quick={"flows": {"main": flow("Yes.")}})
+        first = await send(home, message_text="first")
+        await until_event(home, first["streaming_url"], 5)
+        waiting = (await home.post("quick", session_id="chat", message_text="second")).json()
+        urgent = (await home.post("quick", session_id="chat", message_text="urgent", on_busy="interrupt")).json()
+        frames = await asyncio.wait_for(read_stream(home.client, first["streaming_url"]), 10)
+        assert only(frames, "stream_end")["status"] == "cancelled"
+        assert text(await asyncio.wait_for(read_stream(home.client, urgent["streaming_url"]), 10)) == "Yes."
+        assert text(await asyncio.wait_for(read_stream(home.client, waiting["streaming_url"]), 10)) == "Yes."
+        assert await said(home) == [("user", "first"), ("user", "urgent"), ("user", "second")]
+        partial = "select content from messages where status = 'partial'"
+        assert await home.database.fetchval(partial) == text(frames)
+
+
+async def test_waiting_messages_can_be_edited_removed_and_sent_now(house: Open) -> None:
+    async with house() as home:
+        await home.apply(shop={"flows": {"main": flow(wishes=ENDLESS)}}, quick={"flows": {"main": flow("Yes.")}})
+        first = await send(home, message_text="first")
+        for name in ("one", "two", "three"):
+            body = {"session_id": "chat", "message_text": name, "client_message_id": name}
+            assert (await home.post("quick", **body)).json()["status"] == "queued"
+        user = {"user_id": "ann"}
+        url = "/api/sessions/chat/queue"
+        edited = await home.client.patch(f"{url}/two", params=user, json={"message_text": "zwei"})
+        assert edited.status_code == 200
+        removed = (await home.client.delete(f"{url}/one", params=user)).json()
+        frames = await read_stream(home.client, f"/api/stream-events/{removed['streaming_session_id']}")
+        assert [frame.event for frame in frames] == ["stream_end"]
+        assert only(frames, "stream_end")["status"] == "cancelled"
+        assert [message["message_text"] for message in await queue(home.client)] == ["zwei", "three"]
+        now = (await home.client.post(f"{url}/three/send-now", params=user)).json()
+        await asyncio.wait_for(read_stream(home.client, f"/api/stream-events/{now['streaming_session_id']}"), 10)
+        assert only(await read_stream(home.client, first["streaming_url"]), "stream_end")["status"] == "cancelled"
+        async with asyncio.timeout(10):
+            while await home.database.fetchval("select status from conversation_sessions") != "idle":
+                pass
+        assert await said(home) == [("user", "first"), ("user", "three"), ("user", "zwei")]
+        for response in (
+            await home.client.patch(f"{url}/two", params=user, json={"message_text": "late"}),
+            await home.client.delete(f"{url}/one", params=user),
+            await home.client.post(f"{url}/three/send-now", params={"user_id": "bob"}),
+        ):
+            assert (response.status_code, response.json()["code"]) == (404, "message_not_queued")
+
+
+async def test_a_queued_stream_can_be_cancelled_like_any_other(house: Open) -> None:
+    async with house() as home:
+        await home.apply(shop={"flows": {"main": flow(wishes=ENDLESS)}})
+        await send(home)
+        waiting = await send(home)
+        stopped = (await home.client.post(waiting["streaming_url"] + "/cancel")).json()
+        assert (stopped["session_status"], stopped["upstream_closed"], stopped["last_event_id"]) == (
+            "cancelled",
+            True,
+            1,
+        )
+        assert await queue(home.client) == []
+
+
+async def test_the_queue_is_bounded_and_ids_are_used_once(house: Open) -> None:
+    async with house(queue_limit=2) as home:
+        await home.apply(shop={"flows": {"main": flow(wishes=ENDLESS)}})
+        await send(home, client_message_id="a")
+        await send(home, client_message_id="b")
+        assert (await send(home, client_message_id="b"))["status"] == "queued", "repeated, not queued twice"
+        other = await home.post("shop", session_id="chat", client_message_id="b", message_text="else")
+        assert (other.status_code, other.json()["code"]) == (422, "idempotency_mismatch")
+        await send(home)
+        full = await home.post("shop", session_id="chat")
+        assert (full.status_code, full.json()["code"]) == (429, "queue_full")
+        assert await home.count("queued_messages") == 2
+        assert await home.count("streaming_sessions") == 3
+
+
+async def test_a_turn_comes_although_the_replica_that_should_give_it_has_gone(house: Open, database: str) -> None:
+    async with house() as home:
+        await home.apply(shop={"flows": {"main": flow("Yes.")}})
+        async with serving(database, drain_s=0, scan_s=0.1) as other:
+            await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS)}})
+            body = {"user_id": "ann", "session_id": "chat", "message_text": "x"}
+            first = (await other.post("/api/process-message", json=body | {"chatbot_id": "slow"})).json()
+            second = (await other.post("/api/process-message", json=body | {"chatbot_id": "shop"})).json()
+            assert (first["status"], second["status"]) == ("active", "queued")
+        frames = await asyncio.wait_for(read_stream(home.client, second["streaming_url"]), 20)
+        assert text(frames) == "Yes."
+
+
+async def test_a_message_that_its_chatbot_takes_no_more_ends_failed(house: Open) -> None:
+    async with house() as home:
+        allowed = {"allow": {"temperature": [0, 1]}}
+        await home.apply(shop={"flows": {"main": flow(wishes={"tokens": 40, "delay_ms": 40})}} | allowed)
+        await send(home)
+        waiting = await send(home, configuration={"temperature": 0.5})
+        last = await send(home)
+        await home.apply(shop={"flows": {"main": flow("Yes.")}})
+        frames = await asyncio.wait_for(read_stream(home.client, waiting["streaming_url"]), 10)
+        assert only(frames, "stream_end")["error"]["code"] == "configuration_refused"
+        assert text(await asyncio.wait_for(read_stream(home.client, last["streaming_url"]), 10)) == "Yes."

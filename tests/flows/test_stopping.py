@@ -1,0 +1,144 @@
+"""Stopping: the provider sees the close, the text is kept, and nothing of it can be done twice."""
+
+import asyncio
+from time import time
+from typing import Any
+
+from app.flows.stopping import _PATIENCE_S
+from tests.flows.events import data_of, kinds, only, text
+from tests.house import House, Open, flow
+from tests.serving import client_of, serving
+from tests.sse import read_stream
+
+ENDLESS = {"tokens": 5000, "delay_ms": 10}
+
+
+async def until_event(home: House, url: str, number: int) -> None:
+    async with asyncio.timeout(10):
+        while (await home.client.get(url)).json()["last_event_id"] < number:
+            pass
+
+
+async def request_of(home: House, key: str) -> dict[str, Any]:
+    """What the provider saw of the one request with this key, once it is over."""
+    async with client_of(home.demo.removesuffix("/v1")) as demo:
+        response = await demo.get("/demo/requests", params={"key": key, "wait": 1})
+    [record] = response.json()["requests"]
+    assert isinstance(record, dict)
+    return record
+
+
+async def test_g9_cancel_closes_the_provider_and_keeps_the_text(house: Open) -> None:
+    async with house() as home:
+        await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS | {"key": "stop"})}})
+        answer = (await home.post("slow")).json()
+        await until_event(home, answer["streaming_url"], 6)
+        asked = time()
+        stopped = (await home.client.post(answer["streaming_url"] + "/cancel")).json()
+        record = await request_of(home, "stop")
+        assert record["closed_at"] - asked < 1
+        assert (stopped["success"], stopped["session_status"], stopped["upstream_closed"]) == (True, "cancelled", True)
+        assert 0 <= stopped["upstream_close_ms"] < 1000
+        frames = await read_stream(home.client, answer["streaming_url"])
+        assert stopped["last_event_id"] == frames[-1].number
+        assert kinds(frames) == ["stream_start", "flow_start", "token", "flow_end", "message", "stream_end"]
+        assert only(frames, "flow_end")["finish_reason"] == "cancelled"
+        end = only(frames, "stream_end")
+        assert end["status"] == "cancelled"
+        assert "error" not in end
+        row = await home.database.fetchrow("select status, content from messages where role = 'assistant'")
+        assert row is not None
+        assert tuple(row) == ("partial", text(frames))
+        assert await home.database.fetchval("select outcome from usage_ledger") == "cancelled"
+        assert await home.database.fetchval("select status from conversation_sessions") == "idle"
+        assert await home.count("error_logs") == 0
+
+
+async def test_k10_cancel_twice_and_after_the_end(house: Open) -> None:
+    async with house() as home:
+        await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS)}})
+        answer = (await home.post("slow")).json()
+        url = answer["streaming_url"] + "/cancel"
+        both = await asyncio.gather(home.client.post(url), home.client.post(url, json={}))
+        again = await home.client.post(url)
+        told = [response.json() for response in (*both, again)]
+        assert {(t["session_status"], t["upstream_closed"], t["last_event_id"]) for t in told} == {
+            ("cancelled", True, told[0]["last_event_id"])
+        }
+        done, frames = await home.ask()
+        after = (await home.client.post(done["streaming_url"] + "/cancel")).json()
+        assert (after["session_status"], after["last_event_id"]) == ("completed", frames[-1].number)
+        assert len(await read_stream(home.client, done["streaming_url"])) == len(frames)
+
+
+async def test_cancel_of_what_is_not_there(house: Open) -> None:
+    async with house() as home:
+        for stream_id in ("01a1fcf2-a3fd-7e2e-9ef4-ed04db06a447", "x", "%00"):
+            response = await home.client.post(f"/api/stream-events/{stream_id}/cancel")
+            assert (response.status_code, response.json()["code"]) == (404, "stream_unknown")
+        answer, _ = await home.ask()
+        for body in (b"[]", b"{", b'{"flow": 7}'):
+            response = await home.client.post(answer["streaming_url"] + "/cancel", content=body)
+            assert response.status_code in (400, 422)
+
+
+async def test_one_flow_may_be_stopped_and_the_others_go_on(house: Open) -> None:
+    flows = {"main": flow("Hello.", wishes={"first_ms": 300}), "side": flow(wishes=ENDLESS | {"key": "side"})}
+    async with house() as home:
+        await home.apply(shop={"flows": flows})
+        answer = (await home.post("shop")).json()
+        await until_event(home, answer["streaming_url"], 3)
+        stopped = (await home.client.post(answer["streaming_url"] + "/cancel", json={"flow": "side"})).json()
+        assert (stopped["session_status"], stopped["upstream_closed"]) == ("active", True)
+        assert (await request_of(home, "side"))["closed_at"] is not None
+        frames = await read_stream(home.client, answer["streaming_url"])
+        assert only(frames, "flow_end", "side")["finish_reason"] == "cancelled"
+        assert data_of(frames, "flow_output") == []
+        assert only(frames, "stream_end")["status"] == "completed"
+        assert text(frames) == "Hello."
+
+
+async def test_a_flow_that_has_not_begun_can_be_stopped_too(house: Open) -> None:
+    flows = {"main": flow("Hello.", wishes={"first_ms": 200}), "next": flow("Ask more?")}
+    async with house() as home:
+        await home.apply(shop={"flows": flows, "plan": [["answer"], ["next"]]})
+        answer = (await home.post("shop")).json()
+        assert (await home.client.post(answer["streaming_url"] + "/cancel", json={"flow": "next"})).status_code == 200
+        frames = await read_stream(home.client, answer["streaming_url"])
+        assert data_of(frames, "flow_output") == []
+        assert only(frames, "stream_end")["status"] == "completed"
+
+
+async def test_any_replica_may_be_asked(house: Open, database: str) -> None:
+    async with house(scan_s=0.1) as home:
+        await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS | {"key": "far"})}})
+        async with serving(database, drain_s=0) as other:
+            answer = (await home.post("slow")).json()
+            await until_event(home, answer["streaming_url"], 5)
+            stopped = (await other.post(answer["streaming_url"] + "/cancel")).json()
+            assert (stopped["session_status"], stopped["upstream_closed"]) == ("cancelled", True)
+            assert (await request_of(home, "far"))["closed_at"] is not None
+
+
+async def test_an_owner_that_does_not_look_is_told_of_honestly(house: Open, database: str) -> None:
+    async with house(scan_s=60, poll_s=60) as home:
+        await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS)}})
+        async with serving(database, drain_s=0) as other:
+            answer = (await home.post("slow")).json()
+            await until_event(home, answer["streaming_url"], 5)
+            stopped = (await other.post(answer["streaming_url"] + "/cancel", timeout=_PATIENCE_S + 5)).json()
+            assert (stopped["session_status"], stopped["upstream_closed"]) == ("active", False)
+            assert stopped["upstream_close_ms"] is None
+            assert await home.database.fetchval("select cancel_flows from streaming_sessions") == []
+
+
+async def test_a_takeover_ends_a_stopped_answer_as_cancelled(house: Open) -> None:
+    async with house(beat_s=0.1, scan_s=0.1) as home:
+        await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS)}})
+        answer = (await home.post("slow")).json()
+        await until_event(home, answer["streaming_url"], 5)
+        await home.database.execute("update replicas set alive = false")
+        await home.database.execute("update streaming_sessions set cancel_flows = '{}'")
+        frames = await asyncio.wait_for(read_stream(home.client, answer["streaming_url"]), 20)
+        assert only(frames, "stream_end")["status"] == "cancelled"
+        assert text(frames)
