@@ -19,7 +19,7 @@ from app.errors import Misconfigured, ParleyError
 from app.flows.config import Choice, Flow
 from app.flows.markers import Piece, Scanner
 from app.flows.prompts import Asked, asked, prompt
-from app.flows.run import Attempt, Failure, Progress, Run, ms_since
+from app.flows.run import Attempt, Failure, FlowFailed, Progress, Run, ms_since
 from app.flows.voice import Voice
 from app.journal import Journal
 from app.providers.provider import Chunk, Effort, Finish, Prompt, ProviderError, Text, Usage
@@ -273,6 +273,8 @@ def _again(error: ParleyError) -> bool:
 
 def _failure(error: Exception) -> Failure:
     match error:
+        case FlowFailed():
+            return error.failure
         case ProviderError():
             return Failure(error.code, error.detail, error.retryable)
         case Misconfigured():

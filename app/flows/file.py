@@ -150,7 +150,7 @@ class _Chatbot(_Strict):
     rules: Annotated[list[_Rule], Field(max_length=100)] = []
     router: _Router | None = None
     plan: Annotated[list[list[str | _Step]], Field(max_length=20)] | None = None
-    markers: Annotated[dict[Name, _Delimiters], Field(max_length=50)] = {}
+    markers: dict[Name, _Delimiters] = {}
     language: Annotated[str, Field(max_length=64)] = ""
     values: dict[Name, Text] = {}
     allow: _Allow = _Allow()

@@ -4,15 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.chats.chat import Message, estimated_tokens, fitting
-from app.errors import Invalid
 from app.flows.config import Choice, Flow
-from app.flows.run import Inputs
+from app.flows.run import Failure, FlowFailed, Inputs
 from app.flows.templates import compiled
 from app.providers.provider import Prompt, PromptMessage
 
 # What is kept free for the answer where a flow has a budget but no limit of its own, in tokens.
 _ANSWER_TOKENS = 1024
-_MOST_MESSAGES = 200
+_TOO_LONG = Failure("prompt_too_long", "The message is longer than the model can read; send a shorter one.")
+_PLENTY = 1 << 31
+_HISTORY = "history"
 _NAMES = {"user": "User", "assistant": "Assistant", "system": "System"}
 
 
@@ -25,22 +26,24 @@ class Asked:
 
 
 def asked(flow: Flow, inputs: Inputs, outputs: Mapping[str, str], *, name: str) -> Asked:
-    """Raises Invalid where the message alone is more than the model's budget: it is never cut."""
-    history = inputs.history[-flow.history :] if flow.history else () if flow.history == 0 else inputs.history
+    """Raises FlowFailed where the message alone is more than the model's budget: it is never cut."""
+    system, text = compiled(flow.system), compiled(flow.prompt)
     values = {
         "message": inputs.text,
-        "history": _transcript(history),
         "language": inputs.language,
         "topK": str(inputs.top_k.get(name, flow.top_k or "")),
         **{f"output.{flow}": output for flow, output in outputs.items()},
         **{f"value.{key}": value for key, value in inputs.values.items()},
     }
-    system, text = compiled(flow.system).render(values), compiled(flow.prompt).render(values)
-    kept = _kept(flow, history, system, text)
-    opening = [PromptMessage("system", system)] if system else []
+    kept = _kept(flow, inputs.history, system.render(values) + text.render(values))
+    dropped = len(inputs.history) - len(kept)
+    if _HISTORY in system.names | text.names:  # told there, and not once more as messages
+        values[_HISTORY], kept = _transcript(kept), ()
+    rendered = system.render(values)
+    opening = [PromptMessage("system", rendered)] if rendered else []
     past = [PromptMessage(message.role, message.content) for message in kept]
-    question = PromptMessage("user", text, inputs.images if flow.images else ())
-    return Asked([*opening, *past, question], len(history) - len(kept))
+    question = PromptMessage("user", text.render(values), inputs.images if flow.images else ())
+    return Asked([*opening, *past, question], dropped)
 
 
 def prompt(flow: Flow, choice: Choice, asked: Asked, inputs: Inputs, *, name: str, session_id: str) -> Prompt:
@@ -57,13 +60,15 @@ def prompt(flow: Flow, choice: Choice, asked: Asked, inputs: Inputs, *, name: st
     )
 
 
-def _kept(flow: Flow, history: Sequence[Message], system: str, text: str) -> Sequence[Message]:
+def _kept(flow: Flow, history: Sequence[Message], own: str) -> Sequence[Message]:
+    """The newest messages that the model has room for beside what the flow itself says."""
+    limit = len(history) if flow.history is None else flow.history
     if flow.context_tokens is None:
-        return history
-    own = estimated_tokens(system) + estimated_tokens(text) + (flow.max_tokens or _ANSWER_TOKENS)
-    if own > flow.context_tokens:
-        raise Invalid("message_too_long", "The message is longer than the model can read; send a shorter one.")
-    return fitting(list(history), limit=_MOST_MESSAGES, budget_tokens=flow.context_tokens - own)
+        return history if limit >= len(history) else fitting(list(history), limit=limit, budget_tokens=_PLENTY)
+    left = flow.context_tokens - estimated_tokens(own) - (flow.max_tokens or _ANSWER_TOKENS)
+    if left < 0:
+        raise FlowFailed(_TOO_LONG)
+    return fitting(list(history), limit=limit, budget_tokens=left)
 
 
 def _transcript(history: Sequence[Message]) -> str:

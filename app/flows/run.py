@@ -50,6 +50,14 @@ class Failure:
     outcome: Outcome = "failed"
 
 
+class FlowFailed(Exception):
+    """A flow that cannot go on, for a reason of ours."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.message)
+        self.failure = failure
+
+
 # Somebody asked for it: an end of its own, and no error.
 CANCELLED = Failure("cancelled", "The answer was stopped on request.", outcome="cancelled")
 

@@ -284,7 +284,7 @@ async def test_history_is_cut_by_whole_messages_and_the_dropping_is_told(house: 
         assert "19:" in text(frames)
         assert "0:xx" not in text(frames).replace("10:xx", "")
         _, frames = await home.ask("shop", message_text="y" * 9000)
-        assert only(frames, "stream_end")["error"]["code"] == "message_too_long"
+        assert only(frames, "stream_end")["error"]["code"] == "prompt_too_long"
 
 
 async def test_an_old_front_end_that_knows_tokens_only_and_polls_gets_the_right_text(house: Open) -> None:

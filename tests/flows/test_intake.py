@@ -111,7 +111,7 @@ async def test_a_session_answers_one_message_at_a_time(house: Open) -> None:
     async with house({"mute": "demo?fault=silent"}) as home:
         await home.post("mute", session_id="s")
         before = await rows(home)
-        busy = await home.post("quick", session_id="s")
+        busy = await home.post("quick", session_id="s", on_busy="reject")
         assert (busy.status_code, busy.json()["code"]) == (409, "session_busy")
         assert await rows(home) == before
         assert (await home.post("quick", session_id="s2")).status_code == 200
