@@ -16,14 +16,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from app.demo import faults, openai
+from app.demo import anthropic, faults, openai
 from app.demo.answers import cut, tokens
 from app.demo.dialect import STAMP, Call, Dialect, dumped
 from app.demo.exchange import Exchange, Protocol, Record, shown_headers
 from app.demo.wishes import Unknown, Wishes, wished
 
 # A new vendor is one module and one entry here.
-DIALECTS: tuple[Dialect, ...] = (openai.OpenAI(),)
+DIALECTS: tuple[Dialect, ...] = (openai.OpenAI(), anthropic.Anthropic())
 _MODELS = ("demo", "demo?delay_ms=0", "demo?tokens=500&delay_ms=20")
 _REMEMBERED = 1000
 _REMEMBERED_BODY = 64 * 1024
@@ -45,7 +45,8 @@ class DemoProvider:
         )
 
     async def models(self, request: Request) -> Response:
-        return JSONResponse(openai.models(_MODELS))
+        speaker = anthropic if "anthropic-version" in request.headers else openai
+        return JSONResponse(speaker.models(_MODELS))
 
     async def requests(self, request: Request) -> Response:
         """What was asked, newest last; `key` picks requests, `wait` waits up to 10 s until they are over."""
