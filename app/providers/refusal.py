@@ -4,6 +4,7 @@ import asyncio
 import math
 import re
 import time
+from collections.abc import Mapping
 from contextlib import aclosing
 from email.utils import parsedate_to_datetime
 from typing import Any
@@ -21,6 +22,19 @@ _LONGEST_WAIT_S = 24 * 3600.0
 _URL = re.compile(r"\b[a-z][a-z0-9+.-]*://\S+", re.IGNORECASE)
 # Vendors repeat keys in part ("sk-ab***yz"), so the look of a key counts as well as the key itself.
 _KEYLIKE = re.compile(r"\bBearer\s+\S+|\b(?:sk|pk|key|gsk|xai)[-_][\w*-]{6,}|\S*\*{3,}\S*", re.IGNORECASE)
+# The types of errors that vendors tell inside a stream, where no status can be (Anthropic's names; OpenAI shares some).
+_STATUSES: Mapping[str, int] = {
+    "invalid_request_error": 400,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "permission_error": 403,
+    "not_found_error": 404,
+    "request_too_large": 413,
+    "rate_limit_error": 429,
+    "api_error": 500,
+    "timeout_error": 504,
+    "overloaded_error": 529,
+}
 
 
 class Refusals:
@@ -56,9 +70,7 @@ class Refusals:
 
     def told(self, error: Any) -> ProviderError:
         """The failure that an `error` object, inside a stream or in place of one, speaks of."""
-        code = error.get("code") if isinstance(error, dict) else None
-        status = code if isinstance(code, int) and 400 <= code < 600 else None
-        return self._classified(status, _said(error), None)
+        return self._classified(_status(error), _said(error), None)
 
     def _classified(self, status: int | None, message: str, wait: float | None) -> ProviderError:
         kind, retryable = _kind(status)
@@ -96,6 +108,15 @@ def _seconds_until(date: str, now: float) -> float:
         return parsedate_to_datetime(date).timestamp() - now
     except (ValueError, OverflowError):
         return math.nan
+
+
+def _status(error: Any) -> int | None:
+    """The status that an `error` object stands for: its code where that is one, else what its type means."""
+    if not isinstance(error, dict):
+        return None
+    if isinstance(code := error.get("code"), int) and 400 <= code < 600:
+        return code
+    return _STATUSES.get(kind) if isinstance(kind := error.get("type"), str) else None
 
 
 def _kind(status: int | None) -> tuple[ErrorKind, bool]:

@@ -2,11 +2,13 @@
 
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from app.errors import Misconfigured
-from app.providers.provider import Deadlines, Endpoint, Provider
+from app.providers.provider import Deadlines, Endpoint, Kind, Provider
 
 # Each holds a connection pool; a server with more endpoints than this rebuilds the one unused for longest.
 _KEPT = 64
@@ -33,26 +35,44 @@ class Providers:
 
     def preload(self) -> None:
         """Import the dialects now, at a server's start, and not while the first message waits."""
-        import_module("app.providers.openai")
+        for kind in KINDS:
+            import_module(f"app.providers.{kind}")
 
     def _build(self, endpoint: Endpoint, base_url: str, api_key: str | None) -> Provider:
-        # A dialect is imported where it is used: the HTTP client below it takes 0.4 s of CPU, too much for a command
-        # that only reads a configuration.
-        from app.providers.openai import OpenAI
-
-        return OpenAI(
-            endpoint.name,
-            base_url,
-            api_key=api_key,
-            include_usage=endpoint.include_usage,
-            limit_name=endpoint.limit_name,
-            deadlines=self._deadlines,
-            concurrency=self._concurrency,
-        )
+        build = KINDS[endpoint.kind]
+        return build(endpoint, base_url, api_key=api_key, deadlines=self._deadlines, concurrency=self._concurrency)
 
     async def aclose(self) -> None:
         for provider in [*self._providers.values(), *self._retired]:
             await provider.aclose()
+
+
+class _Options(TypedDict):
+    api_key: str | None
+    deadlines: Deadlines
+    concurrency: int
+
+
+# A dialect is imported where it is used: the HTTP client below it takes 0.4 s of CPU, too much for a command that only
+# reads a configuration.
+
+
+def _openai(endpoint: Endpoint, base_url: str, **options: Unpack[_Options]) -> Provider:
+    from app.providers.openai import OpenAI
+
+    return OpenAI(
+        endpoint.name, base_url, include_usage=endpoint.include_usage, limit_name=endpoint.limit_name, **options
+    )
+
+
+def _anthropic(endpoint: Endpoint, base_url: str, **options: Unpack[_Options]) -> Provider:
+    from app.providers.anthropic import Anthropic
+
+    return Anthropic(endpoint.name, base_url, **options)
+
+
+# A kind is the name of its module.
+KINDS: Mapping[Kind, Callable[..., Provider]] = {"openai": _openai, "anthropic": _anthropic}
 
 
 def resolve(reference: str) -> str:

@@ -1,17 +1,17 @@
 """What a test asks a provider, and what came of it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 
-from app.providers.openai import OpenAI
-from app.providers.provider import Chunk, Finish, Prompt, PromptMessage, ProviderError, Text, Usage
+from app.providers.provider import Chunk, Finish, Prompt, PromptMessage, Provider, ProviderError, Text, Usage
+from tests.providers.wire import as_stream, raw_server, written
 
 
 def prompt(model: str, question: str = "Hello", **parameters: object) -> Prompt:
     return Prompt(model, [PromptMessage("user", question)], parameters)
 
 
-async def answered(provider: OpenAI, asked: Prompt) -> tuple[list[Chunk], ProviderError | None]:
+async def answered(provider: Provider, asked: Prompt) -> tuple[list[Chunk], ProviderError | None]:
     """Every chunk, and the failure that ended them."""
     chunks: list[Chunk] = []
     try:
@@ -24,7 +24,7 @@ async def answered(provider: OpenAI, asked: Prompt) -> tuple[list[Chunk], Provid
     return chunks, None
 
 
-async def failed(provider: OpenAI, asked: Prompt) -> ProviderError:
+async def failed(provider: Provider, asked: Prompt) -> ProviderError:
     chunks, error = await answered(provider, asked)
     assert error is not None, chunks
     return error
@@ -39,3 +39,10 @@ def finish_of(chunks: Sequence[Chunk]) -> Finish | None:
     last = [chunk for chunk in chunks if not isinstance(chunk, Usage)][-1:]
     assert sum(isinstance(chunk, Finish) for chunk in chunks) <= 1
     return last[0] if last and isinstance(last[0], Finish) else None
+
+
+async def played(connect: Callable[..., Provider], *events: bytes) -> tuple[str, Finish | None, ProviderError | None]:
+    """What comes of a stream of exactly these events."""
+    async with raw_server(lambda writer: written(writer, as_stream(list(events)))) as url:
+        chunks, error = await answered(connect(url), prompt("any"))
+    return text_of(chunks), finish_of(chunks), error

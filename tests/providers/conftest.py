@@ -1,4 +1,4 @@
-"""The demo provider, providers that talk to it with short deadlines, and what it remembers of them."""
+"""The demo provider, providers of a dialect that talk to it with short deadlines, and what it remembers of them."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
@@ -8,13 +8,13 @@ import httpx2
 import pytest
 
 from app.demo import demo_provider
-from app.providers.openai import OpenAI
-from app.providers.provider import Deadlines
+from app.providers.provider import Deadlines, Provider
+from tests.providers.dialects import Dialect
 
 KEY = "sk-canary-0123456789"
 
 Remembered = Callable[[str], Awaitable[list[dict[str, Any]]]]
-Connect = Callable[..., OpenAI]
+Connect = Callable[..., Provider]
 
 
 @pytest.fixture
@@ -24,17 +24,20 @@ async def demo_url() -> AsyncIterator[str]:
 
 
 @pytest.fixture
-async def connect(demo_url: str) -> AsyncIterator[Connect]:
-    """Make providers, for the demo unless given a URL; patient enough for a slow machine, but not for long."""
+async def connect(demo_url: str, dialect: Dialect) -> AsyncIterator[Connect]:
+    """Make providers, for the demo unless given a URL; patient enough for a slow machine, but not for long.
+
+    Each test module says which `dialect` it means, or all of them.
+    """
     async with AsyncExitStack() as stack:
 
-        def connected(url: str = demo_url, **options: Any) -> OpenAI:
+        def connected(url: str = demo_url, **options: Any) -> Provider:
             options = {
                 "api_key": KEY,
                 "deadlines": Deadlines(connect_s=2, first_token_s=5, gap_s=5),
                 **options,
             }
-            provider = OpenAI("vendor", url, **options)
+            provider = dialect.provider("vendor", url, **options)
             stack.push_async_callback(provider.aclose)
             return provider
 

@@ -1,81 +1,47 @@
 """Ours against the official SDK on the same raw bytes: the same text when a stream is whole, an error when it is not.
+And the other way round: the request we send is the one that the SDK sends for the same call.
 
 Where they are known to differ the SDK is not the standard: it loses the first event after a BOM, fails on events
-without data and on characters cut in two, and takes a truncated stream for an answer. test_sse.py and test_openai.py
-cover those.
+without data and on characters cut in two, and takes a truncated stream for an answer. test_sse.py, test_dialects.py
+and test_openai.py cover those.
 """
 
-import itertools
-import json
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import openai
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from openai.types.chat import ChatCompletionMessageParam
 
 from app.providers.openai import OpenAI
-from app.providers.provider import FinishReason
-from tests.providers.answers import answered, finish_of, prompt, text_of
-from tests.providers.wire import as_stream, raw_server
+from app.providers.provider import FinishReason, Image, Prompt, PromptMessage
+from tests.providers.answers import answered, failed, finish_of, prompt, text_of
+from tests.providers.streams import ENDINGS, ONE_SERVER, TEXTS, Wire, cuts, rendered, storable
+from tests.providers.wire import as_stream, listener, raw_server, written
 
-
-@dataclass(frozen=True, slots=True)
-class Wire:
-    """A stream as bytes, cut into pieces; `whole_at` is where the event that finishes it is complete."""
-
-    stream: bytes
-    cuts: tuple[int, ...]
-    whole_at: int
-
-    def pieces(self, end: int | None = None) -> list[bytes]:
-        stream = self.stream[:end]
-        places = sorted({0, len(stream), *(cut % (len(stream) + 1) for cut in self.cuts)})
-        return [stream[start:stop] for start, stop in itertools.pairwise(places)]
-
-
-TEXTS = st.text(st.one_of(st.characters(), st.sampled_from('\x00\r\n\t"\\/\u2028\u0085\ud83d\ude00🙂é')), max_size=12)
 REASONS: list[FinishReason] = ["stop", "length", "content_filter", "tool_calls"]
 
 
 @st.composite
 def wires(draw: st.DrawFn) -> Wire:
-    ending = draw(st.sampled_from([b"\n", b"\r\n", b"\r"]))
+    ending = draw(ENDINGS)
     contents = draw(st.lists(TEXTS, max_size=8))
     events = [_chunk({"role": "assistant", "content": ""}), *(_chunk({"content": content}) for content in contents)]
     finish = _chunk(draw(st.sampled_from([{}, {"content": "end"}])), draw(st.sampled_from(REASONS)))
-    before = b"".join(draw(_rendered(event, ending)) for event in events)
-    finished = before + draw(_rendered(finish, ending))
+    before = b"".join(draw(rendered(event, ending)) for event in events)
+    finished = before + draw(rendered(finish, ending))
     usage = {"choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3}}
-    after = draw(_rendered(usage, ending)) if draw(st.booleans()) else b""
+    after = draw(rendered(usage, ending)) if draw(st.booleans()) else b""
     done = b"data: [DONE]" + ending * 2 if draw(st.booleans()) else b""
-    cuts = tuple(draw(st.lists(st.integers(0, 100_000), max_size=20)))
-    return Wire(finished + after + done, cuts, whole_at=len(finished))
+    return Wire(finished + after + done, draw(cuts()), whole_at=len(finished))
 
 
 def _chunk(delta: dict[str, object], reason: str | None = None) -> dict[str, object]:
     stem = {"id": "c1", "object": "chat.completion.chunk", "created": 1, "model": "m"}
     return {**stem, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
-
-
-@st.composite
-def _rendered(draw: st.DrawFn, event: Mapping[str, object], ending: bytes) -> bytes:
-    """One of the ways to write an event: escaped or not, over one line or many, among comments and other fields."""
-    text = json.dumps(event, ensure_ascii=draw(st.booleans()), indent=draw(st.sampled_from([None, None, 1])))
-    data = text.encode("utf-8", "surrogatepass")
-    if b"\xed" in data:  # a lone surrogate has no UTF-8; servers escape it
-        data = json.dumps(event).encode()
-    prefix = draw(st.sampled_from([b"data: ", b"data:"]))
-    lines = [prefix + line for line in data.split(b"\n")]
-    extra = draw(st.sampled_from([b"", b": hb", b":", b"event: message", b"id: 1", b"nobody: knows"]))
-    return ending.join([*([extra] if extra else []), *lines, b"", b""])
-
-
-def storable(text: str) -> str:
-    """What we make of the SDK's text: U+FFFD for NUL and lone surrogates, pairs joined."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").replace("\x00", "\ufffd")
 
 
 @dataclass(slots=True)
@@ -104,7 +70,7 @@ async def both_readers() -> AsyncIterator[Both]:
         response = data
 
     async with (
-        raw_server(lambda writer: _written(writer.write, response)) as url,
+        raw_server(lambda writer: written(writer, response)) as url,
         openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as sdk,
     ):
         ours = OpenAI("vendor", url)
@@ -112,19 +78,10 @@ async def both_readers() -> AsyncIterator[Both]:
         await ours.aclose()
 
 
-async def _written(write: Callable[[bytes], None], data: bytes) -> None:
-    write(data)
-
-
 @pytest.fixture
 async def both() -> AsyncIterator[Both]:
     async with both_readers() as readers:
         yield readers
-
-
-ONE_SERVER = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
 
 
 @ONE_SERVER
@@ -142,9 +99,7 @@ async def test_a_whole_stream_gives_the_sdks_text(both: Both, wire: Wire) -> Non
 async def test_a_truncated_stream_is_an_error_after_the_same_text(
     both: Both, wire: Wire, share: float, politely: bool
 ) -> None:
-    # The blank line that completes an event is over at its CR; the LF after it adds nothing.
-    needed = wire.whole_at - wire.stream[: wire.whole_at].endswith(b"\r\n")
-    response = as_stream(wire.pieces(int(needed * share)))
+    response = as_stream(wire.pieces_before_the_finish(share))
     both.answer_with(response if politely else response.removesuffix(b"0\r\n\r\n"))
     chunks, error = await answered(both.ours, prompt("any"))
     assert error is not None
@@ -152,3 +107,51 @@ async def test_a_truncated_stream_is_an_error_after_the_same_text(
     if politely:
         with suppress(UnicodeDecodeError):  # the SDK's own answer to a line cut inside a character
             assert storable(await both.by_sdk()).startswith(text_of(chunks))
+
+
+async def test_what_we_send_is_what_the_sdk_sends() -> None:
+    ours = Prompt(
+        "gpt-any",
+        [
+            PromptMessage("system", "Answer in JSON."),
+            PromptMessage("user", "What is it? 🙂", [Image("image/png", b"\x89PNG"), Image("image/jpeg", b"\xff\xd8")]),
+            PromptMessage("assistant", "A cat."),
+            PromptMessage("user", "And\nthat?"),
+        ],
+        {"temperature": 0.5, "seed": 7},
+        max_tokens=300,
+        json_output=True,
+    )
+    theirs: list[ChatCompletionMessageParam] = [
+        {"role": "system", "content": "Answer in JSON."},
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "What is it? 🙂"},
+                {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw=="}},
+                {"type": "image_url", "image_url": {"url": "data:image/jpeg;base64,/9g="}},
+            ],
+        },
+        {"role": "assistant", "content": "A cat."},
+        {"role": "user", "content": "And\nthat?"},
+    ]
+    async with listener() as (root, heard):
+        provider = OpenAI("vendor", f"{root}/v1", api_key="sk-any")
+        await failed(provider, ours)
+        await provider.aclose()
+        async with openai.AsyncOpenAI(base_url=f"{root}/v1", api_key="sk-any", max_retries=0) as sdk:
+            with pytest.raises(openai.BadRequestError):
+                await sdk.chat.completions.create(
+                    model="gpt-any",
+                    messages=theirs,
+                    temperature=0.5,
+                    seed=7,
+                    max_completion_tokens=300,
+                    response_format={"type": "json_object"},
+                    stream=True,
+                    stream_options={"include_usage": True},
+                )
+    we, they = heard
+    assert we.line == they.line == "POST /v1/chat/completions HTTP/1.1"
+    assert we.body == they.body
+    assert all(we.headers[name] == they.headers[name] for name in ("authorization", "content-type"))

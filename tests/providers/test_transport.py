@@ -1,4 +1,4 @@
-"""What the network and the provider's HTTP can do to a call: U1, U2, U4 to U6, U13, U14, U16 to U18."""
+"""What the network and the provider's HTTP can do to a call of any dialect: U1, U2, U4 to U6, U13, U14, U16 to U18."""
 
 import asyncio
 import gc
@@ -16,20 +16,23 @@ import pytest
 
 from app.demo.answers import tokens
 from app.providers.aio import AioHTTPTransport
-from app.providers.openai import OpenAI
-from app.providers.provider import Deadlines, Finish, Prompt, Text
+from app.providers.provider import Deadlines, Finish, Prompt, Provider, Text
 from app.providers.refusal import Refusals, retry_after
 from tests.providers.answers import answered, failed, finish_of, prompt, text_of
 from tests.providers.conftest import KEY, Connect, Remembered
-from tests.providers.wire import HEAD, chunked, raw_server, receive
+from tests.providers.dialects import DIALECTS, Dialect
+from tests.providers.wire import HEAD, chunked, raw_server, receive, written
 
 FAST = "demo?delay_ms=0&tokens=20"
 SAID = "".join(tokens("Hello", 20))
-FINISHED = b'data: {"choices":[{"delta":{"content":"Hi"},"finish_reason":"stop"}]}\n\n'
-WHOLE = FINISHED + b"data: [DONE]\n\n"
 CLOSED_WITHIN_S = 1
 # The promise is 20,000 (U18); that many take about a minute.
 CANCELS = int(os.environ.get("PARLEY_TEST_CANCELS", "2000"))
+
+
+@pytest.fixture(params=DIALECTS)
+def dialect(request: pytest.FixtureRequest) -> Dialect:
+    return DIALECTS[request.param]
 
 
 def port_nobody_listens_on() -> int:
@@ -202,18 +205,14 @@ async def test_u6_a_reset_before_the_first_token_may_be_tried_again(connect: Con
     ],
 )
 async def test_what_is_not_http_or_ends_early_is_an_error(connect: Connect, answer: bytes) -> None:
-    async with raw_server(lambda writer: _write(writer, answer)) as url:
+    async with raw_server(lambda writer: written(writer, answer)) as url:
         error = await failed(connect(url), prompt("any"))
     assert error.kind in ("unavailable", "protocol")
 
 
-async def _write(writer: asyncio.StreamWriter, answer: bytes) -> None:
-    writer.write(answer)
-
-
-async def test_a_body_that_ends_with_the_connection_is_read_to_the_end(connect: Connect) -> None:
-    answer = HEAD + b"Connection: close\r\n\r\n" + FINISHED
-    async with raw_server(lambda writer: _write(writer, answer)) as url:
+async def test_a_body_that_ends_with_the_connection_is_read_to_the_end(connect: Connect, dialect: Dialect) -> None:
+    answer = HEAD + b"Connection: close\r\n\r\n" + dialect.finished
+    async with raw_server(lambda writer: written(writer, answer)) as url:
         chunks, error = await answered(connect(url), prompt("any"))
     assert (chunks, error) == ([Text("Hi"), Finish("stop")], None)
 
@@ -259,7 +258,7 @@ async def test_u16_at_capacity_a_call_fails_at_once(connect: Connect) -> None:
     assert text_of((await answered(provider, prompt(FAST)))[0]) == SAID
 
 
-async def _consume(provider: OpenAI, asked: Prompt, started: asyncio.Event) -> None:
+async def _consume(provider: Provider, asked: Prompt, started: asyncio.Event) -> None:
     async with aclosing(provider.stream(asked)) as batches:
         async for _ in batches:
             started.set()
@@ -332,7 +331,7 @@ async def test_a_finished_answer_leaves_its_connection_for_the_next(connect: Con
     assert clients[4] != clients[0]
 
 
-async def test_so_does_one_whose_body_ends_a_little_after_the_answer(connect: Connect) -> None:
+async def test_so_does_one_whose_body_ends_a_little_after_the_answer(connect: Connect, dialect: Dialect) -> None:
     connections = 0
 
     async def answer_for_ever(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -341,7 +340,7 @@ async def test_so_does_one_whose_body_ends_a_little_after_the_answer(connect: Co
         with suppress(asyncio.IncompleteReadError):
             while True:
                 await receive(reader)
-                writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(WHOLE))
+                writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(dialect.finished + dialect.marker))
                 await writer.drain()
                 await asyncio.sleep(0.01)  # the little; a client that does not wait closes in it
                 writer.write(b"0\r\n\r\n")
@@ -357,12 +356,12 @@ async def test_so_does_one_whose_body_ends_a_little_after_the_answer(connect: Co
 
 @pytest.mark.parametrize("stalled", [True, False], ids=["stalls", "breaks"])
 async def test_what_goes_wrong_after_the_finish_does_not_undo_it(
-    connect: Connect, monkeypatch: pytest.MonkeyPatch, stalled: bool
+    connect: Connect, dialect: Dialect, monkeypatch: pytest.MonkeyPatch, stalled: bool
 ) -> None:
     monkeypatch.setattr("app.providers.answer._AFTERMATH_S", 0.05)
 
     async def play(writer: asyncio.StreamWriter) -> None:
-        writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(FINISHED))
+        writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(dialect.finished))
         await writer.drain()
         if stalled:
             await _gone(writer)
@@ -372,16 +371,15 @@ async def test_what_goes_wrong_after_the_finish_does_not_undo_it(
     assert (chunks, error) == ([Text("Hi"), Finish("stop")], None)
 
 
-async def test_an_end_that_the_server_keeps_open_is_not_waited_for(connect: Connect) -> None:
-    async with raw_server(_lingering) as url, asyncio.timeout(5):
+async def test_an_end_that_the_server_keeps_open_is_not_waited_for(connect: Connect, dialect: Dialect) -> None:
+    async def linger(writer: asyncio.StreamWriter) -> None:
+        writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(dialect.finished + dialect.marker))
+        await writer.drain()
+        await _gone(writer)
+
+    async with raw_server(linger) as url, asyncio.timeout(5):
         chunks, error = await answered(connect(url, deadlines=Deadlines()), prompt("any"))
     assert (chunks, error) == ([Text("Hi"), Finish("stop")], None)
-
-
-async def _lingering(writer: asyncio.StreamWriter) -> None:
-    writer.write(HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(WHOLE))
-    await writer.drain()
-    await _gone(writer)
 
 
 async def _gone(writer: asyncio.StreamWriter) -> None:
@@ -435,7 +433,7 @@ async def test_the_transport_speaks_httpx2(demo_url: str) -> None:
             )
 
 
-async def _cancelled_at_some_point(provider: OpenAI, number: int) -> None:
+async def _cancelled_at_some_point(provider: Provider, number: int) -> None:
     """A call cancelled after `number` turns of the loop, or after its first token."""
     started = asyncio.Event()
     call = asyncio.create_task(_consume(provider, prompt("demo?fault=stall&delay_ms=0&after=1&key=u18"), started))

@@ -1,8 +1,11 @@
 """A server that answers with exactly the bytes a test wants, below HTTP where it must be."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
 
 Play = Callable[[asyncio.StreamWriter], Awaitable[None]]
 
@@ -28,10 +31,41 @@ async def raw_server(play: Play) -> AsyncIterator[str]:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
 
 
-async def receive(reader: asyncio.StreamReader) -> None:
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """One request as it arrived; header names in lower case, the body parsed."""
+
+    line: str
+    headers: dict[str, str]
+    body: Any
+
+
+@asynccontextmanager
+async def listener() -> AsyncIterator[tuple[str, list[Heard]]]:
+    """A server that refuses every request, politely, and keeps what it heard; yields its root URL and that list."""
+    heard: list[Heard] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head, body = await receive(reader)
+        line, *fields = head.decode("latin-1").rstrip().split("\r\n")
+        headers = dict(field.split(": ", 1) for field in fields)
+        heard.append(Heard(line, {name.lower(): value for name, value in headers.items()}, json.loads(body)))
+        writer.write(b"HTTP/1.1 400 No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(listen, "127.0.0.1", 0) as server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", heard
+
+
+async def written(writer: asyncio.StreamWriter, answer: bytes) -> None:
+    """Play one whole answer."""
+    writer.write(answer)
+
+
+async def receive(reader: asyncio.StreamReader) -> tuple[bytes, bytes]:
     """One request, head and body."""
     head = await reader.readuntil(b"\r\n\r\n")
-    await reader.readexactly(_length(head))
+    return head, await reader.readexactly(_length(head))
 
 
 def _length(head: bytes) -> int:
