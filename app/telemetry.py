@@ -79,7 +79,7 @@ def configure_logging(level: str, form: str, *, stream: TextIO = sys.stderr) -> 
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
-    for noisy in ("uvicorn", "sse_starlette", "asyncio", "httpx2", "aiohttp", "alembic"):
+    for noisy in ("uvicorn", "asyncio", "httpx2", "aiohttp", "alembic"):
         logging.getLogger(noisy).setLevel(max(logging.WARNING, root.level))
 
 

@@ -16,7 +16,7 @@ from app.settings import Settings
 from app.streams.event import TERMINAL, data_of, kind_of, to_object
 from app.streams.hub import Batch, Hub
 from app.streams.identity import stream_id_of
-from app.streams.sse import HEARTBEAT, come_back_later, event_stream, retry_line
+from app.streams.sse import HEARTBEAT, EventStream, come_back_later, retry_line
 from app.streams.tail import State, Tail
 from app.telemetry import Metrics
 
@@ -141,7 +141,7 @@ async def _sse(request: Request[Needs], stream_id: UUID, cursor: int) -> Respons
             await request.state["tail"].read_known(stream_id, cursor, 1, state)
     except AWAY:
         return come_back_later(settings.sse_retry_ms)
-    return event_stream(
+    return EventStream(
         _frames(request, stream_id, cursor, at_once=cursor < state.tail),
         heartbeat_s=settings.sse_heartbeat_s,
         send_timeout_s=settings.sse_send_timeout_s,
