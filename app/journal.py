@@ -1,21 +1,41 @@
 """What operators read in the database: a row for every error a client was told of, and one for every answer."""
 
+import hashlib
+import traceback
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 from uuid import UUID, uuid4
+
+import orjson
 
 from app.postgres import Connection, Pool
 from app.telemetry import Metrics
-from app.text import clean
+from app.text import clean, redacted
 
 # Bounds: rows waiting to be written, and rows per pass; what comes on top is counted and dropped.
 _WAITING = 1000
 _PER_PASS = 200
 
-_WRITE_ERRORS = """
-insert into error_logs (id, category, code, message, request_id, stream_id)
-select * from unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::text[], $6::uuid[])
-on conflict do nothing
+_COLUMNS = {
+    "id": "uuid",
+    "category": "text",
+    "code": "text",
+    "message": "text",
+    "fingerprint": "text",
+    "request_id": "text",
+    "stream_id": "uuid",
+    "session_id": "text",
+    "chatbot_id": "text",
+    "flow": "text",
+    "attempt": "int",
+    "context": "text",
+    "stack": "text",
+}
+_ARRAYS = ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(_COLUMNS.values(), 1))
+_WRITE_ERRORS = f"""
+insert into error_logs ({", ".join(_COLUMNS)}) select * from unnest({_ARRAYS}) on conflict do nothing
 """
 _WRITE_RUN = """
 insert into conversation_processing_metrics
@@ -25,7 +45,9 @@ values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15, $16, $
 on conflict do nothing
 """
 
-_Row = tuple[UUID, str, str, str, str | None, UUID | None]
+# What a row may hold of context and stack together, in characters; of a stack the end is kept.
+_DETAIL = 8 * 1024
+_MESSAGE = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +73,64 @@ class RunFigures:
     flows: str
 
 
+@dataclass(frozen=True, slots=True)
+class About:
+    """What an error happened to. `context` is for operators: small, and never a user's text."""
+
+    request_id: str | None = None
+    stream_id: UUID | None = None
+    session_id: str | None = None
+    chatbot_id: str | None = None
+    flow: str | None = None
+    attempt: int | None = None
+    context: Mapping[str, Any] = field(default_factory=dict)
+
+
+NOTHING = About()
+
+
 class Journal:
     """Error rows are written behind the requests: an error storm or a database that is away costs no client time."""
 
     def __init__(self, pool: Pool, metrics: Metrics) -> None:
         self._pool = pool
         self._metrics = metrics
-        self._rows: deque[_Row] = deque()
+        self._rows: deque[tuple[Any, ...]] = deque()
 
     def record(
         self,
         code: str,
         message: str,
         *,
-        request_id: str | None = None,
-        stream_id: UUID | None = None,
+        about: About = NOTHING,
+        error: BaseException | None = None,
         category: str = "CONVERSATION_PROCESSING_ERROR",
     ) -> str:
-        """Note an error; returns the `error_id` to tell the client."""
+        """Note an error, with the stack of `error`; returns the `error_id` to tell the client."""
         self._metrics.errors.labels(code).inc()
         error_id = uuid4()
-        if len(self._rows) < _WAITING:
-            self._rows.append((error_id, category, code, clean(message)[:2000], request_id, stream_id))
-        else:
+        if len(self._rows) >= _WAITING:
             self._metrics.journal_dropped.inc()
+            return str(error_id)
+        context = redacted(orjson.dumps(about.context, default=repr).decode())[:_DETAIL]
+        stack = _stack(error)[-(_DETAIL - len(context)) :] if error is not None and len(context) < _DETAIL else None
+        self._rows.append(
+            (
+                error_id,
+                category,
+                code,
+                redacted(clean(message))[:_MESSAGE],
+                _fingerprint(category, code, about, error),
+                about.request_id,
+                about.stream_id,
+                about.session_id,
+                about.chatbot_id,
+                about.flow,
+                about.attempt,
+                context,
+                stack,
+            )
+        )
         return str(error_id)
 
     async def run_once(self) -> int:
@@ -85,6 +141,18 @@ class Journal:
             for _ in rows:
                 self._rows.popleft()
         return len(rows)
+
+
+def _stack(error: BaseException) -> str:
+    return redacted(clean("".join(traceback.format_exception(error))))
+
+
+def _fingerprint(category: str, code: str, about: About, error: BaseException | None) -> str:
+    """The same for errors of the same kind at the same place, whoever met them."""
+    frames = traceback.extract_tb(error.__traceback__) if error is not None else []
+    place = f"{type(error).__name__}:{frames[-1].name}" if frames else ""
+    parts = "\0".join((category, code, about.chatbot_id or "", about.flow or "", place))
+    return hashlib.sha256(parts.encode(errors="replace")).hexdigest()[:16]
 
 
 async def record_run(connection: Connection, figures: RunFigures) -> None:

@@ -77,11 +77,10 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
         Route("/api/sessions/{session_id}/queue", flow_endpoints.queue),
         Route(
             "/api/sessions/{session_id}/queue/{message_id}",
-            flow_endpoints.edit_queued,
-            methods=["PATCH"],
+            flow_endpoints.queued_message,
+            methods=["PATCH", "DELETE"],
             middleware=body_limit,
         ),
-        Route("/api/sessions/{session_id}/queue/{message_id}", flow_endpoints.remove_queued, methods=["DELETE"]),
         Route("/api/sessions/{session_id}/queue/{message_id}/send-now", flow_endpoints.send_now, methods=["POST"]),
         Route("/api/conversation-health", health.conversation_health),
         Route("/livez", health.livez),

@@ -118,7 +118,7 @@ def document(routes: Iterable[BaseRoute], operations: Operations, headers: Mappi
     """The OpenAPI 3.1 document. Raises KeyError for a route that `operations` does not describe."""
     paths: dict[str, Json] = {}
     for (method, path), route in operations_of(routes).items():
-        paths.setdefault(path, {})[method.lower()] = _operation(route.name, operations[method, path])
+        paths.setdefault(path, {})[method.lower()] = _operation(_name(route, method), operations[method, path])
     return {
         "openapi": "3.1.0",
         "info": {
@@ -136,6 +136,12 @@ def document(routes: Iterable[BaseRoute], operations: Operations, headers: Mappi
             "responses": {"Problem": _problem("Any other failure.", ())},
         },
     }
+
+
+def _name(route: Route, method: str) -> str:
+    """Of a route that serves several methods, each operation has a name of its own."""
+    several = (route.methods or set()) - {"HEAD", method}
+    return f"{method.lower()}_{route.name}" if several else route.name
 
 
 _REQUEST_ID = Parameter(

@@ -12,11 +12,14 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequest, NotFound, ParleyError, TooLarge, Unavailable, to_problem
-from app.journal import Journal
+from app.journal import About, Journal
 from app.postgres import AWAY, why
 from app.telemetry import request_id
 
 log = structlog.get_logger(__name__)
+
+# How much of a path an error row holds.
+_LONGEST_PATH = 300
 
 
 class Needs(TypedDict):
@@ -74,7 +77,7 @@ async def answer(request: Request[Any], error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code == 405 and request.method == "OPTIONS":
         return Response(status_code=204, headers=error.headers)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    return _respond(request, _translate(error), headers)
+    return _respond(request, _translate(error), headers, cause=error)
 
 
 async def answer_crash(request: Request[Any], error: Exception) -> Response:
@@ -99,9 +102,12 @@ def _translate(error: Exception) -> ParleyError:
             return ParleyError("internal_error", "Something went wrong here; the error_id names it.")
 
 
-def _respond(request: Request[Any], error: ParleyError, headers: dict[str, str]) -> Response:
+def _respond(request: Request[Any], error: ParleyError, headers: dict[str, str], *, cause: Exception) -> Response:
     journal: Journal = request.state["journal"]
-    error_id = journal.record(error.code, error.detail, request_id=request_id(request.scope), category="REQUEST_ERROR")
+    context = {"method": request.method, "path": request.url.path[:_LONGEST_PATH]}
+    about = About(request_id=request_id(request.scope), context=context)
+    stack_of = cause if error.status >= 500 else None
+    error_id = journal.record(error.code, error.detail, about=about, error=stack_of, category="REQUEST_ERROR")
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
     body = orjson.dumps(to_problem(error, error_id))

@@ -12,6 +12,16 @@ from app.errors import BadRequest
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 
+# Vendors repeat keys in part ("sk-ab***yz"), so the look of a key counts as well as the key itself.
+_KEYLIKE = re.compile(r"\bBearer\s+\S+|\b(?:sk|pk|key|gsk|xai)[-_][\w*-]{6,}|\S*\*{3,}\S*", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]*@")
+
+
+def redacted(text: str) -> str:
+    """The text without anything that looks like a key, or like credentials in a URL."""
+    return _KEYLIKE.sub("[key]", _CREDENTIALS.sub("[credentials]@", text))
+
+
 def clean(text: str) -> str:
     """The text with each U+0000 and each lone surrogate replaced by U+FFFD."""
     return _UNSTORABLE.sub("\ufffd", text)

@@ -1,5 +1,6 @@
 """A gateway, its demo provider, a client and a look into the database, all in this process."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
@@ -42,6 +43,13 @@ class House:
         }
         wanted = file.parse(yaml.safe_dump({"providers": providers, "chatbots": chatbots}))
         await chatbots_table.apply(self.database, wanted)
+
+    async def row(self, query: str) -> asyncpg.Record:
+        """The first row of a query, once there is one: the journal writes behind the requests."""
+        async with asyncio.timeout(10):
+            while (row := await self.database.fetchrow(query)) is None:
+                await asyncio.sleep(0.02)
+        return row
 
     async def count(self, table: str) -> int:
         number: int = await self.database.fetchval(f"select count(*) from {table}")

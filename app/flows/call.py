@@ -21,7 +21,7 @@ from app.flows.markers import Piece, Scanner
 from app.flows.prompts import Asked, asked, prompt
 from app.flows.run import Attempt, Failure, FlowFailed, Progress, Run, ms_since
 from app.flows.voice import Voice
-from app.journal import Journal
+from app.journal import About, Journal
 from app.providers.provider import Chunk, Effort, Finish, Prompt, ProviderError, Text, Usage
 from app.providers.registry import Providers
 from app.streams.log import StreamLost
@@ -63,6 +63,7 @@ class Call:
         self._scanner: Scanner | None = None
         self._task: asyncio.Task[Any] | None = None
         self._stopped: Failure | None = None
+        self._error: Exception | None = None
         # Set when nothing more is asked and no connection is open.
         self.over = asyncio.Event()
 
@@ -100,6 +101,7 @@ class Call:
         except (Fenced, StreamLost):
             raise
         except Exception as error:  # noqa: BLE001  around one flow: its bug must not leave the stream without an end
+            self._error = error
             return _failure(error)
 
     def _cancelled(self) -> Failure:
@@ -261,10 +263,27 @@ class Call:
         self.voice.say("flow_end", told)
 
     def _report_failure(self, failure: Failure) -> None:
-        progress, stream = self.progress, self._run.stream
-        progress.error_id = self._means.journal.record(failure.code, failure.message, stream_id=stream.id)
+        progress = self.progress
+        about = self._about()
+        progress.error_id = self._means.journal.record(failure.code, failure.message, about=about, error=self._error)
         told = {"code": failure.code, "message": failure.message, "retryable": failure.retryable}
         self.voice.say("flow_error", {"flow": progress.flow, **told, "error_id": progress.error_id})
+
+    def _about(self) -> About:
+        stream, attempts = self._run.stream, self.progress.attempts
+        context = {
+            "attempts": [[attempt.provider, attempt.model, attempt.error_code] for attempt in attempts],
+            "text_length": self.progress.size,
+        }
+        return About(
+            self._run.request_id,
+            stream.id,
+            stream.session_id,
+            stream.chatbot_id,
+            self.progress.flow,
+            len(attempts),
+            context,
+        )
 
 
 def _again(error: ParleyError) -> bool:

@@ -253,8 +253,12 @@ async def queue(request: Request[Needs]) -> Response:
     )
 
 
-async def edit_queued(request: Request[Needs]) -> Response:
-    """Give a waiting message another text."""
+async def queued_message(request: Request[Needs]) -> Response:
+    """Change or remove a waiting message."""
+    return await (_edit(request) if request.method == "PATCH" else _remove(request))
+
+
+async def _edit(request: Request[Needs]) -> Response:
     wanted = _model(EditMessage, parse_object(await request.body()))
     _check_length(wanted.message_text, request.state["settings"])
     message_id = request.path_params["message_id"]
@@ -263,8 +267,7 @@ async def edit_queued(request: Request[Needs]) -> Response:
     return _json(QueueAnswer(message_id=message_id))
 
 
-async def remove_queued(request: Request[Needs]) -> Response:
-    """Take a message out of the queue; its stream ends as cancelled."""
+async def _remove(request: Request[Needs]) -> Response:
     message_id = request.path_params["message_id"]
     stream_id = await request.state["turns"].remove(**_names(request), message_id=message_id)
     return _json(QueueAnswer(message_id=message_id, streaming_session_id=str(stream_id)))

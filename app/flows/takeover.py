@@ -10,7 +10,7 @@ import structlog
 
 from app.flows.ending import Ending
 from app.flows.run import CANCELLED, Attempt, Failure, Progress, Result
-from app.journal import Journal
+from app.journal import About, Journal
 from app.streams.event import data_of, kind_of
 from app.streams.log import Log, StreamLost, Writer
 from app.streams.replicas import Fenced, Replica
@@ -87,7 +87,8 @@ class Takeover:
             self._log.close(writer)
 
     def _report(self, stream: Stream, writer: Writer, answer: Progress) -> None:
-        answer.error_id = self._journal.record(_OWNER_LOST.code, _OWNER_LOST.message, stream_id=stream.id)
+        about = About(None, stream.id, stream.session_id, stream.chatbot_id, answer.flow, len(answer.attempts))
+        answer.error_id = self._journal.record(_OWNER_LOST.code, _OWNER_LOST.message, about=about)
         told = {"code": _OWNER_LOST.code, "message": _OWNER_LOST.message, "retryable": _OWNER_LOST.retryable}
         writer.append("flow_error", {"flow": answer.flow, **told, "error_id": answer.error_id})
 
