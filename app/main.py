@@ -16,6 +16,7 @@ from app import health, problems
 from app.errors import Misconfigured, Unavailable
 from app.flows import endpoints as flow_endpoints
 from app.flows import idempotency
+from app.flows.abandonment import Abandonment
 from app.flows.beginning import Beginning, Memory
 from app.flows.call import Means
 from app.flows.chatbots import Chatbots
@@ -184,6 +185,7 @@ class Gateway:
         self._turns = turns = Turns(pool, replica, hub=hub, streams=streams, beginning=beginning, runner=runner)
         runner.on_end = turns.give_next
         self._stopping = stopping = Stopping(pool, streams, tail=tail, runner=runner, turns=turns)
+        self._abandonment = Abandonment(hub, streams, runner)
         self.state = State(
             settings=settings,
             pool=pool,
@@ -250,6 +252,7 @@ class Gateway:
     async def _look_after(self) -> None:
         await self._stopping.run_once()
         await self._turns.run_once()
+        await self._abandonment.run_once()
 
     async def _beat(self) -> None:
         if self._log.fenced:

@@ -95,7 +95,13 @@ class Beginning:
         stream = Stream(
             stream_id, incoming.user_id, session_id, incoming.chatbot_id, prepared.version, prepared.flow_type
         )
-        await self._streams.begin(connection, stream, _start(stream, prepared.plan), queued=queued)
+        await self._streams.begin(
+            connection,
+            stream,
+            _start(stream, prepared.plan),
+            queued=queued,
+            abandon_s=prepared.chatbot.cancel_when_abandoned_s,
+        )
         inputs = _inputs(prepared, history)
         return Run(stream, prepared.chatbot, prepared.plan, inputs, incoming.request_id, incoming.received)
 

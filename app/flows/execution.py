@@ -38,6 +38,10 @@ class Execution:
         self._unwanted: dict[str, Failure] = {}
         self._parallel = False
 
+    @property
+    def abandon_s(self) -> float | None:
+        return self._run.chatbot.cancel_when_abandoned_s
+
     async def perform(self) -> Result:
         """Run the plan to its end. Raises Fenced or StreamLost where this replica may not write any more."""
         try:

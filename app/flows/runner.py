@@ -97,6 +97,11 @@ class Runner:
     def runs(self, stream_id: UUID) -> bool:
         return stream_id in self._executions
 
+    def abandonable(self) -> dict[UUID, float]:
+        """The runs here that shall stop when nobody has read them for so many seconds."""
+        runs = {stream_id: execution.abandon_s for stream_id, execution in self._executions.items()}
+        return {stream_id: seconds for stream_id, seconds in runs.items() if seconds is not None}
+
     async def ended(self, stream_id: UUID, within_s: float) -> None:
         """Wait until a run here has written its end, or for so long."""
         if (task := self._running.get(stream_id)) is not None:

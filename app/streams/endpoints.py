@@ -90,6 +90,8 @@ async def _page(request: Request[Needs], stream_id: UUID, cursor: int) -> Respon
     limit = int(_bounded(request, "limit", _DEFAULT_EVENTS, low=1, high=_MOST_EVENTS))
     wait_s = _bounded(request, "wait", 0, low=0, high=_LONGEST_WAIT_S)
     state = await tail.state(stream_id, cursor)
+    if not state.ended:
+        request.state["hub"].polled(stream_id)
     payloads = await tail.read_known(stream_id, cursor, limit, state)
     if not payloads and not state.ended and wait_s and request.method != "HEAD":
         payloads = (await tail.wait(stream_id, cursor, wait_s))[:limit]

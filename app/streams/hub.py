@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from time import monotonic
 from uuid import UUID
 
 from app.streams.event import TERMINAL, kind_of, to_frames
@@ -80,6 +81,7 @@ class Hub:
     def __init__(self, *, max_events: int, max_bytes: int) -> None:
         self._max_events, self._max_bytes = max_events, max_bytes
         self._subscriptions: dict[UUID, set[Subscription]] = {}
+        self._polled: dict[UUID, float] = {}
         self.readers = 0
         self.closing = False
 
@@ -102,6 +104,16 @@ class Hub:
             batch = batch_of(stream_id, first, payloads)
             for subscription in followers:
                 subscription.push(batch)
+
+    def polled(self, stream_id: UUID) -> None:
+        """Somebody has read a page of the stream. Bounded by the requests between two calls of `read_lately`."""
+        self._polled[stream_id] = monotonic()
+
+    def read_lately(self, within_s: float) -> set[UUID]:
+        """The streams that have readers here now, or were polled so lately; forgets what was polled before that."""
+        since = monotonic() - within_s
+        self._polled = {stream_id: at for stream_id, at in self._polled.items() if at >= since}
+        return self._subscriptions.keys() | self._polled.keys()
 
     def stir(self, stream_id: UUID) -> None:
         """Send the readers of a stream to the table: something was committed there outside of the lane."""

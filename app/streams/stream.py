@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -26,13 +26,14 @@ NEW_ID = "(lpad(to_hex((extract(epoch from parley_now()) * 1000)::bigint), 12, '
 _BEGIN = """
 with s as (
     insert into streaming_sessions
-        (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status, replica_id)
-    values ($1, $2, $3, $4, $5, $6, 'active', $7))
+        (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status, replica_id, abandon_s)
+    values ($1, $2, $3, $4, $5, $6, 'active', $7, $9))
 insert into streaming_events (stream_id, id, payload) values ($1, 1, $8)
 """
 _BEGIN_QUEUED = """
 with s as (
-    update streaming_sessions set status = 'active', chatbot_version = $5, flow_type = $6, replica_id = $7
+    update streaming_sessions
+    set status = 'active', chatbot_version = $5, flow_type = $6, replica_id = $7, abandon_s = $9
     where id = $1 and user_id = $2 and session_id = $3 and chatbot_id = $4 and status = 'queued' returning id)
 insert into streaming_events (stream_id, id, payload) select id, 1, $8 from s
 """
@@ -57,6 +58,14 @@ where id = $1 and status = 'active'
 _ASKED_TO_STOP = """
 select id, cancel_flows from streaming_sessions
 where replica_id = $1 and cancel_flows is not null and status in ('queued', 'active') limit $2
+"""
+_NOTE_READERS = """
+update streaming_sessions set read_at = now()
+where id = any($1::uuid[]) and status = 'active' and abandon_s is not null and replica_id <> $2
+"""
+_UNREAD = """
+select id from streaming_sessions
+where id = any($1::uuid[]) and (read_at is null or read_at < now() - make_interval(secs => abandon_s))
 """
 _END = """
 update streaming_sessions set status = $2, last_event_id = $3, ended_at = now()
@@ -116,18 +125,24 @@ class Streams:
         self._doubtful: dict[UUID, float] = {}
 
     async def begin(
-        self, connection: Connection, stream: Stream, start: Mapping[str, Any], *, queued: bool = False
+        self,
+        connection: Connection,
+        stream: Stream,
+        start: Mapping[str, Any],
+        *,
+        queued: bool = False,
+        abandon_s: float | None = None,
     ) -> None:
         """Make an active stream of this replica with its first event `stream_start`, in the caller's transaction.
 
-        Its id must be a `NEW_ID`, or that of a stream that was `queued`; the transaction `Replica.transaction`.
+        Its id must be a `NEW_ID`, or that of a stream that was `queued`; the transaction `Replica.transaction`. With
+        `abandon_s`, replicas note for each other that somebody reads it.
         """
         # Until the caller confirms: a COMMIT without an answer may leave a stream that nobody runs.
         self.doubt(stream.id)
-        values = (getattr(stream, field) for field in Stream.__slots__)
-        await connection.execute(
-            _BEGIN_QUEUED if queued else _BEGIN, *values, self._replica.id, encode("stream_start", start)
-        )
+        fields = (getattr(stream, field) for field in Stream.__slots__)
+        values = (*fields, self._replica.id, encode("stream_start", start), abandon_s)
+        await connection.execute(_BEGIN_QUEUED if queued else _BEGIN, *values)
 
     async def enqueue(
         self,
@@ -158,6 +173,14 @@ class Streams:
         """Streams of this replica that somebody wants to stop; no flows means the whole run."""
         rows = await self._pool.fetch(_ASKED_TO_STOP, self._replica.id, most)
         return [(row["id"], row["cancel_flows"]) for row in rows]
+
+    async def note_readers(self, stream_ids: Sequence[UUID]) -> None:
+        """Tell the owners of streams that somebody reads them here."""
+        await self._pool.execute(_NOTE_READERS, stream_ids, self._replica.id)
+
+    async def unread(self, stream_ids: Sequence[UUID]) -> list[UUID]:
+        """Those of them that no other replica has seen a reader of within their time."""
+        return [row["id"] for row in await self._pool.fetch(_UNREAD, stream_ids)]
 
     def doubt(self, stream_id: UUID) -> None:
         """Note a stream that is perhaps ours and that nobody may be running: a later `claim` looks for it."""

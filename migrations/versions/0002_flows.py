@@ -53,6 +53,8 @@ TEMPLATES = [
 # cancel_flows: null while nobody asked for a stop, '{}' for the whole run, else the flows to stop.
 STOPPING = [
     "alter table streaming_sessions add column cancel_flows text[]",
+    # Only for streams that end when nobody reads them: after how many seconds, and when another replica saw a reader.
+    "alter table streaming_sessions add column abandon_s real, add column read_at timestamptz",
     """
     create index streaming_sessions_cancelled on streaming_sessions (replica_id)
         where cancel_flows is not null and status in ('queued', 'active')

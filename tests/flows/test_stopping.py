@@ -10,6 +10,7 @@ from tests.house import House, Open, flow
 from tests.serving import client_of, serving
 from tests.sse import read_stream
 
+STATUS = "select status from streaming_sessions where id = $1"
 ENDLESS = {"tokens": 5000, "delay_ms": 10}
 
 
@@ -142,3 +143,28 @@ async def test_a_takeover_ends_a_stopped_answer_as_cancelled(house: Open) -> Non
         frames = await asyncio.wait_for(read_stream(home.client, answer["streaming_url"]), 20)
         assert only(frames, "stream_end")["status"] == "cancelled"
         assert text(frames)
+
+
+# -- cancel_when_abandoned_s
+
+
+async def test_an_answer_nobody_reads_goes_on_unless_its_chatbot_says_otherwise(house: Open) -> None:
+    async with house(scan_s=0.05) as home:
+        bot = {"flows": {"main": flow(wishes=ENDLESS)}}
+        await home.apply(kept=bot, left=bot | {"cancel_when_abandoned_s": 0.3})
+        kept, left = (await home.post("kept")).json(), (await home.post("left")).json()
+        async with asyncio.timeout(10):
+            while await home.database.fetchval(STATUS, left["streaming_session_id"]) != "cancelled":
+                await asyncio.sleep(0.02)
+        assert await home.database.fetchval(STATUS, kept["streaming_session_id"]) == "active"
+
+
+async def test_a_reader_anywhere_keeps_the_answer_going(house: Open, database: str) -> None:
+    bot = {"flows": {"main": flow(wishes={"tokens": 100, "delay_ms": 10})}, "cancel_when_abandoned_s": 0.5}
+    async with house(scan_s=0.05) as home, serving(database, drain_s=0, scan_s=0.05) as other:
+        await home.apply(here=bot, there=bot)
+        here, there = (await home.post("here")).json(), (await home.post("there")).json()
+        ends = await asyncio.gather(
+            read_stream(home.client, here["streaming_url"]), read_stream(other, there["streaming_url"])
+        )
+        assert [only(frames, "stream_end")["status"] for frames in ends] == ["completed", "completed"]
