@@ -12,8 +12,8 @@ from app.providers.transport import Upstream
 
 # The newer 2026-10-21 streams the same events, but refuses temperature, top_p and top_k, which chatbots may set.
 VERSION = "2023-06-01"
-# The dialect demands a limit. Every model since 2024 takes this one, and it is several times the longest usual answer,
-# so that a model which thinks first has room left for the answer.
+# The dialect demands a limit. Every current model takes this one (the first of Claude 3 stopped at 4,096), and it is
+# several times the longest usual answer, so that a model which thinks first has room left for the answer.
 MAX_TOKENS = 8192
 # Where the dialect demands a message of the user with some text, and there is none.
 NOTHING = "…"
