@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import asyncpg
 
-from app import __version__
+from app import __version__, journal
 from app.errors import Misconfigured, ParleyError
 from app.flows import chatbots
 from app.postgres import AWAY, OLDEST, Connection, open_connection, why
@@ -70,6 +70,8 @@ async def _examine_database(connection: Connection) -> AsyncGenerator[Finding, N
         yield Finding("schema", False, error.detail)
         return
     yield Finding("schema", True, "up to date")
+    for subject, sentence in zip(("answers", "errors"), await journal.last_day(connection), strict=False):
+        yield Finding(subject, True, sentence)
     endpoints = await _endpoints(connection)
     if not endpoints:
         yield Finding("chatbots", False, "there are none; write a chatbots file and run `parley apply FILE`.")

@@ -37,6 +37,18 @@ _ARRAYS = ", ".join(f"${number}::{kind}[]" for number, kind in enumerate(_COLUMN
 _WRITE_ERRORS = f"""
 insert into error_logs ({", ".join(_COLUMNS)}) select * from unnest({_ARRAYS}) on conflict do nothing
 """
+_LAST_DAY = """
+select count(*) as answers, count(*) filter (where status = 'failed') as failed,
+       percentile_cont(0.5) within group (order by first_token_ms) as first_token_ms,
+       percentile_cont(0.5) within group (order by tokens_per_s) as tokens_per_s,
+       coalesce(sum(attempts), 0) as attempts
+from conversation_processing_metrics where created_at > now() - interval '1 day'
+"""
+_LAST_ERRORS = """
+select code, count(*) as times from error_logs
+where created_at > now() - interval '1 day' and category = 'CONVERSATION_PROCESSING_ERROR'
+group by code order by times desc, code limit 5
+"""
 _WRITE_RUN = """
 insert into conversation_processing_metrics
     (stream_id, session_id, chatbot_id, flow_type, status, error_code, provider, model, events,
@@ -158,3 +170,17 @@ def _fingerprint(category: str, code: str, about: About, error: BaseException | 
 async def record_run(connection: Connection, figures: RunFigures) -> None:
     """Note an answer's figures in the transaction that ends it."""
     await connection.execute(_WRITE_RUN, *(getattr(figures, field) for field in RunFigures.__slots__))
+
+
+async def last_day(connection: Connection) -> list[str]:
+    """What operators should know of the last 24 hours, in a sentence each: the answers, and what went wrong."""
+    row = await connection.fetchrow(_LAST_DAY)
+    assert row is not None
+    told = [f"{row['answers']} answers in 24 hours, {row['failed']} failed, {row['attempts']} calls of providers"]
+    if row["first_token_ms"] is not None:
+        told[0] += f"; half of the first tokens within {row['first_token_ms']:.0f} ms"
+    if row["tokens_per_s"] is not None:
+        told[0] += f", {row['tokens_per_s']:.0f} tokens/s"
+    if errors := await connection.fetch(_LAST_ERRORS):
+        told.append("most frequent: " + ", ".join(f"{row['code']} ({row['times']})" for row in errors))
+    return told

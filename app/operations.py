@@ -123,7 +123,15 @@ _PROCESS_MESSAGE = Operation(
             "configuration_refused",
             "idempotency_mismatch",
         ],
-        503: ["starting", "draining", "overloaded", "replica_lost", "database_unavailable", "database_busy"],
+        503: [
+            "starting",
+            "draining",
+            "overloaded",
+            "upstream_busy",
+            "replica_lost",
+            "database_unavailable",
+            "database_busy",
+        ],
     },
 )
 

@@ -48,6 +48,9 @@ class Metrics:
         self.events_doubled = counter("parley_events_doubled", "Repeated events seen by readers. Must stay 0.")
         self.errors = counter("parley_errors", "Errors by their stable code.", ["code"])
         self.streams_ended = counter("parley_streams_ended", "Answers ended, by status.", ["status"])
+        self.attempts = counter(
+            "parley_attempts", "Calls of providers, by provider and outcome.", ["provider", "outcome"]
+        )
         self.journal_dropped = counter("parley_journal_dropped", "Error rows dropped because too many came at once.")
 
 

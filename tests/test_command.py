@@ -20,6 +20,7 @@ from app.embedded import embedded_postgres
 from app.schema import wanted
 from tests.command import ROOT, Command, answered, run, running, silent_port, through
 from tests.conftest import Server
+from tests.house import Open, flow
 from tests.serving import apply_demo, client_of, until_ready
 
 REVISIONS = ", ".join(wanted())
@@ -237,9 +238,21 @@ async def test_doctor_of_a_healthy_installation(database: str) -> None:
         await apply_demo(database, url, {"one": "demo"})
         code, found = await diagnosis(DATABASE_URL=database)
     assert code == 0
-    assert list(found) == ["versions", "configuration", "database", "schema", "provider demo"]
+    assert list(found) == ["versions", "configuration", "database", "schema", "answers", "provider demo"]
     assert all(said.startswith("ok ") for said in found.values())
     assert app.__version__ in found["versions"]
+
+
+async def test_doctor_sums_up_the_last_day(database: str, house: Open) -> None:
+    async with house(provider_retries=0) as home:
+        await home.apply(shop={"flows": {"main": flow("Hello."), "side": {"provider": "gone", "model": "m"}}})
+        await home.ask("shop")
+        await home.ask()
+        await home.row("select * from error_logs")
+        code, found = await diagnosis(DATABASE_URL=database)
+    assert code == 1, "nobody listens where one of the providers should be"
+    assert found["answers"].startswith("ok 2 answers in 24 hours, 0 failed, 3 calls of providers; half of the first")
+    assert found["errors"] == "ok most frequent: upstream_unavailable (1)"
 
 
 async def test_doctor_without_a_database() -> None:

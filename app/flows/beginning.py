@@ -11,7 +11,7 @@ from app.chats import store
 from app.chats.chat import Message, most_recent
 from app.flows import idempotency
 from app.flows.chatbots import Chatbots
-from app.flows.config import Chatbot
+from app.flows.config import Chatbot, Flow
 from app.flows.plan import Ask, Plan, plan
 from app.flows.run import Inputs, Run
 from app.flows.wishes import Wishes, allowed
@@ -57,6 +57,11 @@ class Prepared:
     @property
     def flow_type(self) -> str:
         return self.plan.decision.flow
+
+    @property
+    def flow(self) -> Flow:
+        """The flow that will answer, as far as that is decided."""
+        return self.chatbot.flows[self.flow_type]
 
 
 class Beginning:

@@ -70,6 +70,9 @@ class Ending:
 
     def _count(self, result: Result) -> None:
         self._metrics.streams_ended.labels(result.status).inc()
+        for progress in result.flows:
+            for attempt in progress.attempts:
+                self._metrics.attempts.labels(attempt.provider, attempt.outcome).inc()
         counted = result.usage_json()
         self._metrics.tokens.labels("input").inc(counted["prompt_tokens"])
         self._metrics.tokens.labels("output").inc(counted["completion_tokens"])

@@ -91,7 +91,7 @@ class Intake:
             if incoming.key and (told := await self._replay(connection, incoming.key)):
                 return told
             # Only now: a repetition is answered even when there is no room for another run.
-            self._runner.admit()
+            self._runner.admit(prepared.flow)
             place = await self._place(connection, prepared)
             stream = place.stream
             status: Literal["active", "queued"] = "active" if isinstance(place, Run) else "queued"

@@ -10,8 +10,9 @@ from uuid import UUID
 
 import structlog
 
-from app.errors import Unavailable
+from app.errors import Misconfigured, Unavailable
 from app.flows.call import Call, Means
+from app.flows.config import Choice, Flow
 from app.flows.ending import Ending
 from app.flows.execution import Execution
 from app.flows.run import Failure, Progress, Result, Run
@@ -63,10 +64,18 @@ class Runner:
     def active(self) -> int:
         return len(self._running)
 
-    def admit(self) -> None:
-        """Raises Unavailable when this replica is full; asked before any row is written."""
+    def admit(self, flow: Flow) -> None:
+        """Raises Unavailable when this replica or every provider of the flow is full; asked before a row is written."""
         if len(self._running) >= self._bounds.max_runs:
             raise Unavailable("overloaded", "Too many answers are under way; try again soon.", retry_after=2)
+        if all(self._full(choice) for choice in flow.choices):
+            raise Unavailable("upstream_busy", "The AI provider is at capacity; try again soon.", retry_after=1)
+
+    def _full(self, choice: Choice) -> bool:
+        try:
+            return self._means.providers.get(choice.endpoint).full
+        except Misconfigured:  # the run tells it, with an error_id
+            return False
 
     def start(self, run: Run) -> None:
         """Take over a stream whose accepting transaction has committed.

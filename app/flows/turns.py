@@ -54,7 +54,6 @@ class Turns:
         if self._replica.refusal is not None:
             return False
         try:
-            self._runner.admit()
             run = await retry_conflicts(lambda: self._next(user_id, session_id))
         except (Unavailable, Fenced, _Overtaken) as error:
             log.info("turn_postponed", reason=type(error).__name__)
@@ -75,6 +74,7 @@ class Turns:
         except (NotFound, Invalid) as error:  # its chatbot has changed meanwhile and does not take it any more
             await self._refuse(first, Failure(error.code, error.detail))
             return None
+        self._runner.admit(prepared.flow)
         async with self._replica.transaction() as connection:
             if not await sessions.reoccupy(
                 connection, user_id=user_id, session_id=session_id, stream_id=first.stream_id

@@ -274,3 +274,16 @@ async def test_i3_duplicate_and_unknown_fields_do_no_harm(house: Open) -> None:
         response = await home.client.post("/api/process-message", content=body)
         assert response.status_code == 200
         assert await home.database.fetchval("select user_id from chats") == "ann"
+
+
+async def test_u16_a_provider_at_capacity_refuses_before_any_row_is_written(house: Open) -> None:
+    async with house({"mute": "demo?fault=silent"}, provider_concurrency=1) as home:
+        assert (await home.post("mute")).status_code == 200
+        async with asyncio.timeout(10):
+            while not await home.count("streaming_events") >= 2 or (await home.post()).status_code != 503:
+                pass
+        before = await rows(home)
+        refused = await home.post()
+        assert (refused.status_code, refused.json()["code"]) == (503, "upstream_busy")
+        assert int(refused.headers["retry-after"]) >= 1
+        assert await rows(home) == before
