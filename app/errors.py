@@ -33,6 +33,11 @@ class NotFound(ParleyError):
     title = "Not found"
 
 
+class TooSlow(ParleyError):
+    status = 408
+    title = "Request timeout"
+
+
 class Conflict(ParleyError):
     status = 409
     title = "Conflict"

@@ -13,6 +13,11 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from app import health, problems
+from app.chats import endpoints as chat_endpoints
+from app.chats.allowance import Allowance
+from app.chats.decoders import Decoders
+from app.chats.images import Images
+from app.chats.picture import Limits as PictureLimits
 from app.errors import Misconfigured, Unavailable
 from app.flows import endpoints as flow_endpoints
 from app.flows import idempotency
@@ -47,9 +52,11 @@ from app.ticker import every
 log = structlog.get_logger(__name__)
 
 _UPKEEP_S = 3600
+# Bodies of uploads in memory at once, in largest ones. Each is there twice while it is read and parsed.
+_UPLOADS = 3
 
 
-class State(stream_endpoints.Needs, flow_endpoints.Needs, health.Needs, problems.Needs):
+class State(stream_endpoints.Needs, flow_endpoints.Needs, chat_endpoints.Needs, health.Needs, problems.Needs):
     """What requests find in `request.state`."""
 
 
@@ -72,6 +79,12 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
             flow_endpoints.process_message,
             methods=["POST"],
             middleware=body_limit,
+        ),
+        Route(
+            "/api/upload-image",
+            chat_endpoints.upload_image,
+            methods=["POST"],
+            middleware=[Middleware(problems.BodyLimit, settings.upload_limit)],
         ),
         Route("/api/stream-events/{stream_id}", stream_endpoints.stream_events),
         Route("/api/stream-events/{stream_id}/cancel", flow_endpoints.cancel, methods=["POST"], middleware=body_limit),
@@ -111,8 +124,10 @@ async def _lifespan(settings: Settings, life: Life, _: Starlette) -> AsyncGenera
         )
         stack.push_async_callback(providers.aclose)
         providers.preload()
+        decoders = Decoders(_picture_limits(settings), processes=settings.image_decoders)
+        stack.push_async_callback(decoders.aclose)
         async with asyncio.TaskGroup() as tasks:
-            gateway = Gateway(settings, life, pool=pool, providers=providers, tasks=tasks)
+            gateway = Gateway(settings, life, pool=pool, providers=providers, decoders=decoders, tasks=tasks)
             loops = [tasks.create_task(loop) for loop in gateway.loops()]
             leaving = tasks.create_task(gateway.drain_when_asked())
             yield gateway.state
@@ -137,7 +152,14 @@ class Gateway:
     """All parts of one server and the loops that keep them going."""
 
     def __init__(
-        self, settings: Settings, life: Life, *, pool: Pool, providers: Providers, tasks: asyncio.TaskGroup
+        self,
+        settings: Settings,
+        life: Life,
+        *,
+        pool: Pool,
+        providers: Providers,
+        decoders: Decoders,
+        tasks: asyncio.TaskGroup,
     ) -> None:
         assert settings.database_url is not None
         self._failing: set[str] = set()
@@ -199,6 +221,10 @@ class Gateway:
             intake=intake,
             turns=turns,
             stopping=stopping,
+            images=Images(pool, decoders),
+            uploads=Allowance(_UPLOADS * settings.upload_limit, of="uploads"),
+            admit_upload=replica.admit,
+            analyse=None,
         )
 
     @property
@@ -280,6 +306,10 @@ class Gateway:
             log.warning("goodbye_failed", error=type(error).__name__)
         finally:
             self._life.drained.set()
+
+
+def _picture_limits(settings: Settings) -> PictureLimits:
+    return PictureLimits(settings.image_pixels, settings.image_side, settings.image_bytes, settings.image_timeout_s)
 
 
 def _limits(settings: Settings) -> Limits:

@@ -7,6 +7,7 @@ from uuid import UUID
 import orjson
 from pydantic import BaseModel
 
+from app.chats.endpoints import UploadAnswer, UploadImage
 from app.flows.endpoints import (
     Cancel,
     CancelAnswer,
@@ -111,7 +112,7 @@ _PROCESS_MESSAGE = Operation(
     body=Content(_QUESTION, ProcessMessage),
     problems={
         400: ["invalid_json", "bad_request"],
-        404: ["chatbot_unknown"],
+        404: ["chatbot_unknown", "image_unknown"],
         409: ["session_busy", "message_exists"],
         429: ["queue_full"],
         413: ["body_too_large"],
@@ -120,6 +121,8 @@ _PROCESS_MESSAGE = Operation(
             "message_too_long",
             "history_too_long",
             "images_unsupported",
+            "image_invalid",
+            "image_too_large",
             "configuration_refused",
             "idempotency_mismatch",
         ],
@@ -129,9 +132,47 @@ _PROCESS_MESSAGE = Operation(
             "overloaded",
             "upstream_busy",
             "replica_lost",
+            "decoder_lost",
             "database_unavailable",
             "database_busy",
         ],
+    },
+)
+
+# One pixel.
+_PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNoAAAAggCBd81ytgAAAABJRU5ErkJggg=="
+_UPLOAD: dict[str, Any] = {
+    "chatbot_id": "demo",
+    "image_data": {"name": "dot.png", "mime": "image/png", "data": _PICTURE},
+}
+_UPLOADED: dict[str, Any] = {
+    "success": True,
+    "image": {
+        "id": "6b8e2f52-6f0e-4d6c-9d3b-6f6f1b1c2a10",
+        "mime": "image/png",
+        "width": 1,
+        "height": 1,
+        "bytes": 67,
+        "sha256": "a1abfd410973b0111c215baa879b9edcd739e601659ba44168269767cc2e9108",
+    },
+    "analysis": None,
+    "streaming_session_id": None,
+}
+_UPLOAD_IMAGE = Operation(
+    "Upload a picture",
+    "Checks a PNG, JPEG, WebP or GIF by its content, stores it anew and upright, scaled down to 2048 pixels and "
+    "without metadata, and answers with the `id` that a message names as its `image_id`. The same picture of the same "
+    "user is stored once. Of an animation the first frame is kept.\n\n"
+    "The body may have 10 MiB and must arrive within 30 seconds; the picture may have 40 million pixels, unless the "
+    "server is configured otherwise. A picture uploaded without `user_id` can be named by anybody who knows its id.",
+    answers={200: Answer("The picture is stored.", {_JSON: Content(_UPLOADED, UploadAnswer)})},
+    body=Content(_UPLOAD, UploadImage),
+    problems={
+        400: ["invalid_json", "bad_request"],
+        408: ["upload_too_slow"],
+        413: ["body_too_large"],
+        422: ["invalid_request", "message_too_long", "image_invalid", "image_too_large"],
+        503: ["starting", "draining", "overloaded", "decoder_lost", "database_unavailable", "database_busy"],
     },
 )
 
@@ -334,6 +375,7 @@ _DOCS = Operation(
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/api/process-message"): _PROCESS_MESSAGE,
+    ("POST", "/api/upload-image"): _UPLOAD_IMAGE,
     ("GET", "/api/stream-events/{stream_id}"): _STREAM_EVENTS,
     ("POST", "/api/stream-events/{stream_id}/cancel"): _CANCEL,
     ("GET", "/api/sessions/{session_id}/queue"): _QUEUE,

@@ -11,7 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.errors import BadRequest, NotFound, ParleyError, TooLarge, Unavailable, to_problem
+from app.errors import BadRequest, NotFound, ParleyError, TooLarge, TooSlow, Unavailable, to_problem
 from app.journal import About, Journal
 from app.postgres import AWAY, why
 from app.telemetry import request_id
@@ -110,6 +110,9 @@ def _respond(request: Request[Any], error: ParleyError, headers: dict[str, str],
     error_id = journal.record(error.code, error.detail, about=about, error=stack_of, category="REQUEST_ERROR")
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    if isinstance(error, TooSlow):
+        # The rest of the request may still be on its way; nobody waits for it (RFC 9110, 15.5.9).
+        headers["Connection"] = "close"
     body = orjson.dumps(to_problem(error, error_id))
     return Response(body, error.status, {**headers, "Cache-Control": "no-store"}, "application/problem+json")
 

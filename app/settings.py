@@ -45,6 +45,19 @@ class Settings(BaseSettings):
     pool_size: int = Field(10, ge=2, le=200, description="Database connections of the API, beside the log's own one.")
 
     body_limit: int = Field(4 * MIB, ge=KIB, description="Largest request body, in bytes.")
+    upload_limit: int = Field(10 * MIB, ge=KIB, description="Largest body of upload-image, in bytes.")
+    upload_timeout_s: float = Field(30, gt=0, description="How long the body of an upload may take, in seconds.")
+    image_pixels: int = Field(40_000_000, ge=1, description="Most pixels of a picture; asked before it is decoded.")
+    image_side: int = Field(
+        2048, ge=32, le=8192, description="Pixels of a stored picture's longer side; larger ones are scaled down."
+    )
+    image_bytes: int = Field(
+        3_670_016, ge=64 * KIB, description="Most bytes of a stored picture; larger ones are scaled down further."
+    )
+    image_timeout_s: float = Field(10, gt=0, description="Longest decoding of one picture, in seconds.")
+    image_decoders: int = Field(
+        2, ge=1, le=64, description="Processes that decode pictures; started when first needed."
+    )
     message_limit: int = Field(32 * KIB, ge=1, description="Longest message_text, in UTF-8 bytes.")
     history_limit: int = Field(200, ge=0, description="Most messages in conversation_history, or read from the chat.")
     history_bytes: int = Field(256 * KIB, ge=0, description="Most UTF-8 bytes of conversation_history.")

@@ -151,6 +151,12 @@ def test_examples_fit_their_schemas(spec: Json) -> None:
         assert _mismatch(spec, content["schema"], content["example"]) is None, content
 
 
+def _example(path: str) -> Any:
+    body = OPERATIONS["POST", path].body
+    assert body is not None
+    return body.example
+
+
 async def test_answers_of_a_server_are_as_documented(spec: Json, client: httpx2.AsyncClient) -> None:
     question = {"user_id": "ann", "chatbot_id": "demo", "message_text": "Hello"}
     accepted = await client.post("/api/process-message", json=question)
@@ -163,6 +169,8 @@ async def test_answers_of_a_server_are_as_documented(spec: Json, client: httpx2.
         page = await client.get(url, params={"after": cursor, "wait": 10})
     _check(spec, page, "/api/stream-events/{stream_id}")
     assert page.headers["etag"]
+    uploaded = await client.post("/api/upload-image", json=_example("/api/upload-image"))
+    _check(spec, uploaded, "/api/upload-image")
     for path in ("/api/conversation-health", "/livez", "/readyz"):
         _check(spec, await client.get(path), path)
     _check(spec, await client.get("/readyz?verbose"), "/readyz")
@@ -170,12 +178,14 @@ async def test_answers_of_a_server_are_as_documented(spec: Json, client: httpx2.
 
 async def test_problems_of_a_server_are_as_documented(spec: Json, client: httpx2.AsyncClient) -> None:
     question = {"user_id": "ann", "chatbot_id": "demo", "message_text": "Hello"}
+    empty = {"image_data": {"data": "data:image/png;base64,"}}
     stream = "/api/stream-events/0197c1a2-7b3c-7def-8a01-23456789abcd"
     failures = [
         (await client.post("/api/process-message", content=b"{"), 400, "invalid_json"),
         (await client.post("/api/process-message", json=question | {"chatbot_id": "nobody"}), 404, "chatbot_unknown"),
         (await client.post("/api/process-message", content=b" " * (5 << 20)), 413, "body_too_large"),
         (await client.post("/api/process-message", json={}), 422, "invalid_request"),
+        (await client.post("/api/upload-image", json=_example("/api/upload-image") | empty), 422, "image_invalid"),
         (await client.get(stream), 404, "stream_unknown"),
         (await client.get(stream, params={"after": "x"}), 400, "bad_cursor"),
         (await client.get(stream, params={"limit": "x"}), 400, "bad_parameter"),

@@ -55,6 +55,13 @@ class Replica:
         )
         self._beating_since: float | None = None
 
+    def admit(self) -> None:
+        """Raises Unavailable where no new work is taken. Nobody waits for a database that is known to be away."""
+        if self.refusal is not None:
+            raise self.refusal
+        if not self.beating:
+            raise Unavailable("database_unavailable", "The database is away.", retry_after=2)
+
     async def register(self) -> None:
         async with self._pool.acquire(timeout=ACQUIRE_S) as connection, connection.transaction():
             await connection.execute(_REGISTER, self.id, self._url, __version__)

@@ -1,0 +1,151 @@
+"""POST /api/upload-image: a picture is checked and stored, and where a question comes with it, a flow looks at it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypedDict
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.chats.allowance import Allowance
+from app.chats.images import Images, StoredImage
+from app.chats.uploads import ImageData, upload_of
+from app.errors import BadRequest, Invalid, TooSlow
+from app.settings import Settings
+from app.telemetry import request_id
+from app.text import clean, parse_object, validated
+
+Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f\ufffd]+$")]
+
+# An upload is one long text and little around it. Without this bound, ten megabytes of "[],[],[]" would be parsed into
+# hundreds of megabytes of lists.
+_MOST_PARTS = 50_000
+
+
+class UploadImage(BaseModel):
+    """A picture for a chatbot, with or without a question about it."""
+
+    model_config = ConfigDict(strict=True)
+
+    chatbot_id: Name
+    image_data: ImageData
+    message_text: str | None = None
+    configuration: dict[str, Any] | None = None
+    user_id: Name | None = None
+
+
+class ImageAnswer(BaseModel):
+    """The picture as it was stored: scaled down where it was large, upright, without metadata."""
+
+    id: str
+    mime: str
+    width: int
+    height: int
+    bytes: int
+    sha256: str
+
+
+class UploadAnswer(BaseModel):
+    """`id` is what a message names as its `image_id`."""
+
+    success: Literal[True] = True
+    image: ImageAnswer
+    analysis: str | None = None
+    streaming_session_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What somebody asks about a picture they uploaded."""
+
+    image: StoredImage
+    chatbot_id: str
+    text: str
+    configuration: dict[str, Any]
+    user_id: str | None
+    request_id: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Analysis:
+    """What became of a question: the text where it is there already, or where it streams."""
+
+    text: str | None = None
+    streaming_session_id: str | None = None
+
+
+class Needs(TypedDict):
+    settings: Settings
+    images: Images
+    uploads: Allowance
+    # Raises Unavailable where nothing may be stored now.
+    admit_upload: Callable[[], None]
+    # The chatbot's image flow. None: a question is not answered.
+    analyse: Callable[[Question], Awaitable[Analysis]] | None
+
+
+async def upload_image(request: Request[Needs]) -> Response:
+    """Check and store a picture; the same one again is stored once."""
+    request.state["admit_upload"]()
+    # Before the body is read: what waits here waits at its sender.
+    async with request.state["uploads"].take(_size(request)):
+        upload = await _received(request)
+        image = await request.state["images"].accept(upload_of(upload.image_data), user_id=upload.user_id or "")
+    analysis = await _analysis(request, upload, image)
+    answer = UploadAnswer(
+        image=ImageAnswer(
+            id=str(image.id),
+            mime=image.mime,
+            width=image.width,
+            height=image.height,
+            bytes=image.bytes,
+            sha256=image.sha256,
+        ),
+        analysis=analysis.text,
+        streaming_session_id=analysis.streaming_session_id,
+    )
+    return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _size(request: Request[Needs]) -> int:
+    declared, limit = request.headers.get("content-length", ""), request.state["settings"].upload_limit
+    return min(int(declared), limit) if declared.isdecimal() else limit
+
+
+async def _received(request: Request[Needs]) -> UploadImage:
+    settings = request.state["settings"]
+    upload = validated(UploadImage, parse_object(await _body(request, settings.upload_timeout_s)))
+    if len((upload.message_text or "").encode(errors="replace")) > settings.message_limit:
+        raise Invalid("message_too_long", f"message_text is longer than {settings.message_limit} bytes.")
+    return upload
+
+
+async def _body(request: Request[Needs], timeout_s: float) -> bytearray:
+    # Not request.body(), which keeps ten megabytes for as long as the request lives.
+    body = bytearray()
+    try:
+        async with asyncio.timeout(timeout_s):
+            async for chunk in request.stream():
+                body += chunk
+    except TimeoutError:
+        raise TooSlow("upload_too_slow", f"The body did not arrive within {timeout_s:g} seconds.") from None
+    if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_PARTS:
+        raise BadRequest("invalid_json", "The body has too many members for an upload.")
+    return body
+
+
+async def _analysis(request: Request[Needs], upload: UploadImage, image: StoredImage) -> Analysis:
+    analyse = request.state["analyse"]
+    if analyse is None or not upload.message_text:
+        return Analysis()
+    question = Question(
+        image=image,
+        chatbot_id=upload.chatbot_id,
+        text=clean(upload.message_text),
+        configuration=upload.configuration or {},
+        user_id=upload.user_id,
+        request_id=request_id(request.scope),
+    )
+    return await analyse(question)

@@ -1,0 +1,59 @@
+"""A bounded number of something at once: others wait for it, not for ever, and everything comes back."""
+
+import asyncio
+
+import pytest
+
+from app.chats.allowance import Allowance
+from app.errors import Unavailable
+
+
+async def test_units_are_taken_and_returned() -> None:
+    allowance = Allowance(10, of="uploads", wait_s=0.01)
+    async with allowance.take(7), allowance.take(3):
+        with pytest.raises(Unavailable, match="Too many uploads") as refused:
+            async with allowance.take(1):
+                raise AssertionError
+        assert (refused.value.code, refused.value.retry_after) == ("overloaded", 2)
+    async with allowance.take(10):
+        pass
+
+
+async def test_whoever_waits_gets_what_others_return() -> None:
+    allowance, order = Allowance(10, of="uploads"), []
+
+    async def work(units: int) -> None:
+        async with allowance.take(units):
+            order.append(units)
+            await asyncio.sleep(0)
+
+    async with asyncio.TaskGroup() as tasks:
+        for units in (6, 5, 4, 10, 1):
+            tasks.create_task(work(units))
+    assert sorted(order) == [1, 4, 5, 6, 10]
+    assert order.index(5) > order.index(6)
+
+
+async def test_whoever_leaves_the_queue_or_fails_takes_nothing_along() -> None:
+    allowance = Allowance(1, of="uploads", wait_s=10)
+    inside = asyncio.Event()
+
+    async def wait() -> None:
+        async with allowance.take():
+            raise AssertionError
+
+    async def fail() -> None:
+        async with allowance.take():
+            inside.set()
+            await asyncio.Event().wait()
+
+    failing = asyncio.create_task(fail())
+    await inside.wait()
+    waiting = asyncio.create_task(wait())
+    await asyncio.sleep(0)
+    for task in (waiting, failing):
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    async with asyncio.timeout(1), allowance.take():
+        pass
