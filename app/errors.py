@@ -28,6 +28,11 @@ class BadRequest(ParleyError):
     title = "Bad request"
 
 
+class Forbidden(ParleyError):
+    status = 403
+    title = "Forbidden"
+
+
 class NotFound(ParleyError):
     status = 404
     title = "Not found"

@@ -19,8 +19,8 @@ from app.chats.decoders import Decoders
 from app.chats.images import Images
 from app.chats.picture import Limits as PictureLimits
 from app.errors import Misconfigured, Unavailable
+from app.flows import configuration, idempotency
 from app.flows import endpoints as flow_endpoints
-from app.flows import idempotency
 from app.flows.abandonment import Abandonment
 from app.flows.beginning import Beginning, Memory
 from app.flows.call import Means
@@ -56,7 +56,14 @@ _UPKEEP_S = 3600
 _UPLOADS = 3
 
 
-class State(stream_endpoints.Needs, flow_endpoints.Needs, chat_endpoints.Needs, health.Needs, problems.Needs):
+class State(
+    stream_endpoints.Needs,
+    flow_endpoints.Needs,
+    configuration.Needs,
+    chat_endpoints.Needs,
+    health.Needs,
+    problems.Needs,
+):
     """What requests find in `request.state`."""
 
 
@@ -85,6 +92,12 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
             chat_endpoints.upload_image,
             methods=["POST"],
             middleware=[Middleware(problems.BodyLimit, settings.upload_limit)],
+        ),
+        Route(
+            "/api/conversation-config/{chatbot_id}",
+            configuration.conversation_config,
+            methods=["GET", "PUT"],
+            middleware=body_limit,
         ),
         Route("/api/stream-events/{stream_id}", stream_endpoints.stream_events),
         Route("/api/stream-events/{stream_id}/cancel", flow_endpoints.cancel, methods=["POST"], middleware=body_limit),
@@ -192,9 +205,8 @@ class Gateway:
             journal=journal,
             lease_s=settings.lease_s,
         )
-        beginning = Beginning(
-            streams, chatbots=Chatbots(pool), memory=Memory(settings.history_limit, settings.history_bytes)
-        )
+        chatbots = Chatbots(pool)
+        beginning = Beginning(streams, chatbots=chatbots, memory=Memory(settings.history_limit, settings.history_bytes))
         intake = Intake(
             replica,
             streams,
@@ -218,6 +230,7 @@ class Gateway:
             hub=hub,
             tail=tail,
             runner=runner,
+            chatbots=chatbots,
             intake=intake,
             turns=turns,
             stopping=stopping,

@@ -8,6 +8,7 @@ import orjson
 from pydantic import BaseModel
 
 from app.chats.endpoints import UploadAnswer, UploadImage
+from app.flows.configuration import ConfigurationAnswer, ReplaceAnswer, ReplaceConfiguration
 from app.flows.endpoints import (
     Cancel,
     CancelAnswer,
@@ -223,6 +224,62 @@ _STREAM_EVENTS = Operation(
     },
 )
 
+_CONFIGURATION: dict[str, Any] = {
+    "chatbot_id": "shop",
+    "version": 3,
+    "image_enabled": False,
+    "language": "en",
+    "languages": ["en", "de"],
+    "flows": ["intent", "main"],
+    "answers": ["main"],
+    "markers": ["card"],
+    "on_busy": "enqueue",
+    "topKSettings": {"main": 5},
+    "flowApiKeys": {"intent": "configured", "main": "configured"},
+    "allowed": {"temperature": [0, 1], "topKSettings": None, "values": [], "flow_type": False},
+}
+_CHATBOT = Parameter("chatbot_id", "path", "The chatbot's id.")
+_GET_CONFIG = Operation(
+    "Look at a chatbot",
+    "What a front end needs. Secrets never leave: a flow's key is `configured` or empty. `allowed` is what the "
+    "`configuration` of a message may set.",
+    answers={
+        200: Answer(
+            "The chatbot in the version in use.",
+            {_JSON: Content({"success": True, "configuration": _CONFIGURATION}, ConfigurationAnswer)},
+        )
+    },
+    parameters=[_CHATBOT],
+    problems={404: ["chatbot_unknown"], 503: ["database_unavailable"]},
+)
+_PUT_CONFIG = Operation(
+    "Replace a chatbot",
+    "In the shapes of the chatbots file (docs/chatbots.md), with the providers and templates that it names. In use "
+    "within a second on every replica; answers under way keep the version they began with. For admins: taken only by "
+    "a server that listens on a loopback address, until requests are authenticated.",
+    answers={
+        200: Answer(
+            "In use.",
+            {_JSON: Content({"success": True, "chatbot_id": "shop", "version": 4, "changed": True}, ReplaceAnswer)},
+        )
+    },
+    parameters=[_CHATBOT],
+    body=Content(
+        {
+            "providers": {"demo": {"kind": "openai", "base_url": "env:PARLEY_DEMO_URL"}},
+            "chatbot": {"flows": {"main": {"provider": "demo", "model": "demo"}}},
+        },
+        ReplaceConfiguration,
+    ),
+    problems={
+        400: ["invalid_json"],
+        403: ["admin_only"],
+        413: ["body_too_large"],
+        422: ["configuration_invalid"],
+        503: ["database_unavailable", "database_busy"],
+    },
+)
+
 _CANCEL = Operation(
     "Stop an answer",
     "The provider's connection is closed, what was said so far is kept, and the stream ends as `cancelled`. May be "
@@ -377,6 +434,8 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/api/process-message"): _PROCESS_MESSAGE,
     ("POST", "/api/upload-image"): _UPLOAD_IMAGE,
     ("GET", "/api/stream-events/{stream_id}"): _STREAM_EVENTS,
+    ("GET", "/api/conversation-config/{chatbot_id}"): _GET_CONFIG,
+    ("PUT", "/api/conversation-config/{chatbot_id}"): _PUT_CONFIG,
     ("POST", "/api/stream-events/{stream_id}/cancel"): _CANCEL,
     ("GET", "/api/sessions/{session_id}/queue"): _QUEUE,
     ("PATCH", "/api/sessions/{session_id}/queue/{message_id}"): _EDIT_QUEUED,

@@ -74,6 +74,12 @@ class Chatbots:
         return self._parsed[key]
 
 
+async def newest_version(connection: Connection, chatbot_id: str) -> int:
+    """The version in use; 0 where there is none."""
+    version: int | None = await connection.fetchval(_NEWEST, chatbot_id)
+    return version or 0
+
+
 async def all_newest(connection: Connection) -> dict[str, Chatbot]:
     """Every chatbot in its newest version."""
     return {row["id"]: Chatbot.from_json(orjson.loads(row["configuration"])) for row in await connection.fetch(_ALL)}

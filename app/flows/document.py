@@ -30,7 +30,7 @@ class Document:
 
     def refused(self, mistakes: Sequence[tuple[Place, str]]) -> Misconfigured:
         """All mistakes at once, each with its line and place."""
-        return self._refused([f"line {self._line(place)}: {_dotted(place)}: {text}" for place, text in mistakes])
+        return self._refused([f"line {self._line(place)}: {dotted(place)}: {text}" for place, text in mistakes])
 
     def _refused(self, lines: Sequence[str]) -> Misconfigured:
         told = "\n".join(f"  {line}" for line in lines)
@@ -89,7 +89,8 @@ def _child(node: yaml.Node | None, part: str | int) -> tuple[yaml.Node, int] | N
     return None
 
 
-def _dotted(place: Place) -> str:
+def dotted(place: Place) -> str:
+    """A place in words."""
     return ".".join(map(str, place)) or "file"
 
 

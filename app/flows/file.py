@@ -3,7 +3,7 @@
 docs/chatbots.md describes it; docs/examples/everything.yaml shows all of it.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from app.errors import Misconfigured
 from app.flows import markers
 from app.flows.config import ANSWER, Allow, Assignment, Chatbot, Choice, Condition, Flow, OnBusy, Router, Rule, Step
-from app.flows.document import Document, Place
+from app.flows.document import Document, Place, dotted
 from app.flows.markers import Marker
 from app.flows.plan import mistakes
 from app.flows.templates import Template, TemplateError
@@ -177,15 +177,35 @@ def load(path: Path) -> File:
 def parse(text: str, source: str = "configuration") -> File:
     """As `load`, for a text."""
     document = Document(text, source)
+    return _checked(document.value, document.refused)
+
+
+def parse_one(chatbot_id: str, given: Mapping[str, Any]) -> File:
+    """One chatbot, `{"chatbot": {...}, "providers": {...}, "templates": {...}}` in the file's shapes.
+
+    Raises Misconfigured naming every mistake at once.
+    """
+    if unknown := sorted(given.keys() - {"chatbot", "providers", "templates"}):
+        raise _refused([([], f"there is no member named {name!r}") for name in unknown])
+    parts = {name: given[name] for name in ("providers", "templates") if name in given}
+    return _checked({**parts, "chatbots": {chatbot_id: given.get("chatbot")}}, _refused)
+
+
+def _refused(mistakes: Sequence[tuple[Place, str]]) -> Misconfigured:
+    told = "; ".join(f"{dotted(place)}: {text}" for place, text in mistakes[:20])
+    return Misconfigured("configuration_invalid", f"The configuration is not usable: {told}")
+
+
+def _checked(value: Any, refused: Callable[[Sequence[tuple[Place, str]]], Misconfigured]) -> File:
     try:
-        file = _File.model_validate(document.value)
+        file = _File.model_validate(value)
     except ValidationError as error:
-        raise document.refused([(_place(e["loc"]), _said(e["msg"])) for e in error.errors()]) from None
+        raise refused([(_place(e["loc"]), _said(e["msg"])) for e in error.errors()]) from None
     if wrong := [*_unknown_providers(file), *_bad_templates(file)]:
-        raise document.refused(wrong)
+        raise refused(wrong)
     chatbots = {name: _chatbot(chatbot, file) for name, chatbot in file.chatbots.items()}
     if wrong := [(("chatbots", name, *place), text) for name, bot in chatbots.items() for place, text in problems(bot)]:
-        raise document.refused(wrong)
+        raise refused(wrong)
     return File(chatbots, file.templates)
 
 

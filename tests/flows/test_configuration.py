@@ -1,0 +1,118 @@
+"""Looking at chatbots and replacing them over HTTP: no secret leaves, and nothing that cannot work is taken."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from app.errors import Forbidden
+from app.flows.configuration import admins_only
+from app.settings import load
+from tests.flows.events import only, text
+from tests.house import Open, flow
+from tests.serving import serving
+
+URL = "/api/conversation-config/shop"
+
+
+def body(demo: str, say: str = "Hello.", **fields: Any) -> dict[str, Any]:
+    return {
+        "providers": {"demo": {"kind": "openai", "base_url": demo, "api_key": "env:SHOP_KEY"}},
+        "chatbot": {"flows": {"main": flow(say, **fields)}},
+    }
+
+
+async def test_what_a_front_end_sees_holds_no_secret(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOP_KEY", "sk-canary-1234567890")
+    async with house() as home:
+        wanted = body(home.demo, top_k=5, system="The secret prompt.", images=True)
+        wanted["chatbot"] |= {"language": "en", "allow": {"temperature": [0, 1], "languages": ["en", "de"]}}
+        wanted["chatbot"]["flows"]["side"] = flow("x")
+        assert (await home.client.put(URL, json=wanted)).json()["changed"] is True
+        response = await home.client.get(URL)
+        shown = response.json()["configuration"]
+        assert (shown["chatbot_id"], shown["version"], shown["image_enabled"]) == ("shop", 1, True)
+        assert (shown["topKSettings"], shown["language"]) == ({"main": 5}, "en")
+        assert shown["flowApiKeys"] == {"main": "configured", "side": "configured"}
+        assert shown["allowed"]["temperature"] == [0, 1]
+        for secret in ("canary", "SHOP_KEY", "secret prompt", home.demo, "127.0.0.1"):
+            assert secret not in response.text
+        monkeypatch.delenv("SHOP_KEY")
+        assert (await home.client.get(URL)).json()["configuration"]["flowApiKeys"]["main"] == ""
+        missing = await home.client.get("/api/conversation-config/none")
+        assert (missing.status_code, missing.json()["code"]) == (404, "chatbot_unknown")
+
+
+async def test_a_replaced_chatbot_is_in_use_everywhere_within_a_second(
+    house: Open, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOP_KEY", "sk-canary-1234567890")
+    async with house() as home, serving(database, drain_s=0) as other:
+        assert (await home.client.put(URL, json=body(home.demo, "one"))).json()["version"] == 1
+        _, frames = await home.ask("shop")
+        assert text(frames) == "one"
+        replaced = (await other.put(URL, json=body(home.demo, "two"))).json()
+        assert (replaced["version"], replaced["changed"]) == (2, True)
+        again = (await other.put(URL, json=body(home.demo, "two"))).json()
+        assert (again["version"], again["changed"]) == (2, False)
+        async with asyncio.timeout(2):
+            while text((await home.ask("shop"))[1]) != "two":
+                pass
+        assert await home.database.fetchval("select max(chatbot_version) from streaming_sessions") == 2
+
+
+async def test_an_answer_under_way_keeps_its_version(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOP_KEY", "sk-canary-1234567890")
+    async with house() as home:
+        slow = body(home.demo, "one", wishes={"first_ms": 300})
+        await home.client.put(URL, json=slow)
+        asked = asyncio.ensure_future(home.ask("shop"))
+        async with asyncio.timeout(5):
+            while not await home.count("streaming_sessions"):
+                pass
+        await home.client.put(URL, json=body(home.demo, "two"))
+        _, frames = await asked
+        assert text(frames) == "one"
+        assert only(frames, "stream_end")["status"] == "completed"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"chatbot": None}, "chatbots.shop: "),
+        ({"chatbot": {}}, "chatbots.shop.flows: Field required"),
+        ({"chatbot": {"flows": {"main": {"provider": "nobody", "model": "m"}}}}, "no provider is named 'nobody'"),
+        ({"chatbot": {"flows": {"main": flow("x", system="{{nothing}}")}}}, "nothing"),
+        ({"chatbot": {"flows": {"main": flow("x", template="none")}}}, "no template none"),
+        ({"chatbot": {"flows": {"main": flow("x")}, "answers": ["other"]}}, "no flow named 'other'"),
+        ({"providers": {"demo": {"kind": "openai", "base_url": "http://x", "api_key": "sk-1"}}}, "never the key"),
+        ({"providers": [1]}, "providers"),
+        ({"surprise": 1}, "surprise"),
+    ],
+)
+async def test_what_cannot_work_is_refused_with_its_place(house: Open, change: dict[str, Any], told: str) -> None:
+    async with house() as home:
+        response = await home.client.put(URL, json=body(home.demo) | change)
+        assert (response.status_code, response.json()["code"]) == (422, "configuration_invalid")
+        assert told in response.json()["detail"]
+        assert await home.database.fetchval("select count(*) from chatbots where id = 'shop'") == 0
+
+
+async def test_i3_bodies_that_are_none(house: Open) -> None:
+    async with house() as home:
+        for content in (b"", b"[]", b"{", b"[" * 100_000, b'{"chatbot": 7}', b"\xff", b'{"providers": {"x": ' * 5000):
+            response = await home.client.put(URL, content=content)
+            assert response.status_code in (400, 422), response.text
+        for name in ("a%20b", "x" * 200, "%00"):
+            response = await home.client.put(f"/api/conversation-config/{name}", json=body(home.demo))
+            assert response.status_code in (404, 422), response.text
+
+
+@pytest.mark.parametrize(("host", "taken"), [("127.0.0.1", 1), ("::1", 1), ("localhost", 1), ("0.0.0.0", 0), ("::", 0)])
+def test_nobody_replaces_a_chatbot_of_a_server_that_others_reach(host: str, taken: int) -> None:
+    settings = load(database_url="postgresql://nowhere/x", host=host)
+    if taken:
+        admins_only(settings)
+    else:
+        with pytest.raises(Forbidden, match="parley apply"):
+            admins_only(settings)
