@@ -22,7 +22,7 @@ from app.errors import Misconfigured, Unavailable
 from app.flows import configuration, idempotency
 from app.flows import endpoints as flow_endpoints
 from app.flows.abandonment import Abandonment
-from app.flows.beginning import Beginning, Memory
+from app.flows.beginning import Beginning, Incoming, Memory
 from app.flows.call import Means
 from app.flows.chatbots import Chatbots
 from app.flows.ending import Ending
@@ -206,7 +206,9 @@ class Gateway:
             lease_s=settings.lease_s,
         )
         chatbots = Chatbots(pool)
-        beginning = Beginning(streams, chatbots=chatbots, memory=Memory(settings.history_limit, settings.history_bytes))
+        images = Images(pool, decoders)
+        memory = Memory(settings.history_limit, settings.history_bytes)
+        beginning = Beginning(streams, chatbots=chatbots, images=images, memory=memory)
         intake = Intake(
             replica,
             streams,
@@ -234,10 +236,10 @@ class Gateway:
             intake=intake,
             turns=turns,
             stopping=stopping,
-            images=Images(pool, decoders),
+            images=images,
             uploads=Allowance(_UPLOADS * settings.upload_limit, of="uploads"),
             admit_upload=replica.admit,
-            analyse=None,
+            analyse=partial(_analyse, intake),
         )
 
     @property
@@ -319,6 +321,20 @@ class Gateway:
             log.warning("goodbye_failed", error=type(error).__name__)
         finally:
             self._life.drained.set()
+
+
+async def _analyse(intake: Intake, question: chat_endpoints.Question) -> chat_endpoints.Analysis:
+    """A question about an uploaded picture is a message like any other; without a user it is nobody's."""
+    incoming = Incoming(
+        question.user_id or "",
+        question.chatbot_id,
+        question.text,
+        configuration=question.configuration,
+        image_id=str(question.image.id),
+        request_id=question.request_id,
+    )
+    accepted = await intake.accept(incoming)
+    return chat_endpoints.Analysis(streaming_session_id=accepted.streaming_session_id)
 
 
 def _picture_limits(settings: Settings) -> PictureLimits:

@@ -36,9 +36,13 @@ class House:
         return answer, await read_stream(self.client, answer["streaming_url"])
 
     async def apply(self, **chatbots: dict[str, Any]) -> None:
-        """Make chatbots as a file would say them; their provider is `demo`, and `gone` is one where nobody listens."""
+        """Make chatbots as a file would say them.
+
+        Their provider is `demo`; `claude` is the same in another dialect, and where `gone` should be is nobody.
+        """
         providers = {
             "demo": {"kind": "openai", "base_url": self.demo},
+            "claude": {"kind": "anthropic", "base_url": self.demo.removesuffix("/v1")},
             "gone": {"kind": "openai", "base_url": "http://127.0.0.1:9/v1"},
         }
         wanted = file.parse(yaml.safe_dump({"providers": providers, "chatbots": chatbots}))

@@ -1,14 +1,17 @@
 """How every run begins, when its message is accepted or when its turn in the queue has come."""
 
 import uuid
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any
 from uuid import UUID
 
 from app.chats import store
 from app.chats.chat import Message, most_recent
+from app.chats.images import Images
+from app.chats.picture import Picture
+from app.errors import Invalid
 from app.flows import idempotency
 from app.flows.chatbots import Chatbots
 from app.flows.config import Chatbot, Flow
@@ -16,6 +19,7 @@ from app.flows.plan import Ask, Plan, plan
 from app.flows.run import Inputs, Run
 from app.flows.wishes import Wishes, allowed
 from app.postgres import Connection
+from app.providers.provider import Image
 from app.streams.stream import Stream, Streams
 
 
@@ -31,6 +35,8 @@ class Incoming:
     history: Sequence[Message] | None = None
     configuration: dict[str, Any] = field(default_factory=dict)
     on_busy: str | None = None
+    image_data: Mapping[str, Any] | None = None
+    image_id: str | None = None
     key: idempotency.Key | None = None
     request_id: str | None = None
     received: float = field(default_factory=perf_counter)
@@ -53,6 +59,7 @@ class Prepared:
     chatbot: Chatbot
     wishes: Wishes
     plan: Plan
+    picture: Picture | None = None
 
     @property
     def flow_type(self) -> str:
@@ -67,17 +74,33 @@ class Prepared:
 class Beginning:
     """From a message to a run, in two steps: what can be refused is refused before a transaction begins."""
 
-    def __init__(self, streams: Streams, *, chatbots: Chatbots, memory: Memory) -> None:
+    def __init__(self, streams: Streams, *, chatbots: Chatbots, images: Images, memory: Memory) -> None:
         self._streams = streams
         self._chatbots = chatbots
+        self._images = images
         self._memory = memory
 
     async def prepare(self, incoming: Incoming) -> Prepared:
-        """Raises NotFound or Invalid for what this chatbot does not take."""
+        """Raises NotFound, Invalid or Unavailable for what this chatbot does not take, or not now.
+
+        A picture inside the message is stored by this, and named by its id from here on.
+        """
         version, chatbot = await self._chatbots.newest(incoming.chatbot_id)
         wishes = allowed(incoming.configuration, chatbot)
-        ask = Ask(incoming.text, False, wishes.language, wishes.flow_type)
-        return Prepared(incoming, version, chatbot, wishes, plan(chatbot, ask))
+        incoming, picture = await self._seen(incoming, chatbot)
+        ask = Ask(incoming.text, picture is not None, wishes.language, wishes.flow_type)
+        return Prepared(incoming, version, chatbot, wishes, plan(chatbot, ask), picture)
+
+    async def _seen(self, incoming: Incoming, chatbot: Chatbot) -> tuple[Incoming, Picture | None]:
+        if incoming.image_data is None and incoming.image_id is None:
+            return incoming, None
+        if not chatbot.takes_images:
+            raise Invalid("images_unsupported", "This chatbot takes no images; leave image_data and image_id out.")
+        if incoming.image_data is not None:
+            stored = await self._images.accept_inline(incoming.image_data, user_id=incoming.user_id)
+            incoming = replace(incoming, image_data=None, image_id=str(stored.id))
+        assert incoming.image_id is not None
+        return incoming, await self._images.read(incoming.image_id, user_id=incoming.user_id)
 
     async def write(
         self, connection: Connection, prepared: Prepared, *, stream_id: UUID, session_id: str, new: bool, queued: bool
@@ -96,6 +119,7 @@ class Beginning:
             chat_id=session_id,
             message_id=incoming.message_id or str(uuid.uuid4()),
             content=incoming.text,
+            attachments=[{"type": "image", "id": incoming.image_id}] if incoming.image_id else [],
         )
         stream = Stream(
             stream_id, incoming.user_id, session_id, incoming.chatbot_id, prepared.version, prepared.flow_type
@@ -120,6 +144,7 @@ def _inputs(prepared: Prepared, history: Sequence[Message]) -> Inputs:
     return Inputs(
         prepared.incoming.text,
         history,
+        images=[Image(prepared.picture.mime, prepared.picture.data)] if prepared.picture else [],
         language=wishes.language,
         values={**prepared.chatbot.values, **wishes.values},
         temperature=wishes.temperature,

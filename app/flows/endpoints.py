@@ -2,10 +2,10 @@
 
 import hashlib
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, TypedDict, TypeVar
+from typing import Annotated, Any, Literal, TypedDict
 
 import orjson
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -21,12 +21,11 @@ from app.postgres import Pool
 from app.settings import Settings
 from app.streams.identity import stream_id_of
 from app.telemetry import request_id
-from app.text import clean, parse_object
+from app.text import clean, parse_object, validated
 
 # Ids travel in URLs and log lines; a user id is whatever the front end calls its users, but for control characters.
 _ID = r"^[A-Za-z0-9._~:-]{1,128}$"
 
-Body = TypeVar("Body", bound=BaseModel)
 Id = Annotated[str, Field(pattern=_ID)]
 Printable = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f\ufffd]+$")]
 
@@ -144,25 +143,18 @@ def _incoming(request: Request[Needs], body: bytes, settings: Settings) -> Incom
         history=_history(message),
         configuration=message.configuration or {},
         on_busy=message.on_busy,
+        image_data=message.image_data,
+        image_id=message.image_id,
         key=_key(request, message, given),
         request_id=request_id(request.scope),
     )
 
 
 def _validated(given: dict[str, Any]) -> ProcessMessage:
-    message = _model(ProcessMessage, given)
-    if message.image_data is not None or message.image_id is not None:
-        raise Invalid("images_unsupported", "This chatbot takes no images; leave image_data and image_id out.")
+    message = validated(ProcessMessage, given)
+    if message.image_data is not None and message.image_id is not None:
+        raise Invalid("invalid_request", "The request is not valid: send image_data or image_id, not both.")
     return message
-
-
-def _model(model: type[Body], given: dict[str, Any]) -> Body:
-    try:
-        return model.model_validate(given)
-    except ValidationError as error:
-        # Never the input itself: it may be large, secret or both.
-        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:10])
-        raise Invalid("invalid_request", f"The request is not valid: {wrong}.") from None
 
 
 def _check_length(text: str, settings: Settings) -> None:
@@ -215,7 +207,7 @@ def _answer(accepted: Accepted) -> Response:
 async def cancel(request: Request[Needs]) -> Response:
     """Stop an answer, or one of its flows; what was said so far is kept. Any number of times."""
     body = await request.body()
-    wanted = _model(Cancel, parse_object(body) if body.strip() else {})
+    wanted = validated(Cancel, parse_object(body) if body.strip() else {})
     stream_id = stream_id_of(request.path_params["stream_id"])
     stopped = await request.state["stopping"].stop(stream_id, wanted.flow)
     return _json(
@@ -259,7 +251,7 @@ async def queued_message(request: Request[Needs]) -> Response:
 
 
 async def _edit(request: Request[Needs]) -> Response:
-    wanted = _model(EditMessage, parse_object(await request.body()))
+    wanted = validated(EditMessage, parse_object(await request.body()))
     _check_length(wanted.message_text, request.state["settings"])
     message_id = request.path_params["message_id"]
     text = clean(wanted.message_text)

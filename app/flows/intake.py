@@ -62,19 +62,17 @@ class Intake:
 
         Raises NotFound, Conflict, Invalid, TooMany or Unavailable; then nothing was written.
         """
-        if self._replica.refusal is not None:
-            raise self._replica.refusal
+        self._replica.admit()
+        prepared = await retry_conflicts(lambda: self._beginning.prepare(incoming))
         try:
             async with self._turn():
-                return await retry_conflicts(lambda: self._accept(incoming))
+                return await retry_conflicts(lambda: self._accept(prepared))
         except Fenced:
             raise Unavailable("replica_lost", "The server is recovering; send it again.", retry_after=2) from None
 
     @asynccontextmanager
     async def _turn(self) -> AsyncGenerator[None, None]:
-        """Wait for a place. Nobody waits for a database that is known to be away: those inside find out for all."""
-        if not self._replica.beating:
-            raise Unavailable("database_unavailable", "The database is away.", retry_after=2)
+        """Wait for a place."""
         try:
             async with asyncio.timeout(_TURN_S):
                 await self._turns.acquire()
@@ -85,8 +83,8 @@ class Intake:
         finally:
             self._turns.release()
 
-    async def _accept(self, incoming: Incoming) -> Accepted:
-        prepared = await self._beginning.prepare(incoming)
+    async def _accept(self, prepared: Prepared) -> Accepted:
+        incoming = prepared.incoming
         async with self._replica.transaction() as connection:
             if incoming.key and (told := await self._replay(connection, incoming.key)):
                 return told

@@ -100,7 +100,12 @@ def _exists() -> Conflict:
 def _request(incoming: Incoming) -> str:
     """What a message brings besides its text and ids."""
     history = None if incoming.history is None else [asdict(message) for message in incoming.history]
-    request = {"configuration": incoming.configuration, "history": history, "request_id": incoming.request_id}
+    request = {
+        "configuration": incoming.configuration,
+        "history": history,
+        "image_id": incoming.image_id,
+        "request_id": incoming.request_id,
+    }
     return orjson.dumps(request).decode()
 
 
@@ -119,6 +124,7 @@ async def first(connection: Connection | Pool, *, user_id: str, session_id: str)
         message_id=row["message_id"],
         history=None if history is None else [Message(**message) for message in history],
         configuration=request["configuration"],
+        image_id=request["image_id"],
         request_id=request["request_id"],
         received=0,
     )
