@@ -164,16 +164,34 @@ _UPLOAD_IMAGE = Operation(
     "Checks a PNG, JPEG, WebP or GIF by its content, stores it anew and upright, scaled down to 2048 pixels and "
     "without metadata, and answers with the `id` that a message names as its `image_id`. The same picture of the same "
     "user is stored once. Of an animation the first frame is kept.\n\n"
+    "With `message_text` the chatbot's image flow looks at it: the answer streams at `streaming_session_id` like any "
+    "other.\n\n"
     "The body may have 10 MiB and must arrive within 30 seconds; the picture may have 40 million pixels, unless the "
     "server is configured otherwise. A picture uploaded without `user_id` can be named by anybody who knows its id.",
     answers={200: Answer("The picture is stored.", {_JSON: Content(_UPLOADED, UploadAnswer)})},
     body=Content(_UPLOAD, UploadImage),
     problems={
         400: ["invalid_json", "bad_request"],
+        404: ["chatbot_unknown"],
         408: ["upload_too_slow"],
         413: ["body_too_large"],
-        422: ["invalid_request", "message_too_long", "image_invalid", "image_too_large"],
-        503: ["starting", "draining", "overloaded", "decoder_lost", "database_unavailable", "database_busy"],
+        422: [
+            "invalid_request",
+            "message_too_long",
+            "image_invalid",
+            "image_too_large",
+            "images_unsupported",
+            "configuration_refused",
+        ],
+        503: [
+            "starting",
+            "draining",
+            "overloaded",
+            "upstream_busy",
+            "decoder_lost",
+            "database_unavailable",
+            "database_busy",
+        ],
     },
 )
 
