@@ -29,17 +29,20 @@ log = structlog.get_logger(__name__)
 # Asked for each flush; cheaper than building a line for every event that nobody wants to read.
 _VERBOSE = logging.getLogger(__name__)
 
-# One autocommit statement appends a whole flush. The share lock makes a takeover wait for it; the first count tells
-# "fenced" from "the batch was there already", which also inserts nothing when a lost COMMIT answer is retried.
-_APPEND = """
+# One autocommit statement appends a whole flush. The share lock makes a takeover wait for it. It inserts all of the
+# batch, or nothing where this replica is fenced.
+_INSERT_ALL = """
+insert into streaming_events (stream_id, id, payload)
+select u.s, u.i, u.p from o, unnest($1::uuid[], $2::int[], $3::text[]) as u(s, i, p)
+"""
+_APPEND = f"with o as materialized (select 1 from replicas where id = $4 and alive for share) {_INSERT_ALL}"
+_NOTHING = "INSERT 0 0"
+# Tried again after a lost COMMIT answer: two counts tell "fenced" from "the batch was there already".
+_APPEND_AGAIN = f"""
 with o as materialized (select 1 from replicas where id = $4 and alive for share),
-     ins as (insert into streaming_events (stream_id, id, payload)
-             select u.s, u.i, u.p from o, unnest($1::uuid[], $2::int[], $3::text[]) as u(s, i, p)
-             {conflict} returning 1)
+     ins as ({_INSERT_ALL} on conflict do nothing returning 1)
 select (select count(*) from o) as owners, (select count(*) from ins) as inserted
 """
-_APPEND_FIRST = _APPEND.format(conflict="")
-_APPEND_AGAIN = _APPEND.format(conflict="on conflict do nothing")
 _STORED = """
 select e.stream_id, e.id, e.payload from unnest($1::uuid[], $2::int[]) as u(s, i)
 join streaming_events e on e.stream_id = u.s and e.id = u.i
@@ -373,14 +376,19 @@ class Log:
             self._connection = await open_connection(self._dsn, timeout_s=2)
         streams, ids, payloads = map(list, zip(*events, strict=True))
         # A server that hangs is noticed by the connection's command_timeout.
-        row = await self._connection.fetchrow(
-            _APPEND_AGAIN if again else _APPEND_FIRST, streams, ids, payloads, self._replica.id
-        )
+        values = streams, ids, payloads, self._replica.id
+        if again:
+            await self._append_again(self._connection, values, events)
+        elif await self._connection.execute(_APPEND, *values) == _NOTHING:
+            raise Fenced(str(self._replica.id))
+
+    async def _append_again(self, connection: Connection, values: tuple[Any, ...], events: _Events) -> None:
+        row = await connection.fetchrow(_APPEND_AGAIN, *values)
         assert row is not None
         if not row["owners"]:
             raise Fenced(str(self._replica.id))
         if row["inserted"] != len(events):
-            await self._verify(self._connection, events)
+            await self._verify(connection, events)
 
     async def _verify(self, connection: Connection, events: _Events) -> None:
         rows = await connection.fetch(_STORED, [e[0] for e in events], [e[1] for e in events])

@@ -127,6 +127,18 @@ async def test_a_repeated_batch_must_find_its_own_events(database: str) -> None:
         await parts.log._append_once([(stream.id, 2, "theirs"), (stream.id, 3, "ours")], again=True)
 
 
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_dead_replica_is_told_so_whether_its_batch_is_there_already_or_not(database: str, again: bool) -> None:
+    async with engine(database, lane=False) as parts:
+        stream = await parts.begin()
+        await parts.log._append_once([(stream.id, 2, "in time")], again=again)
+        await parts.pool.execute("update replicas set alive = false")
+        for event_id, payload in ((2, "in time"), (3, "too late")):
+            with pytest.raises(Fenced):
+                await parts.log._append_once([(stream.id, event_id, payload)], again=again)
+        assert await parts.stored(stream.id) == [1, 2]
+
+
 async def test_the_lane_holds_back_a_crowded_stream_and_gives_up_in_time(database: str) -> None:
     limits = Limits(stream_bytes=4096, unsaved_s=0.05)
     async with engine(database, limits=limits, lane=False) as parts:
