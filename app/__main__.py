@@ -3,7 +3,7 @@
 import asyncio
 import difflib
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,6 +16,7 @@ from app.settings import Settings, load
 # Each command imports what it needs: `parley version` should not pay for a web server.
 if TYPE_CHECKING:
     from app.flows.chatbots import Change
+    from app.postgres import Connection
 
 T = TypeVar("T")
 
@@ -115,28 +116,56 @@ def doctor() -> None:
 @click.option("--dry-run", is_flag=True, help="Show the difference and change nothing.")
 def apply(file: Path, dry_run: bool) -> None:
     """Make the chatbots what FILE says, showing the difference."""
-    dsn = _dsn(settings := _with_database())
+    settings = _with_database()
     from app.flows import chatbots
     from app.flows.file import load as load_file
-    from app.postgres import open_connection, wait_for_database
-    from app.schema import require_current
 
     wanted = load_file(file)
-
-    async def run() -> list["Change"]:
-        await wait_for_database(dsn, settings.database_wait_s, lambda reason: click.echo(reason, err=True))
-        connection = await open_connection(dsn)
-        try:
-            await require_current(connection)
-            return await chatbots.apply(connection, wanted, dry_run=dry_run)
-        finally:
-            await connection.close()
-
-    changes = _run(run)
+    changes = _connected(settings, lambda connection: chatbots.apply(connection, wanted, dry_run=dry_run))
     for change in changes:
         click.echo(_difference(change))
     done = "would change" if dry_run else "changed"
     click.echo(f"{len(changes)} of {len(wanted.chatbots)} chatbots {done}." if changes else "Nothing to change.")
+
+
+@main.command()
+@click.argument("chatbot", nargs=-1)
+def export(chatbot: tuple[str, ...]) -> None:
+    """Print chatbots as a file that `parley apply` takes back unchanged: those named, or all."""
+    settings = _with_database()
+    from app.flows import chatbots
+    from app.flows.export import to_yaml
+
+    async def read(connection: "Connection") -> str:
+        found = await chatbots.all_newest(connection)
+        if unknown := [name for name in chatbot if name not in found]:
+            raise _no_such_chatbot(unknown[0], found)
+        wanted = {name: found[name] for name in chatbot or found}
+        return to_yaml(wanted, newest=await chatbots.newest_templates(connection))
+
+    click.echo(_connected(settings, read), nl=False)
+
+
+@main.command()
+@click.argument("chatbot")
+@click.argument("message")
+@click.option("--file", type=click.Path(path_type=Path), help="A chatbots file, instead of the database.")
+@click.option("--image", is_flag=True, help="As if a picture came with the message.")
+@click.option("--language", default="", help="As if the message asked for this language.")
+@click.option("--flow-type", help="As if the message asked for this flow.")
+def plan(chatbot: str, message: str, file: Path | None, image: bool, language: str, flow_type: str | None) -> None:
+    """Print which flows MESSAGE would set in motion, and why, without calling anyone."""
+    from app.flows import chatbots
+    from app.flows.file import load as load_file
+    from app.flows.plan import Ask
+    from app.flows.preview import preview
+
+    found = load_file(file).chatbots if file else _connected(_with_database(), chatbots.all_newest)
+    if chatbot not in found:
+        raise _no_such_chatbot(chatbot, found)
+    ask = Ask(message, image, language or found[chatbot].language, flow_type)
+    for line in preview(found[chatbot], ask):
+        click.echo(line)
 
 
 @main.command("demo-provider")
@@ -185,6 +214,30 @@ def _dsn(settings: Settings) -> str:
     return settings.database_url
 
 
+def _connected(settings: Settings, work: Callable[["Connection"], Coroutine[None, None, T]]) -> T:
+    """Do something with a connection to a database that is there and fits."""
+    from app.postgres import open_connection, wait_for_database
+    from app.schema import require_current
+
+    dsn = _dsn(settings)
+
+    async def run() -> T:
+        await wait_for_database(dsn, settings.database_wait_s, lambda reason: click.echo(reason, err=True))
+        connection = await open_connection(dsn)
+        try:
+            await require_current(connection)
+            return await work(connection)
+        finally:
+            await connection.close()
+
+    return _run(run)
+
+
+def _no_such_chatbot(name: str, found: Mapping[str, Any]) -> Misconfigured:
+    known = ", ".join(sorted(found)) or "none"
+    return Misconfigured("chatbot_missing", f"There is no chatbot named {name!r} ({known}).")
+
+
 def _log(settings: Settings) -> None:
     from app.telemetry import configure_logging
 
@@ -225,17 +278,12 @@ def _first(group: BaseExceptionGroup[ParleyError]) -> ParleyError:
 
 
 def _difference(change: "Change") -> str:
-    import yaml
-
     from app.flows.config import Chatbot
-    from app.flows.export import dump
+    from app.flows.export import to_yaml
 
     def lines(value: dict[str, Any] | None) -> list[str]:
         """The chatbot in the shape of its file."""
-        if value is None:
-            return []
-        told = dump({change.chatbot_id: Chatbot.from_json(value)})
-        return yaml.safe_dump(told, sort_keys=False, allow_unicode=True).splitlines()
+        return [] if value is None else to_yaml({change.chatbot_id: Chatbot.from_json(value)}).splitlines()
 
     title = f"chatbot {change.chatbot_id}"
     return "\n".join(

@@ -356,6 +356,46 @@ async def test_a_wrong_password(cluster_folder: Path) -> None:
     assert right.code == 1, "the right password gets as far as the schema"
 
 
+# -- plan and export
+
+
+async def test_plan_says_what_would_run_and_calls_nobody(tmp_path: Path) -> None:
+    example = str(ROOT / "docs/examples/everything.yaml")
+    done = await run("plan", "shop", "Do you have shoes?", "--file", example)
+    assert done.code == 0, done.err
+    assert done.out[0] == "Answer: intent decides (refund -> refund, other -> main; anything else -> main)."
+    assert "Stage 1" in done.out
+    assert "      waits for intent, mood" in done.out
+    assert "      nobody waits for it" in done.out
+    fixed = await run("plan", "shop", "my money back", "--file", example)
+    assert fixed.out[0] == "Answer: refund, because rule 1 holds."
+    assert fixed.out[-1] == "Not needed for this message: intent."
+    seen = await run("plan", "shop", "look", "--file", example, "--image")
+    assert not any(line.startswith("  suggest") for line in seen.out)
+    for wrong in (("none", "x"), ("shop", "x", "--flow-type", "mood")):
+        refused = await run("plan", *wrong, "--file", example)
+        assert (refused.code, len(refused.err)) == (2, 1)
+
+
+async def test_an_exported_file_applies_without_a_change(database: str, tmp_path: Path) -> None:
+    example = str(ROOT / "docs/examples/everything.yaml")
+    assert (await run("apply", example, DATABASE_URL=database)).code == 0
+    exported = await run("export", DATABASE_URL=database)
+    assert exported.code == 0, exported.err
+    path = tmp_path / "exported.yaml"
+    path.write_text("\n".join(exported.out))
+    again = await run("apply", str(path), DATABASE_URL=database)
+    assert (again.code, again.out) == (0, ["Nothing to change."])
+    assert "    You answer for {{value.shop}}, in {{language}}. They sound {{output.mood}}." in exported.out
+    one = await run("export", "guarded", DATABASE_URL=database)
+    assert "  guarded:" in one.out
+    assert "  shop:" not in one.out
+    missing = await run("export", "none", DATABASE_URL=database)
+    assert (missing.code, missing.out) == (2, [])
+    planned = await run("plan", "shop", "Hello", DATABASE_URL=database)
+    assert planned.code == 0
+
+
 # -- apply
 
 

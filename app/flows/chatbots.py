@@ -85,6 +85,11 @@ async def all_newest(connection: Connection) -> dict[str, Chatbot]:
     return {row["id"]: Chatbot.from_json(orjson.loads(row["configuration"])) for row in await connection.fetch(_ALL)}
 
 
+async def newest_templates(connection: Connection) -> dict[str, int]:
+    """The newest version of every template."""
+    return {row["name"]: row["version"] for row in await connection.fetch(_TEMPLATES)}
+
+
 async def apply(connection: Connection, file: File, *, dry_run: bool = False) -> list[Change]:
     """Add a version for every chatbot and template that differs from its newest one; all others stay as they are.
 

@@ -1,23 +1,51 @@
-"""Chatbots back in the shape of their file; what has its usual value is left out."""
+"""Chatbots back in the shape of their file, such that applying it changes nothing."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from app.flows.config import Allow, Chatbot, Choice, Condition, Flow, Router, Step
+import yaml
+
+from app.flows.config import Allow, Assignment, Chatbot, Choice, Condition, Flow, Router, Step
 from app.providers.provider import Endpoint
 
 
-def dump(chatbots: Mapping[str, Chatbot]) -> dict[str, Any]:
-    """The chatbots in the file's shape; what has its usual value is left out. Providers go by name."""
+class _Dumper(yaml.SafeDumper):
+    """Texts of several lines as blocks, and no aliases: a file is for people."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+def to_yaml(chatbots: Mapping[str, Chatbot], *, newest: Mapping[str, int] | None = None) -> str:
+    """The file that says these chatbots.
+
+    `newest` are the newest versions of templates: a flow that uses one of them names the template and the file holds
+    its text, so that it stands alone. All others are named with their version, and must be stored where it is applied.
+    """
     providers: dict[str, dict[str, Any]] = {}
-    told = {chatbot_id: _dump_chatbot(chatbot, providers) for chatbot_id, chatbot in chatbots.items()}
-    return {"providers": providers, "chatbots": told}
+    texts = {
+        flow.assignment.template: flow.system
+        for chatbot in chatbots.values()
+        for flow in chatbot.flows.values()
+        if flow.assignment and flow.assignment.version == (newest or {}).get(flow.assignment.template)
+    }
+    told = {chatbot_id: _dump_chatbot(chatbot, providers, newest or {}) for chatbot_id, chatbot in chatbots.items()}
+    parts = {"providers": providers, **({"templates": texts} if texts else {}), "chatbots": told}
+    return yaml.dump(parts, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def _dump_chatbot(chatbot: Chatbot, providers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _dump_chatbot(chatbot: Chatbot, providers: dict[str, dict[str, Any]], newest: Mapping[str, int]) -> dict[str, Any]:
     whole = _plain(chatbot, Chatbot(flows={}, answers=(), plan=()))
     whole["flows"] = {
-        name: _dump_flow(flow, providers, streams=name in chatbot.answers) for name, flow in chatbot.flows.items()
+        name: _dump_flow(flow, providers, newest, streams=name in chatbot.answers)
+        for name, flow in chatbot.flows.items()
     }
     if chatbot.markers:
         whole["markers"] = {marker.name: {"open": marker.open, "close": marker.close} for marker in chatbot.markers}
@@ -38,7 +66,9 @@ def _dump_step(step: Step) -> Any:
     return told | {"when": _plain(step.when, Condition())} if "when" in told else told
 
 
-def _dump_flow(flow: Flow, providers: dict[str, dict[str, Any]], *, streams: bool) -> dict[str, Any]:
+def _dump_flow(
+    flow: Flow, providers: dict[str, dict[str, Any]], newest: Mapping[str, int], *, streams: bool
+) -> dict[str, Any]:
     first, *others = [_dump_choice(choice, providers) for choice in flow.choices]
     told = first | _plain(flow, Flow(choices=(), stream=streams))
     del told["choices"]
@@ -47,8 +77,13 @@ def _dump_flow(flow: Flow, providers: dict[str, dict[str, Any]], *, streams: boo
     if flow.assignment:
         told.pop("system", None)
         del told["assignment"]
-        told["template"] = f"{flow.assignment.template}@{flow.assignment.version}"
+        told["template"] = _template(flow.assignment, newest)
     return told
+
+
+def _template(assignment: Assignment, newest: Mapping[str, int]) -> str:
+    is_newest = newest.get(assignment.template) == assignment.version
+    return assignment.template if is_newest else f"{assignment.template}@{assignment.version}"
 
 
 def _dump_choice(choice: Choice, providers: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -66,8 +101,14 @@ def _dump_choice(choice: Choice, providers: dict[str, dict[str, Any]]) -> dict[s
 def _plain(value: Any, usual: Any) -> dict[str, Any]:
     """The members of a dataclass that are not as usual, in JSON's types."""
     members = {name: getattr(value, name) for name in value.__slots__}
-    return {
-        name: list(member) if isinstance(member, tuple) else member
-        for name, member in members.items()
-        if member != getattr(usual, name)
-    }
+    return {name: _listed(member) for name, member in members.items() if member != getattr(usual, name)}
+
+
+def _listed(value: Any) -> Any:
+    match value:
+        case tuple():
+            return [_listed(item) for item in value]
+        case dict():
+            return {key: _listed(item) for key, item in value.items()}
+        case _:
+            return value
