@@ -95,7 +95,7 @@ async def _page(request: Request[Needs], stream_id: UUID, cursor: int) -> Respon
     payloads = await tail.read_known(stream_id, cursor, limit, state)
     if not payloads and not state.ended and wait_s and request.method != "HEAD":
         payloads = (await tail.wait(stream_id, cursor, wait_s))[:limit]
-    request.state["metrics"].events_delivered.inc(len(payloads))
+    request.state["metrics"].events_delivered += len(payloads)
     return _page_response(request, cursor, payloads, state, f"{cursor}-{limit}")
 
 
@@ -174,8 +174,8 @@ async def _frames(
 
 def _count(metrics: Metrics, cursor: int, batch: Batch) -> None:
     """Count what is handed over, and check once more, apart from the tail, that it follows on the cursor."""
-    metrics.events_delivered.inc(batch.last - batch.first + 1)
+    metrics.events_delivered += batch.last - batch.first + 1
     if batch.first > cursor + 1:
-        metrics.events_lost.inc(batch.first - cursor - 1)
+        metrics.events_lost += batch.first - cursor - 1
     elif batch.first <= cursor:
-        metrics.events_doubled.inc(cursor - batch.first + 1)
+        metrics.events_doubled += cursor - batch.first + 1

@@ -6,8 +6,6 @@ The stored payload is the event object of wire.md without its id, which is known
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
-from time import time_ns
 from typing import Any, Literal
 from uuid import UUID
 
@@ -34,17 +32,8 @@ _PREFIX = '{"event":"'
 
 def encode(kind: Kind, data: Mapping[str, Any]) -> str:
     """The payload to store, stamped with this machine's clock (ids give the order, never times)."""
-    now = _timestamp(time_ns() // 1_000_000)
-    return orjson.dumps({"event": kind, "data": data, "timestamp": now}).decode()
-
-
-def _timestamp(ms: int) -> str:
-    return f"{_second(ms // 1000)}.{ms % 1000:03}Z"
-
-
-@lru_cache(maxsize=8)
-def _second(seconds: int) -> str:
-    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%dT%H:%M:%S")
+    event = {"event": kind, "data": data, "timestamp": datetime.now(UTC)}
+    return orjson.dumps(event, option=orjson.OPT_UTC_Z).decode()
 
 
 def kind_of(payload: str) -> str:
@@ -65,7 +54,8 @@ def to_object(event_id: int, payload: str) -> str:
 def to_frames(stream_id: UUID, first_id: int, payloads: Sequence[str]) -> bytes:
     """SSE frames of neighbouring events. A payload holds no raw CR or LF: JSON escapes both."""
     head = f"id: {stream_id}:"
-    return "".join(
+    frames = [
         f"{head}{event_id}\nevent: {kind_of(payload)}\ndata: {to_object(event_id, payload)}\n\n"
         for event_id, payload in enumerate(payloads, first_id)
-    ).encode()
+    ]
+    return "".join(frames).encode()

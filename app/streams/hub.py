@@ -29,13 +29,25 @@ def batch_of(stream_id: UUID, first: int, payloads: Sequence[str]) -> Batch:
 class Subscription:
     """What one reader has not taken yet: at most `max_events` and `max_bytes`, else it must read the table again."""
 
-    __slots__ = ("_batches", "_bytes", "_events", "_max_bytes", "_max_events", "_wake", "behind", "quiet")
+    __slots__ = (
+        "_batches",
+        "_bytes",
+        "_events",
+        "_max_bytes",
+        "_max_events",
+        "_poked",
+        "_waiter",
+        "behind",
+        "quiet",
+    )
 
     def __init__(self, max_events: int, max_bytes: int) -> None:
         self._batches: deque[Batch] = deque()
         self._events = self._bytes = 0
         self._max_events, self._max_bytes = max_events, max_bytes
-        self._wake = asyncio.Event()
+        # One reader, so one waiter: less to do per event than asyncio.Event, which keeps a queue of them.
+        self._waiter: asyncio.Future[None] | None = None
+        self._poked = False
         # behind: something may be in the table that is not in here. True at first: nothing was read yet.
         self.behind = True
         # quiet: no batch came since the last look around, so the table is worth a look.
@@ -49,14 +61,14 @@ class Subscription:
             self._bytes += len(batch.frames)
             if self._events > self._max_events or self._bytes > self._max_bytes:
                 self.fall_behind()
-        self._wake.set()
+        self.poke()
 
     def fall_behind(self) -> None:
         """Forget what is buffered and have the reader look into the table."""
         self._batches.clear()
         self._events = self._bytes = 0
         self.behind = True
-        self._wake.set()
+        self.poke()
 
     def take(self) -> Batch | None:
         if not self._batches:
@@ -67,12 +79,16 @@ class Subscription:
         return batch
 
     def poke(self) -> None:
-        self._wake.set()
+        self._poked = True
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def wait(self) -> None:
         """Return when there is something to do: a batch, a fall behind, or a poke."""
-        await self._wake.wait()
-        self._wake.clear()
+        if not self._poked:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        self._poked = False
 
 
 class Hub:

@@ -328,7 +328,7 @@ class Log:
             self._resume(writer)
 
     def _publish(self, stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
-        self._metrics.events_stored.inc(len(payloads))
+        self._metrics.events_stored += len(payloads)
         if _VERBOSE.isEnabledFor(logging.DEBUG):
             _tell(stream_id, first, payloads)
         self._hub.publish(stream_id, first, payloads)

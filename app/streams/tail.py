@@ -92,7 +92,9 @@ class Tail:
         subscription = self._hub.subscribe(stream_id)
         try:
             while not self._hub.closing and monotonic() < leave_at:
-                batch = subscription.take() or await self._catch_up(stream_id, cursor, subscription)
+                batch = subscription.take()
+                if batch is None and subscription.behind:
+                    batch = await self._catch_up(stream_id, cursor, subscription)
                 if batch is None:
                     await subscription.wait()
                 elif cursor + 1 == batch.first:
@@ -107,8 +109,6 @@ class Tail:
             self._hub.unsubscribe(stream_id, subscription)
 
     async def _catch_up(self, stream_id: UUID, cursor: int, subscription: Subscription) -> Batch | None:
-        if not subscription.behind:
-            return None
         # From here on pushes are kept, so nothing committed after the read is missed.
         subscription.behind = False
         try:

@@ -240,6 +240,17 @@ async def test_k9_head_and_options_are_answered_at_once(house: Open, accept: str
         assert "GET" in options.headers["allow"]
 
 
+async def test_events_are_counted_as_stored_and_delivered_and_none_as_lost_or_doubled(house: Open) -> None:
+    async with house() as home:
+        answer, whole = await home.ask()
+        page = await poll(home, answer["streaming_url"])
+        metrics = (await home.client.get("/metrics")).text.splitlines()
+    assert f"parley_events_stored_total {len(whole) - 1}.0" in metrics  # the first one comes with the accept
+    assert f"parley_events_delivered_total {len(whole) + len(page['events'])}.0" in metrics
+    assert "parley_events_lost_total 0.0" in metrics
+    assert "parley_events_doubled_total 0.0" in metrics
+
+
 # -- overload and absence
 
 

@@ -212,6 +212,24 @@ async def test_the_long_poll_answers_at_the_first_event_or_in_time(database: str
         assert parts.hub.readers == 0
 
 
+async def test_no_poke_is_lost_before_during_and_after_a_wait() -> None:
+    subscription = Hub(max_events=10, max_bytes=1000).subscribe(uuid4())
+    subscription.poke()
+    await subscription.wait()
+    waiting = asyncio.ensure_future(subscription.wait())
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    subscription.poke()
+    subscription.poke()
+    await waiting
+    given_up = asyncio.ensure_future(subscription.wait())
+    await asyncio.sleep(0)
+    given_up.cancel()
+    await asyncio.wait([given_up])
+    subscription.poke()
+    await subscription.wait()
+
+
 def test_a_subscription_never_holds_more_than_its_bounds() -> None:
     hub = Hub(max_events=10, max_bytes=10_000)
     stream_id = uuid4()
