@@ -14,7 +14,7 @@ FLOW: dict[str, Any] = {"provider": "p", "model": "m"}
 
 
 def chatbot(**fields: Any) -> Chatbot:
-    flows = {name: FLOW | extra for name, extra in {"main": {}, "other": {}, "intent": {}, "side": {}}.items()}
+    flows = dict.fromkeys(("main", "other", "intent", "side"), FLOW)
     flows |= fields.pop("flows", {})
     bot = {"flows": flows, "answers": ["main", "other"], **fields}
     providers = {"p": {"kind": "openai", "base_url": "http://x"}}
@@ -90,6 +90,12 @@ def test_who_waits_for_whom() -> None:
     assert planned.needs["side"] == {"intent", "guard", ANSWER}
     fixed = plan(bot, Ask("x", flow_type="other"))
     assert "intent" not in fixed.needs
+
+
+def test_a_later_stage_waits_for_the_answer_and_for_no_side_flow() -> None:
+    bot = chatbot(flows={"first": FLOW}, plan=[["first"], ["answer"], ["side"]])
+    planned = plan(bot, Ask("x"))
+    assert planned.needs == {"first": frozenset(), ANSWER: frozenset(), "side": {ANSWER}}
 
 
 def test_a_speculative_answer_starts_beside_its_router() -> None:

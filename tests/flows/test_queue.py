@@ -164,3 +164,15 @@ async def test_a_message_that_its_chatbot_takes_no_more_ends_failed(house: Open)
         frames = await asyncio.wait_for(read_stream(home.client, waiting["streaming_url"]), 10)
         assert only(frames, "stream_end")["error"]["code"] == "configuration_refused"
         assert text(await asyncio.wait_for(read_stream(home.client, last["streaming_url"]), 10)) == "Yes."
+
+
+async def test_a_message_never_overtakes_those_that_wait(house: Open, database: str) -> None:
+    async with house(scan_s=60) as home:
+        await home.apply(shop={"flows": {"main": flow("Yes.")}}, slow={"flows": {"main": flow(wishes=ENDLESS)}})
+        async with serving(database, drain_s=0) as other:
+            body = {"user_id": "ann", "session_id": "chat", "message_text": "x"}
+            await other.post("/api/process-message", json=body | {"chatbot_id": "slow"})
+            await other.post("/api/process-message", json=body | {"chatbot_id": "shop"})
+        assert await home.database.fetchval("select status from conversation_sessions") == "idle"
+        assert (await send(home))["status"] == "queued"
+        assert len(await queue(home.client)) == 2
