@@ -11,8 +11,10 @@ from uuid import UUID
 
 import asyncpg
 import pytest
+from pydantic import BaseModel
 
 from app.demo import demo_provider
+from app.flows import file
 from app.flows.file import parse
 from app.flows.markers import Scanner
 from app.flows.templates import Template, TemplateError
@@ -131,6 +133,28 @@ def test_the_documented_chatbot_works_and_every_placeholder_is_documented() -> N
     names = _first_cells(_section(text, "Placeholders"))
     with pytest.raises(TemplateError, match=re.escape(f"{', '.join(names[:-1])} and {names[-1]};")):
         Template("{{unknown}}")
+
+
+@pytest.mark.parametrize(
+    ("title", "models"),
+    [
+        ("Providers", [file._Provider]),
+        ("Chatbots", [file._Chatbot]),
+        ("Flows", [file._Flow]),
+        ("Router", [file._Router]),
+        ("Steps and conditions", [file._Step, file._Condition]),
+        ("What a message may set", [file._Allow]),
+    ],
+)
+def test_every_member_of_the_chatbots_file_is_documented(title: str, models: list[type[BaseModel]]) -> None:
+    cells = re.findall(r"^\| (`[^|]+`) \|", _section(_document("chatbots.md"), title), re.MULTILINE)
+    documented = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    assert sorted(documented) == sorted(name for model in models for name in model.model_fields)
+
+
+def test_the_first_chatbots_file_works() -> None:
+    (example,) = _fenced(_document("chatbots.md"), "yaml")
+    assert file.parse(example).chatbots["assistant"].answers == ("main",)
 
 
 def test_links_between_documents_lead_somewhere() -> None:
