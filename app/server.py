@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 from collections.abc import AsyncGenerator, Generator
 from contextlib import asynccontextmanager
 
@@ -17,6 +18,7 @@ from app.settings import Settings
 # What is left after draining: responses that end by themselves within this time.
 _CLOSE_S = 5
 _BACKLOG = 2048
+_UNACKNOWLEDGED_S = 20.0
 
 
 class _Server(uvicorn.Server):
@@ -35,12 +37,18 @@ class _Server(uvicorn.Server):
             raise ParleyError("crashed", "The server ended because something inside it failed; the log says what.")
 
 
-def bind(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises Misconfigured with what to do where the port is taken."""
+def bind(host: str, port: int, *, unacknowledged_s: float = _UNACKNOWLEDGED_S) -> socket.socket:
+    """A listening socket. Raises Misconfigured with what to do where the port is taken.
+
+    On Linux its connections end when what they were sent stays unacknowledged for so long: a client that vanished
+    without a word would otherwise be kept for as long as the kernel repeats itself, a quarter of an hour.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # The protocol is named because asyncio turns Nagle's delay off only where it is.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sys.platform == "linux":
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(unacknowledged_s * 1000))
     try:
         listener.bind((host, port))
         listener.listen(_BACKLOG)
@@ -77,7 +85,7 @@ async def gateway(settings: Settings, life: Life | None = None) -> AsyncGenerato
     """
     life = life or Life()
     app = _Ending(create_app(settings, life), life)
-    async with serving(app, settings.host, settings.port) as url:
+    async with serving(app, settings.host, settings.port, unacknowledged_s=settings.sse_send_timeout_s) as url:
         try:
             yield url
         finally:
@@ -101,9 +109,11 @@ class _Ending:
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp, host: str, port: int) -> AsyncGenerator[str, None]:
+async def serving(
+    app: ASGIApp, host: str, port: int, *, unacknowledged_s: float = _UNACKNOWLEDGED_S
+) -> AsyncGenerator[str, None]:
     """Any app served while the block runs; yields its URL."""
-    listener = bind(host, port)
+    listener = bind(host, port, unacknowledged_s=unacknowledged_s)
     server = _Server(
         uvicorn.Config(
             app,

@@ -1,6 +1,10 @@
 """GET /api/stream-events/{id}, as wire.md says it: pollers and EventSource on one URL."""
 
 import asyncio
+import ctypes
+import socket
+import struct
+import sys
 from typing import Any
 
 import pytest
@@ -264,6 +268,27 @@ async def test_g14_a_reader_too_many_is_told_to_come_back(house: Open) -> None:
             assert text.count(b"\n") == 1
             assert (await home.client.get("/api/conversation-health")).status_code == 200
         assert len((await poll(home, url))["events"]) >= 1
+
+
+def deafen(connection: socket.socket) -> None:
+    """Have the kernel drop whatever comes in, so that nothing is acknowledged: to the server its client is gone."""
+    drop_all = ctypes.create_string_buffer(struct.pack("=HBBI", 0x06, 0, 0, 0))  # one instruction: return 0
+    program = struct.pack("@HP", 1, ctypes.addressof(drop_all))
+    connection.setsockopt(socket.SOL_SOCKET, 26, program)  # SO_ATTACH_FILTER
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a half-open client is kept until the kernel gives up")
+async def test_k11_a_half_open_client_is_freed_within_heartbeat_and_send_timeout(house: Open) -> None:
+    async with house(SLOW, sse_send_timeout_s=0.5, sse_heartbeat_s=0.1) as home:
+        url = (await home.post("mute")).json()["streaming_url"]
+        reader, writer = await asyncio.open_connection(home.client.base_url.host, home.client.base_url.port)
+        writer.write(f"GET {url} HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n".encode())
+        await reader.readuntil(b"flow_start")
+        deafen(writer.get_extra_info("socket"))
+        async with asyncio.timeout(10):
+            while b"parley_readers 0" not in (await home.client.get("/metrics")).content:
+                pass
+        writer.transport.abort()
 
 
 async def test_k11_a_reader_that_takes_nothing_is_freed(house: Open) -> None:
