@@ -1,8 +1,9 @@
-"""The demo provider's HTTP side: chat completions, the list of models, and what was asked of it."""
+"""The demo provider's HTTP side: answers in every dialect, what goes with them, and what was asked of it."""
 
 import asyncio
 import json
 import socket
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -12,18 +13,18 @@ from functools import partial
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from app.demo import anthropic, faults, openai
+from app.demo import anthropic, faults, flowise, openai
 from app.demo.answers import cut, tokens
 from app.demo.dialect import STAMP, Call, Dialect, dumped
 from app.demo.exchange import Exchange, Protocol, Record, shown_headers
 from app.demo.wishes import Unknown, Wishes, wished
 
 # A new vendor is one module and one entry here.
-DIALECTS: tuple[Dialect, ...] = (openai.OpenAI(), anthropic.Anthropic())
+DIALECTS: tuple[Dialect, ...] = (openai.OpenAI(), anthropic.Anthropic(), flowise.Flowise())
 _MODELS = ("demo", "demo?delay_ms=0", "demo?tokens=500&delay_ms=20")
 _REMEMBERED = 1000
 _REMEMBERED_BODY = 64 * 1024
@@ -40,6 +41,9 @@ class DemoProvider:
             routes=[
                 *(Route(dialect.path, partial(self.answer, dialect), methods=["POST"]) for dialect in DIALECTS),
                 Route("/v1/models", self.models),
+                Route(flowise.PING, self.ping),
+                Route(flowise.STREAMABLE, self.streamable),
+                Route(flowise.ABORT, self.abort, methods=["PUT"]),
                 Route("/demo/requests", self.requests),
             ]
         )
@@ -47,6 +51,24 @@ class DemoProvider:
     async def models(self, request: Request) -> Response:
         speaker = anthropic if "anthropic-version" in request.headers else openai
         return JSONResponse(speaker.models(_MODELS))
+
+    async def ping(self, request: Request) -> Response:
+        return PlainTextResponse("pong")
+
+    async def streamable(self, request: Request) -> Response:
+        """Flowise's client asks this before each question."""
+        wishes = _wishes_of(request.path_params["id"])
+        return JSONResponse({"isStreaming": wishes is not None and not wishes.whole})
+
+    async def abort(self, request: Request) -> Response:
+        """Flowise's request to stop. It is only recorded, under `abort:` and the key of what it would stop."""
+        wishes = _wishes_of(request.path_params["flow"])
+        key = f"abort:{wishes.key if wishes else ''}"
+        body = {"chatId": request.path_params["chat"]}
+        record = Record(key, _address(request), shown_headers(request.headers), body, ended_at=time.time())
+        record.over.set()
+        self._records.append(record)
+        return JSONResponse({"status": 200, "message": "Chat message aborted"})
 
     async def requests(self, request: Request) -> Response:
         """What was asked, newest last; `key` picks requests, `wait` waits up to 10 s until they are over."""
@@ -104,7 +126,7 @@ class _Answer(Response):
         wishes = self._wishes
         if instead := next((play for name, play in faults.INSTEAD.items() if name in wishes.fault), None):
             await instead(exchange)
-        elif self._call.streaming:
+        elif self._call.streaming and not wishes.whole:
             await self._stream(exchange)
         else:
             await exchange.pause((wishes.first_ms or 0) / 1000)
@@ -201,6 +223,14 @@ def _wishes(model: str, header: str) -> Wishes | None:
     if unknown := [name for name in wishes.fault if name not in faults.NAMES]:
         raise Unknown(f"The demo has no fault '{unknown[0]}'. It has {', '.join(faults.NAMES)}.")
     return wishes
+
+
+def _wishes_of(model: str) -> Wishes | None:
+    """The wishes of a model that is asked nothing; None for those that cannot be granted either."""
+    try:
+        return _wishes(model, "")
+    except ValueError:
+        return None
 
 
 def _address(request: Request) -> str:

@@ -14,8 +14,8 @@ class Unknown(ValueError):
 class Wishes:
     """`clock` makes every token the monotonic time at which it is sent, in nanoseconds: readers measure latency by it.
 
-    `say` is the whole answer. `times` limits the faults to the first requests that carry the same `key`; `after`
-    counts tokens.
+    `say` is the whole answer; `whole` gives any answer in one document, as from a flow that cannot stream. `times`
+    limits the faults to the first requests that carry the same `key`; `after` counts tokens.
     """
 
     tokens: int | None = None
@@ -31,6 +31,7 @@ class Wishes:
     to: str = "http://127.0.0.1:9/v1/chat/completions"
     echo: bool = False
     say: str | None = None
+    whole: bool = False
     clock: bool = False
 
 
@@ -56,6 +57,7 @@ _READ: Mapping[str, Callable[[str], Any]] = {
     "to": str,
     "echo": _flag,
     "say": str,
+    "whole": _flag,
     "clock": _flag,
 }
 

@@ -18,7 +18,7 @@ import structlog
 from app.errors import Misconfigured, ParleyError
 from app.flows.config import Choice, Flow
 from app.flows.markers import Piece, Scanner
-from app.flows.prompts import Asked, asked, prompt
+from app.flows.prompts import Asked, asked, memory_id, prompt
 from app.flows.run import Attempt, Failure, FlowFailed, Progress, Run, ms_since
 from app.flows.voice import Voice
 from app.journal import About, Journal
@@ -184,8 +184,9 @@ class Call:
             _parsed(self.progress.text, choice.endpoint.name)
 
     def _prompt(self, choice: Choice, said: Asked) -> Prompt:
-        name, session_id = self.progress.flow, self._run.stream.session_id
-        return prompt(self._flow, choice, said, self._run.inputs, name=name, session_id=session_id)
+        stream = self._run.stream
+        session_id = memory_id(stream.user_id, stream.session_id)
+        return prompt(self._flow, choice, said, self._run.inputs, name=self.progress.flow, session_id=session_id)
 
     def _begin(self, choice: Choice, attempt: Attempt, said: Asked) -> None:
         """The first chunk of an attempt: what an earlier one said is void from here on."""

@@ -1,5 +1,6 @@
 """What a flow asks its provider: its templates filled in, and as much of the history as the model's budget holds."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -58,6 +59,11 @@ def prompt(flow: Flow, choice: Choice, asked: Asked, inputs: Inputs, *, name: st
         top_k=inputs.top_k.get(name, flow.top_k),
         session_id=session_id,
     )
+
+
+def memory_id(user_id: str, session_id: str) -> str:
+    """What a provider with a memory knows a chat by: users choose their chats' ids, and two may choose the same."""
+    return hashlib.sha256(f"{user_id}\0{session_id}".encode()).hexdigest()[:32]
 
 
 def _kept(flow: Flow, history: Sequence[Message], own: str) -> Sequence[Message]:

@@ -1,4 +1,4 @@
-"""One call of any dialect over server-sent events: the loop around it, and what its stream has said so far.
+"""One call of any dialect: the loop around its event stream, and what that has said so far.
 
 A stream is whole when it named a reason to finish, or ended with its end marker after some text (a few servers never
 name a reason). Anything else that ends is truncated, however cleanly the connection closed.
@@ -26,26 +26,49 @@ Read = Callable[[bytes, "Answer"], None]
 
 
 async def call(
-    upstream: Upstream, path: str, request: Mapping[str, Any], *, read: Read
+    upstream: Upstream,
+    path: str,
+    request: Mapping[str, Any],
+    *,
+    read: Read,
+    read_whole: Read | None = None,
+    abandoned: Callable[[], None] | None = None,
 ) -> AsyncGenerator[Sequence[Chunk], None]:
-    """`Provider.stream` for a dialect that posts JSON and streams JSON."""
+    """`Provider.stream` for a dialect that posts JSON and streams JSON.
+
+    With `read_whole` an answer in one JSON document is accepted as well. `abandoned` is called after the connection was
+    closed on a provider that may not have come to its end.
+    """
     body = _encoded(request)
-    answer = Answer(upstream.name, read)
+    answer: Answer | None = None
     with upstream.slot():
-        async with upstream.post(path, body) as reading:
-            try:
-                async for payloads in reading:
-                    if batch := answer.hear(payloads):
-                        yield batch
-                        reading.allow(_AFTERMATH_S if answer.finished else None)
-                    if answer.over:
-                        break
-            except ProviderError:
-                if not answer.finished:  # after it only usage and the end marker can be missing
-                    raise
-            if batch := answer.end():
-                yield batch
-            await reading.drain()
+        try:
+            async with upstream.post(path, body, documents=read_whole is not None) as reading:
+                answer = Answer(upstream.name, read_whole if read_whole and reading.whole else read)
+                try:
+                    async for payloads in reading:
+                        if batch := answer.hear(payloads):
+                            yield batch
+                            reading.allow(_AFTERMATH_S if answer.finished else None)
+                        if answer.over:
+                            break
+                except ProviderError:
+                    if not answer.finished:  # after it only usage and the end marker can be missing
+                        raise
+                if batch := answer.end():
+                    yield batch
+                await reading.drain()
+        except BaseException as error:
+            if abandoned is not None and _may_work_on(answer, error):
+                abandoned()
+            raise
+
+
+def _may_work_on(answer: "Answer | None", error: BaseException) -> bool:
+    """Whether a provider that does not notice a closed connection still has something to do."""
+    if answer is None:  # cancelled or too late before there was a response; everything else is a refusal
+        return not isinstance(error, ProviderError) or error.kind == "timeout"
+    return not answer.over
 
 
 def _encoded(request: Mapping[str, Any]) -> bytes:

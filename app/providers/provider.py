@@ -34,7 +34,7 @@ class Prompt:
 
     `parameters` are passed on in the dialect's own place and win over what Parley would set, but never replace the
     messages, the model or the streaming. `json_output` asks for a JSON object where the dialect can; `top_k` and
-    `session_id` are for dialects that retrieve and remember by themselves (Flowise).
+    `session_id` (of one chat of one user) are for dialects that retrieve and remember by themselves (Flowise).
     """
 
     model: str

@@ -71,8 +71,14 @@ def _anthropic(endpoint: Endpoint, base_url: str, **options: Unpack[_Options]) -
     return Anthropic(endpoint.name, base_url, **options)
 
 
+def _flowise(endpoint: Endpoint, base_url: str, **options: Unpack[_Options]) -> Provider:
+    from app.providers.flowise import Flowise
+
+    return Flowise(endpoint.name, base_url, **options)
+
+
 # A kind is the name of its module.
-KINDS: Mapping[Kind, Callable[..., Provider]] = {"openai": _openai, "anthropic": _anthropic}
+KINDS: Mapping[Kind, Callable[..., Provider]] = {"openai": _openai, "anthropic": _anthropic, "flowise": _flowise}
 
 
 def resolve(reference: str) -> str:

@@ -46,6 +46,10 @@ class Decoder:
         if rest:
             self._hold(rest)
 
+    def end(self) -> list[bytes]:
+        """The stream is over. There is nothing to add: an event that was left unfinished is none."""
+        return []
+
     def _without_bom(self, data: bytes) -> bytes:
         data = b"".join((*self._held, data))
         self._held.clear()

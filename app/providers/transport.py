@@ -10,6 +10,7 @@ import httpx2
 
 from app.errors import Misconfigured
 from app.providers.aio import AioHTTPTransport, Body, unreachable_because
+from app.providers.document import Document
 from app.providers.provider import CONCURRENCY, Deadlines, ProviderError
 from app.providers.refusal import Refusals, beginning
 from app.providers.sse import Decoder
@@ -77,16 +78,20 @@ class Upstream:
             self.under_way -= 1
 
     @asynccontextmanager
-    async def post(self, path: str, content: bytes) -> AsyncIterator["Reading"]:
-        """Send one request and read its event stream inside the block; leaving it early closes the connection."""
+    async def post(self, path: str, content: bytes, *, documents: bool = False) -> AsyncIterator["Reading"]:
+        """Send one request and read its event stream inside the block; leaving it early closes the connection.
+
+        With `documents` JSON is an answer too, and one payload (`Reading.whole`).
+        """
         silence = _Silence(self._deadlines.first_token_s)
         response = await self._send("POST", path, content, within_s=self._deadlines.first_token_s)
         try:
-            if refusal := await self.refusals.of(response, streaming=True):
+            whole = documents and "json" in response.headers.get("content-type", "").lower()
+            if refusal := await self.refusals.of(response, streaming=not whole):
                 raise refusal
             body: Body = response.extensions["body"]
             silence.watch(body.abort)
-            yield Reading(self.name, body, silence=silence, gap_s=self._deadlines.gap_s)
+            yield Reading(self.name, body, whole=whole, silence=silence, gap_s=self._deadlines.gap_s)
         finally:
             silence.end()
             await response.aclose()
@@ -101,8 +106,21 @@ class Upstream:
         finally:
             await response.aclose()
 
-    async def _send(self, method: str, path: str, content: bytes | None, *, within_s: float) -> httpx2.Response:
-        request = self._client.build_request(method, path, content=content)
+    async def put(self, path: str, *, within_s: float) -> None:
+        """A request whose answer does not matter, on a connection that is not kept. Raises ProviderError."""
+        response = await self._send("PUT", path, None, within_s=within_s, headers={"Connection": "close"})
+        await response.aclose()
+
+    async def _send(
+        self,
+        method: str,
+        path: str,
+        content: bytes | None,
+        *,
+        within_s: float,
+        headers: Mapping[str, str] | None = None,
+    ) -> httpx2.Response:
+        request = self._client.build_request(method, path, content=content, headers=headers)
         try:
             async with asyncio.timeout(within_s):
                 return await self._client.send(request, stream=True)
@@ -120,13 +138,15 @@ class Upstream:
 class Reading:
     """The event stream of one answer: iterate it for the data payloads that each network read completed.
 
-    Raises ProviderError when the provider stays silent for too long or the connection breaks.
+    Where it is `whole` it is a document instead, and its body the only payload. Raises ProviderError when the provider
+    stays silent for too long or the connection breaks.
     """
 
-    def __init__(self, name: str, body: Body, *, silence: "_Silence", gap_s: float) -> None:
+    def __init__(self, name: str, body: Body, *, whole: bool, silence: "_Silence", gap_s: float) -> None:
+        self.whole = whole
         self._name = name
         self._body = body
-        self._decoder = Decoder()
+        self._decoder: Decoder | Document = Document() if whole else Decoder()
         self._silence = silence
         self._gap_s = gap_s
 
@@ -139,7 +159,9 @@ class Reading:
         try:
             while not payloads:
                 if not (data := await self._body.read()):
-                    raise StopAsyncIteration
+                    if not (payloads := self._decoder.end()):
+                        raise StopAsyncIteration
+                    break
                 # One read is far smaller than what the decoder refuses: no payload is lost when it raises.
                 payloads = list(self._decoder.feed(data))
         except httpx2.TransportError as error:

@@ -5,19 +5,25 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from app.providers.anthropic import Anthropic
+from app.providers.flowise import Flowise
 from app.providers.openai import OpenAI
 from app.providers.provider import Kind, Provider
 
 
 @dataclass(frozen=True, slots=True)
 class Dialect:
-    """`finished` says "Hi" and why it ends; `marker` is the end marker that may follow, if the dialect has one."""
+    """`finished` says "Hi" and why it ends; `marker` is the end marker that may follow, if the dialect has one.
+
+    A dialect that names no reason finishes with its marker. `checked` is how `check` goes on after "Provider 'vendor'".
+    """
 
     kind: Kind
     provider: Callable[..., Provider]
     path: str
     finished: bytes
     marker: bytes
+    names_reason: bool = True
+    checked: str = "answers and offers 3 models."
 
 
 def event(name: str = "", /, **members: object) -> bytes:
@@ -42,4 +48,13 @@ ANTHROPIC = Dialect(
     + event("message_delta", delta={"stop_reason": "end_turn"}),
     marker=event("message_stop"),
 )
-DIALECTS: Mapping[str, Dialect] = {dialect.kind: dialect for dialect in (OPENAI, ANTHROPIC)}
+FLOWISE = Dialect(
+    kind="flowise",
+    provider=Flowise,
+    path="/api/v1/prediction/any",
+    finished=event(event="token", data="Hi") + event(event="end", data="[DONE]"),
+    marker=event(event="end", data="[DONE]"),
+    names_reason=False,
+    checked="answers; whether its key fits a chatflow shows when that is asked.",
+)
+DIALECTS: Mapping[str, Dialect] = {dialect.kind: dialect for dialect in (OPENAI, ANTHROPIC, FLOWISE)}

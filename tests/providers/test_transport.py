@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlencode
 
 import httpx2
 import pytest
@@ -244,7 +245,7 @@ async def test_u14_a_redirect_is_not_followed_and_the_key_stays_here(connect: Co
         arrived.append(True)
 
     async with raw_server(elsewhere) as other:
-        error = await failed(connect(), prompt(f"demo?fault=redirect&to={other}/chat/completions"))
+        error = await failed(connect(), prompt(f"demo?{urlencode({'fault': 'redirect', 'to': other})}"))
     assert (error.kind, error.retryable) == ("protocol", False)
     assert not arrived
 
