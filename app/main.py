@@ -97,7 +97,7 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
             "/api/conversation-config/{chatbot_id}",
             configuration.conversation_config,
             methods=["GET", "PUT"],
-            middleware=body_limit,
+            middleware=[Middleware(problems.BodyLimit, min(settings.body_limit, configuration.BODY_LIMIT))],
         ),
         Route("/api/stream-events/{stream_id}", stream_endpoints.stream_events),
         Route("/api/stream-events/{stream_id}/cancel", flow_endpoints.cancel, methods=["POST"], middleware=body_limit),

@@ -75,7 +75,7 @@ Operations = Mapping[tuple[str, str], Operation]
 
 
 class Problem(BaseModel):
-    """Why a request failed (RFC 9457)."""
+    """Why a request failed (RFC 9457). `mistakes` only with `configuration_invalid`."""
 
     type: str
     title: str
@@ -84,6 +84,7 @@ class Problem(BaseModel):
     code: str
     error_id: str
     success: Literal[False]
+    mistakes: list[str] | None = None
 
 
 class Reference:

@@ -56,8 +56,9 @@ HEADERS: Mapping[str, str] = {
     "X-Request-Id": "The id of this request: the given one if it is 1 to 64 letters, digits, `.`, `_` or `-`.",
     "Retry-After": "Seconds after which another try makes sense.",
     "Idempotent-Replayed": "`true` where this repeats the answer to an earlier request with the same key.",
-    "ETag": "Only once the stream has ended; send it back as If-None-Match.",
-    "Cache-Control": "`private, max-age=3600` for a stream that has ended, otherwise `no-store`; SSE is never cached.",
+    "ETag": "Of a chatbot, and of a stream that has ended; send it back as If-None-Match.",
+    "Cache-Control": "`private, max-age=3600` for a stream that has ended, `private, no-cache` for a chatbot, "
+    "otherwise `no-store`; SSE is never cached.",
     "Vary": "`Accept, Last-Event-ID`: both change the answer.",
     "Content-Security-Policy": "Only the page's own script and style run; it talks to this server alone.",
 }
@@ -265,16 +266,19 @@ _GET_CONFIG = Operation(
         200: Answer(
             "The chatbot in the version in use.",
             {_JSON: Content({"success": True, "configuration": _CONFIGURATION}, ConfigurationAnswer)},
-        )
+            headers=["ETag", "Cache-Control"],
+        ),
+        304: Answer("If-None-Match names the ETag.", headers=["ETag", "Cache-Control"]),
     },
-    parameters=[_CHATBOT],
+    parameters=[_CHATBOT, Parameter("If-None-Match", "header", "The ETag of what the front end has.")],
     problems={404: ["chatbot_unknown"], 503: ["database_unavailable"]},
 )
 _PUT_CONFIG = Operation(
     "Replace a chatbot",
     "In the shapes of the chatbots file (docs/chatbots.md), with the providers and templates that it names. In use "
     "within a second on every replica; answers under way keep the version they began with. For admins: taken only by "
-    "a server that listens on a loopback address, until requests are authenticated.",
+    "a server that listens on a loopback address, and under such an address, until requests are authenticated. At most "
+    "1 MiB. A 422 lists what is wrong, each with its place, in `mistakes`.",
     answers={
         200: Answer(
             "In use.",

@@ -1,21 +1,26 @@
 """GET and PUT /api/conversation-config/{id}: what a front end may know of a chatbot, and how an admin replaces one."""
 
 import ipaddress
+import json
+from hashlib import sha256
 from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.errors import Forbidden, Invalid, Misconfigured
+from app.errors import BadRequest, Forbidden, Invalid, Misconfigured
 from app.flows import chatbots
 from app.flows.chatbots import Chatbots
 from app.flows.config import Chatbot, Choice
-from app.flows.file import File, parse_one
+from app.flows.file import FILE_LIMIT, File, parse_one
 from app.postgres import Pool, retry_conflicts
 from app.providers.registry import resolve
 from app.settings import Settings
-from app.text import parse_object
+from app.text import clean, parse_object
+
+# Largest body of a PUT, in bytes: as large as the chatbots file may be.
+BODY_LIMIT = FILE_LIMIT
 
 
 class Needs(TypedDict):
@@ -78,7 +83,13 @@ async def _show(request: Request[Needs]) -> Response:
     chatbot_id = request.path_params["chatbot_id"]
     version, chatbot = await request.state["chatbots"].newest(chatbot_id)
     answer = ConfigurationAnswer(configuration=_shown(chatbot_id, version, chatbot))
-    return _json(answer.model_dump_json().encode())
+    body = answer.model_dump_json().encode()
+    # Not the version alone: another server may lack a key, and a key may come and go while the version stays.
+    etag = f'"{version}-{sha256(body).hexdigest()[:16]}"'
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    if etag in request.headers.get("if-none-match", ""):
+        return Response(status_code=304, headers=headers)
+    return Response(body, media_type="application/json", headers=headers)
 
 
 def _shown(chatbot_id: str, version: int, chatbot: Chatbot) -> FrontEndConfiguration:
@@ -114,15 +125,37 @@ def _key(choice: Choice) -> Literal["configured", ""]:
 
 
 async def _replace(request: Request[Needs]) -> Response:
-    admins_only(request.state["settings"])
+    admins_only(request.state["settings"], request.url.hostname)
     chatbot_id = request.path_params["chatbot_id"]
-    given = parse_object(await request.body())
+    given = _parsed(await request.body())
     try:
         file = parse_one(chatbot_id, given)
         version, changed = await retry_conflicts(lambda: _apply(request.state["pool"], chatbot_id, file))
     except Misconfigured as error:
-        raise Invalid("configuration_invalid", error.detail) from None
-    return _json(ReplaceAnswer(chatbot_id=chatbot_id, version=version, changed=changed).model_dump_json().encode())
+        mistakes = error.extra.get("mistakes", [error.detail])
+        raise Invalid("configuration_invalid", error.detail, mistakes=mistakes) from None
+    answer = ReplaceAnswer(chatbot_id=chatbot_id, version=version, changed=changed)
+    return Response(answer.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"})
+
+
+def _parsed(body: bytes) -> dict[str, Any]:
+    """As every body, but that a name which is there twice is a mistake: half of a configuration would be lost."""
+    given = parse_object(body)
+    try:
+        json.loads(body, object_pairs_hook=_unique)
+    except RecursionError:
+        raise BadRequest("invalid_json", "The body is nested too deeply.") from None
+    return given
+
+
+def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(members)
+    if len(found) < len(members):
+        names = [name for name, _ in members]
+        twice = next(name for name in names if names.count(name) > 1)
+        told = f"the member {clean(twice[:100])!r} is there twice"
+        raise Invalid("configuration_invalid", f"The configuration is not usable: {told}.", mistakes=[told])
+    return found
 
 
 async def _apply(pool: Pool, chatbot_id: str, file: File) -> tuple[int, bool]:
@@ -133,20 +166,21 @@ async def _apply(pool: Pool, chatbot_id: str, file: File) -> tuple[int, bool]:
         return await chatbots.newest_version(connection, chatbot_id), False
 
 
-def admins_only(settings: Settings) -> None:
+def admins_only(settings: Settings, asked_for: str | None) -> None:
     """Until requests are authenticated: whoever can reach a server that listens on loopback alone runs it.
 
-    Raises Forbidden on any other server.
+    `asked_for` is the host that the client named. It must be this machine too, or a web page whose name was pointed at
+    it could write (DNS rebinding), and so could whoever is behind a proxy. Raises Forbidden otherwise.
     """
-    try:
-        loopback = settings.host == "localhost" or ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback:
+    if not (_is_loopback(settings.host) and _is_loopback(asked_for or "")):
         raise Forbidden(
-            "admin_only", "This server listens beyond its own machine; use `parley apply FILE` to change chatbots."
+            "admin_only",
+            "Chatbots are replaced on the server's own machine only, under a loopback address; or `parley apply FILE`.",
         )
 
 
-def _json(body: bytes) -> Response:
-    return Response(body, media_type="application/json", headers={"Cache-Control": "no-store"})
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False

@@ -19,7 +19,8 @@ from app.flows.plan import mistakes
 from app.flows.templates import Template, TemplateError
 from app.providers.provider import Endpoint, Kind, LimitName
 
-_FILE_LIMIT = 1 << 20
+FILE_LIMIT = 1 << 20
+_MOST_TOLD = 100
 _MAIN = "main"
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -167,7 +168,7 @@ class _File(_Strict):
 def load(path: Path) -> File:
     """The chatbots of a file by id. Raises Misconfigured naming every mistake at once."""
     try:
-        if path.stat().st_size > _FILE_LIMIT:
+        if path.stat().st_size > FILE_LIMIT:
             raise Misconfigured("configuration_invalid", f"{path} is larger than 1 MiB.")
         return parse(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError) as error:
@@ -192,8 +193,10 @@ def parse_one(chatbot_id: str, given: Mapping[str, Any]) -> File:
 
 
 def _refused(mistakes: Sequence[tuple[Place, str]]) -> Misconfigured:
-    told = "; ".join(f"{dotted(place)}: {text}" for place, text in mistakes[:20])
-    return Misconfigured("configuration_invalid", f"The configuration is not usable: {told}")
+    told = [f"{dotted(place)}: {text}" for place, text in mistakes[:_MOST_TOLD]]
+    return Misconfigured(
+        "configuration_invalid", f"The configuration is not usable: {'; '.join(told[:20])}", mistakes=told
+    )
 
 
 def _checked(value: Any, refused: Callable[[Sequence[tuple[Place, str]]], Misconfigured]) -> File:

@@ -108,11 +108,74 @@ async def test_i3_bodies_that_are_none(house: Open) -> None:
             assert response.status_code in (404, 422), response.text
 
 
-@pytest.mark.parametrize(("host", "taken"), [("127.0.0.1", 1), ("::1", 1), ("localhost", 1), ("0.0.0.0", 0), ("::", 0)])
-def test_nobody_replaces_a_chatbot_of_a_server_that_others_reach(host: str, taken: int) -> None:
+async def test_what_is_there_twice_or_too_large(house: Open) -> None:
+    async with house() as home:
+        double = b'{"chatbot": {"flows": {"main": {"provider": "p", "model": "a", "model": "b"}}}}'
+        response = await home.client.put(URL, content=double)
+        assert (response.status_code, response.json()["mistakes"]) == (422, ["the member 'model' is there twice"])
+        response = await home.client.put(URL, content=b" " * ((1 << 20) + 1))
+        assert (response.status_code, response.json()["code"]) == (413, "body_too_large")
+
+
+async def test_every_mistake_is_listed(house: Open) -> None:
+    async with house() as home:
+        wrong = {"flows": {"main": flow("x", max_tokens=0, history="all"), "side": flow("x", provider="q")}}
+        mistakes = (await home.client.put(URL, json=body(home.demo) | {"chatbot": wrong})).json()["mistakes"]
+        assert [text.partition(":")[0] for text in mistakes] == [
+            "chatbots.shop.flows.main.history",
+            "chatbots.shop.flows.main.max_tokens",
+        ]
+
+
+async def test_a_front_end_that_has_it_is_told_so(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHOP_KEY", "sk-canary-1234567890")
+    async with house() as home:
+        await home.client.put(URL, json=body(home.demo))
+        first = await home.client.get(URL)
+        has = {"If-None-Match": first.headers["etag"]}
+        again = await home.client.get(URL, headers=has)
+        assert (again.status_code, again.content) == (304, b"")
+        monkeypatch.delenv("SHOP_KEY")
+        assert (await home.client.get(URL, headers=has)).status_code == 200
+        monkeypatch.setenv("SHOP_KEY", "sk-canary-1234567890")
+        await home.client.put(URL, json=body(home.demo, "other"))
+        async with asyncio.timeout(5):
+            while (await home.client.get(URL, headers=has)).status_code != 200:
+                await asyncio.sleep(0.02)
+
+
+async def test_replaced_by_many_at_once_each_is_a_version(house: Open, database: str) -> None:
+    async with house() as home, serving(database, drain_s=0) as other:
+        texts = [f"say {number}" for number in range(12)]
+        clients = [home.client, other] * 6
+        puts = [client.put(URL, json=body(home.demo, text)) for client, text in zip(clients, texts, strict=True)]
+        answers = [(await put).json() for put in asyncio.as_completed(puts)]
+        assert sorted(answer["version"] for answer in answers) == [*range(1, 13)]
+        assert all(answer["changed"] for answer in answers)
+
+
+@pytest.mark.parametrize(
+    ("host", "asked_for", "taken"),
+    [
+        ("127.0.0.1", "127.0.0.1", 1),
+        ("::1", "::1", 1),
+        ("localhost", "localhost", 1),
+        ("127.0.0.1", "rebound.example", 0),
+        ("127.0.0.1", None, 0),
+        ("0.0.0.0", "127.0.0.1", 0),
+        ("::", "localhost", 0),
+    ],
+)
+def test_nobody_replaces_a_chatbot_of_a_server_that_others_reach(host: str, asked_for: str | None, taken: int) -> None:
     settings = load(database_url="postgresql://nowhere/x", host=host)
     if taken:
-        admins_only(settings)
+        admins_only(settings, asked_for)
     else:
         with pytest.raises(Forbidden, match="parley apply"):
-            admins_only(settings)
+            admins_only(settings, asked_for)
+
+
+async def test_a_page_that_was_pointed_at_this_machine_replaces_nothing(house: Open) -> None:
+    async with house() as home:
+        response = await home.client.put(URL, json=body(home.demo), headers={"Host": "rebound.example"})
+        assert (response.status_code, response.json()["code"]) == (403, "admin_only")
