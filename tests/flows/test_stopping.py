@@ -1,6 +1,7 @@
 """Stopping: the provider sees the close, the text is kept, and nothing of it can be done twice."""
 
 import asyncio
+import os
 from time import time
 from typing import Any
 
@@ -143,6 +144,46 @@ async def test_a_takeover_ends_a_stopped_answer_as_cancelled(house: Open) -> Non
         frames = await asyncio.wait_for(read_stream(home.client, answer["streaming_url"]), 20)
         assert only(frames, "stream_end")["status"] == "cancelled"
         assert text(frames)
+
+
+# -- U18: after many stops everything is as before
+
+CANCELS = int(os.environ.get("PARLEY_TEST_CANCELS", "300"))
+_AT_ONCE = 50
+
+
+async def _stopped_at_some_point(home: House, number: int) -> None:
+    answer = (await home.post("slow")).json()
+    if number % 3:
+        await home.client.get(answer["streaming_url"], params={"after": number % 3, "wait": 5})
+    stopped = (await home.client.post(answer["streaming_url"] + "/cancel")).json()
+    assert stopped["session_status"] == "cancelled", stopped
+
+
+def _held() -> tuple[int, int]:
+    return len(os.listdir("/proc/self/fd")), len(asyncio.all_tasks())
+
+
+async def test_u18_many_stops_leave_nothing_behind(house: Open) -> None:
+    async with house() as home:
+        await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS), "side": flow(wishes=ENDLESS)}})
+        await home.ask()
+        before = _held()
+        for start in range(0, CANCELS, _AT_ONCE):
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(start, start + _AT_ONCE):
+                    tasks.create_task(_stopped_at_some_point(home, number))
+        _, frames = await home.ask()
+        assert only(frames, "stream_end")["status"] == "completed"
+        async with asyncio.timeout(20):
+            # The test's own client keeps up to its pool's connections, each with a server's end in this process.
+            while _held()[0] > before[0] + 2 * 2 * _AT_ONCE or _held()[1] > before[1] + _AT_ONCE:
+                await asyncio.sleep(0.05)
+        ended = "select count(*) from streaming_sessions where status = 'cancelled'"
+        assert await home.database.fetchval(ended) == CANCELS
+        assert await home.database.fetchval("select count(*) from conversation_sessions where status <> 'idle'") == 0
+        metrics = (await home.client.get("/metrics")).text
+        assert "parley_active_streams 0.0" in metrics
 
 
 # -- cancel_when_abandoned_s
