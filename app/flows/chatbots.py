@@ -12,6 +12,7 @@ from app.errors import Misconfigured, NotFound
 from app.flows.config import Assignment, Chatbot, Flow
 from app.flows.file import File, problems
 from app.postgres import Connection, Pool
+from app.text import clean
 
 _KEPT = 256
 # How long the newest version of a chatbot is believed to be the newest, in seconds.
@@ -56,7 +57,7 @@ class Chatbots:
         return version, await self.version(chatbot_id, version)
 
     async def _read_newest(self, chatbot_id: str) -> int:
-        version: int | None = await self._pool.fetchval(_NEWEST, chatbot_id)
+        version: int | None = await self._pool.fetchval(_NEWEST, clean(chatbot_id))
         if version is None:
             raise NotFound("chatbot_unknown", "There is no chatbot with this id; `parley apply FILE` makes one.")
         if len(self._newest) >= _KEPT:

@@ -253,21 +253,21 @@ async def queued_message(request: Request[Needs]) -> Response:
 async def _edit(request: Request[Needs]) -> Response:
     wanted = validated(EditMessage, parse_object(await request.body()))
     _check_length(wanted.message_text, request.state["settings"])
-    message_id = request.path_params["message_id"]
+    message_id = clean(request.path_params["message_id"])
     text = clean(wanted.message_text)
     await request.state["turns"].edit(**_names(request), message_id=message_id, text=text)
     return _json(QueueAnswer(message_id=message_id))
 
 
 async def _remove(request: Request[Needs]) -> Response:
-    message_id = request.path_params["message_id"]
+    message_id = clean(request.path_params["message_id"])
     stream_id = await request.state["turns"].remove(**_names(request), message_id=message_id)
     return _json(QueueAnswer(message_id=message_id, streaming_session_id=str(stream_id)))
 
 
 async def send_now(request: Request[Needs]) -> Response:
     """Give a waiting message its turn at once: the answer under way is stopped, keeping its text."""
-    message_id = request.path_params["message_id"]
+    message_id = clean(request.path_params["message_id"])
     stream_id = await request.state["turns"].send_now(**_names(request), message_id=message_id)
     return _json(QueueAnswer(message_id=message_id, streaming_session_id=str(stream_id)))
 

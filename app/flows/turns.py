@@ -55,13 +55,13 @@ class Turns:
             return False
         try:
             run = await retry_conflicts(lambda: self._next(user_id, session_id))
+            if run is None:
+                return False
+            self._hub.stir(run.stream.id)
+            self._runner.start(run)
         except (Unavailable, Fenced, _Overtaken) as error:
             log.info("turn_postponed", reason=type(error).__name__)
             return False
-        if run is None:
-            return False
-        self._hub.stir(run.stream.id)
-        self._runner.start(run)
         self._streams.settle(run.stream.id)
         return True
 

@@ -176,3 +176,18 @@ async def test_a_message_never_overtakes_those_that_wait(house: Open, database: 
         assert await home.database.fetchval("select status from conversation_sessions") == "idle"
         assert (await send(home))["status"] == "queued"
         assert len(await queue(home.client)) == 2
+
+
+async def test_i10_ids_that_cannot_be_are_unknown(house: Open) -> None:
+    async with house() as home:
+        for name in ("%00", "a%0D%0Ab", "..%2F..%2Fx", "%ED%A0%80", "x" * 9000):
+            url = f"/api/sessions/{name}/queue"
+            listed = await home.client.get(url, params={"user_id": "a"})
+            assert listed.json().get("messages", []) == []
+            for response in (
+                await home.client.delete(f"{url}/{name}", params={"user_id": "\x00"}),
+                await home.client.patch(f"{url}/{name}", params={"user_id": "a"}, json={"message_text": "x"}),
+                await home.client.post(f"{url}/{name}/send-now", params={"user_id": "a"}),
+                await home.client.get(f"/api/conversation-config/{name}"),
+            ):
+                assert response.status_code == 404, response.text
