@@ -114,6 +114,42 @@ async def test_the_survivor_ends_what_a_killed_replica_left(database: str, look:
         assert_whole(await poll(survivor.client, following["streaming_url"]), "completed")
 
 
+async def test_messages_that_wait_have_their_turns_although_their_replica_was_killed(
+    database: str, look: Connection
+) -> None:
+    async with replicas(database, 2) as (victim, survivor), AsyncExitStack() as stack:
+        left = await victim.ask("slow", session_id="chat")
+        reader = await stack.enter_async_context(reading(survivor.client, left["streaming_url"]))
+        await reader.has(10)
+        waiting = [await victim.ask("quick", session_id="chat", message_text=f"number {n}") for n in range(2)]
+        readers = [await stack.enter_async_context(reading(survivor.client, one["streaming_url"])) for one in waiting]
+        victim.command.send(signal.SIGKILL)
+        async with asyncio.timeout(2 * TAKEOVER_S):
+            assert_whole(await reader.end(), "failed", error="owner_lost")
+            for one in readers:
+                assert_whole(await one.end(), "completed")
+        said = await look.fetch("select content from messages where role = 'user' order by position")
+        assert [row["content"] for row in said][1:] == ["number 0", "number 1"]
+        assert await look.fetchval("select count(*) from queued_messages") == 0
+
+
+async def test_a_stop_that_its_replica_did_not_live_to_write_is_written_by_the_survivor(
+    database: str, look: Connection
+) -> None:
+    async with replicas(database, 2) as (victim, survivor), AsyncExitStack() as stack:
+        left = await victim.ask("slow")
+        reader = await stack.enter_async_context(reading(survivor.client, left["streaming_url"]))
+        await reader.has(10)
+        victim.command.send(signal.SIGSTOP)
+        stopped = (await survivor.client.post(left["streaming_url"] + "/cancel")).json()
+        assert (stopped["session_status"], stopped["upstream_closed"]) in (("active", False), ("cancelled", True))
+        victim.command.send(signal.SIGKILL)
+        async with asyncio.timeout(TAKEOVER_S):
+            events = await reader.end()
+        assert_whole(events, "cancelled")
+        assert await look.fetchval("select status from messages where role = 'assistant'") == "partial"
+
+
 async def test_two_that_start_after_a_kill_share_the_orphans(database: str, look: Connection) -> None:
     async with replicas(database, 1) as (victim,):
         left = [await victim.ask("slow") for _ in range(6)]
