@@ -42,7 +42,7 @@ Parley is ready: {url}"""
 async def dev(settings: Settings, apply: Path | None) -> None:
     """Run until a signal. Raises Misconfigured where something is in the way, or PostgreSQL dies."""
     leave = server.signals()
-    wanted = file.load(apply) if apply else file.File({})
+    wanted = file.load(apply) if apply else file.parse("chatbots: {}")
     async with embedded_postgres(settings.data_dir) as postgres, demo_provider() as demo_url:
         # The demo chatbot's configuration names this variable: the demo provider's port changes with each start.
         os.environ["PARLEY_DEMO_URL"] = demo_url

@@ -14,7 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from app.demo import demo_provider
-from app.flows import file
+from app.flows import file, shapes
 from app.flows.file import parse
 from app.flows.markers import Scanner
 from app.flows.templates import Template, TemplateError
@@ -138,12 +138,12 @@ def test_the_documented_chatbot_works_and_every_placeholder_is_documented() -> N
 @pytest.mark.parametrize(
     ("title", "models"),
     [
-        ("Providers", [file._Provider]),
-        ("Chatbots", [file._Chatbot]),
-        ("Flows", [file._Flow]),
-        ("Router", [file._Router]),
-        ("Steps and conditions", [file._Step, file._Condition]),
-        ("What a message may set", [file._Allow]),
+        ("Providers", [shapes.ProviderShape]),
+        ("Chatbots", [shapes.ChatbotShape]),
+        ("Flows", [shapes.FlowShape]),
+        ("Router", [shapes.RouterShape]),
+        ("Steps and conditions", [shapes.StepShape, shapes.ConditionShape]),
+        ("What a message may set", [shapes.AllowShape]),
     ],
 )
 def test_every_member_of_the_chatbots_file_is_documented(title: str, models: list[type[BaseModel]]) -> None:

@@ -1,15 +1,16 @@
 """The tables of chatbots and templates: what is applied is a version, and a stream keeps the one it began with."""
 
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
 import orjson
 
-from app.errors import Misconfigured, NotFound
+from app.errors import NotFound
 from app.flows.config import Assignment, Chatbot, Flow
+from app.flows.document import Place
 from app.flows.file import File, problems
 from app.postgres import Connection, Pool
 from app.text import clean
@@ -94,17 +95,17 @@ async def newest_templates(connection: Connection) -> dict[str, int]:
 async def apply(connection: Connection, file: File, *, dry_run: bool = False) -> list[Change]:
     """Add a version for every chatbot and template that differs from its newest one; all others stay as they are.
 
-    Raises Misconfigured where a template is missing, or its stored text does not work where it is used.
+    Raises Misconfigured, naming every place, where templates are missing or their stored text does not work there.
     """
     async with connection.transaction():
         await connection.execute(_LOCK)
         texts = await _templates(connection, file, dry_run=dry_run)
         rows = {row["id"]: row for row in await connection.fetch(_ALL)}
         changes = []
-        for chatbot_id, chatbot in file.chatbots.items():
+        for chatbot_id, chatbot in _resolved(file, texts).items():
             row = rows.get(chatbot_id)
             # Through JSON and back, so that a tuple and the list it is stored as do not count as a difference.
-            after = orjson.loads(orjson.dumps(_resolved(chatbot_id, chatbot, texts).to_json()))
+            after = orjson.loads(orjson.dumps(chatbot.to_json()))
             before = orjson.loads(row["configuration"]) if row else None
             if before != after:
                 changes.append(Change(chatbot_id, row["version"] + 1 if row else 1, before, after))
@@ -137,22 +138,35 @@ async def _templates(connection: Connection, file: File, *, dry_run: bool) -> di
     return texts | {Assignment(name, 0): texts[Assignment(name, version)] for name, version in newest.items()}
 
 
-def _resolved(chatbot_id: str, chatbot: Chatbot, texts: Mapping[Assignment, str]) -> Chatbot:
-    """With the text and the true version of every assigned template in its place."""
-    flows = {name: _assigned(flow, f"{chatbot_id}.flows.{name}", texts) for name, flow in chatbot.flows.items()}
-    resolved = replace(chatbot, flows=flows)
-    for place, text in problems(resolved):
-        raise Misconfigured("configuration_invalid", f"{chatbot_id}.{'.'.join(map(str, place))}: {text}")
+def _resolved(file: File, texts: Mapping[Assignment, str]) -> dict[str, Chatbot]:
+    """The chatbots with the text and the true version of every assigned template in its place."""
+    if missing := list(_missing(file, texts)):
+        raise file.refused(missing)
+    resolved = {
+        name: replace(chatbot, flows={flow: _assigned(of, texts) for flow, of in chatbot.flows.items()})
+        for name, chatbot in file.chatbots.items()
+    }
+    if wrong := [(("chatbots", name, *at), why) for name, chatbot in resolved.items() for at, why in problems(chatbot)]:
+        raise file.refused(wrong)
     return resolved
 
 
-def _assigned(flow: Flow, place: str, texts: Mapping[Assignment, str]) -> Flow:
+def _missing(file: File, texts: Mapping[Assignment, str]) -> Iterator[tuple[Place, str]]:
+    known = ", ".join(sorted(_called(assigned) for assigned in texts if assigned.version)) or "none"
+    for chatbot_id, chatbot in file.chatbots.items():
+        for name, flow in chatbot.flows.items():
+            if flow.assignment is not None and flow.assignment not in texts:
+                place = ("chatbots", chatbot_id, "flows", name, "template")
+                yield place, f"there is no template {_called(flow.assignment)} ({known}); add it to templates"
+
+
+def _called(assigned: Assignment) -> str:
+    return f"{assigned.template}@{assigned.version}" if assigned.version else assigned.template
+
+
+def _assigned(flow: Flow, texts: Mapping[Assignment, str]) -> Flow:
     if flow.assignment is None:
         return flow
-    wanted = flow.assignment
-    if (text := texts.get(wanted)) is None:
-        known = ", ".join(sorted({f"{known.template}@{known.version}" for known in texts if known.version})) or "none"
-        name = f"{wanted.template}@{wanted.version}" if wanted.version else wanted.template
-        raise Misconfigured("template_unknown", f"{place}.template: there is no template {name} ({known}).")
-    version = wanted.version or max(known.version for known in texts if known.template == wanted.template)
-    return replace(flow, system=text, assignment=Assignment(wanted.template, version))
+    name = flow.assignment.template
+    version = flow.assignment.version or max(known.version for known in texts if known.template == name)
+    return replace(flow, system=texts[flow.assignment], assignment=Assignment(name, version))

@@ -11,6 +11,8 @@ from app.providers.provider import Endpoint
 
 # In a plan: the flow that answers, whichever it is. No flow may have this name.
 ANSWER = "answer"
+# What is kept free for the answer where a flow has a budget but no limit of its own, in tokens.
+ANSWER_TOKENS = 1024
 
 OnBusy = Literal["enqueue", "reject", "interrupt"]
 

@@ -6,163 +6,37 @@ docs/chatbots.md describes it; docs/examples/everything.yaml shows all of it.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ValidationError
 
 from app.errors import Misconfigured
 from app.flows import markers
-from app.flows.config import ANSWER, Allow, Assignment, Chatbot, Choice, Condition, Flow, OnBusy, Router, Rule, Step
-from app.flows.document import Document, Place, dotted
+from app.flows.config import ANSWER, Allow, Assignment, Chatbot, Choice, Condition, Flow, Router, Rule, Step
+from app.flows.document import Document, Place, dotted, faults
 from app.flows.markers import Marker
-from app.flows.plan import mistakes
-from app.flows.templates import Template, TemplateError
-from app.providers.provider import Endpoint, Kind, LimitName
+from app.flows.plan import mistakes, word
+from app.flows.shapes import ChatbotShape, ChoiceShape, ConditionShape, FileShape, FlowShape, StepShape, told
+from app.flows.templates import Template, TemplateError, compiled
+from app.providers.provider import Endpoint
 
 FILE_LIMIT = 1 << 20
 _MOST_TOLD = 100
 _MAIN = "main"
 
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
-Text = Annotated[str, Field(max_length=64 << 10)]
-Words = Annotated[list[Annotated[str, Field(min_length=1, max_length=200)]], Field(max_length=200)]
-Model = Annotated[str, Field(min_length=1, max_length=256)]
-Count = Annotated[int, Field(ge=1, le=10_000_000)]
-Seconds = Annotated[float, Field(gt=0, le=86400, strict=False)]
+Refused = Callable[[Sequence[tuple[Place, str]]], Misconfigured]
 
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """What a file asks for. A flow whose template is not in it has no text yet: it is looked up when applied."""
+    """What a file asks for. A flow whose template is not in it has no text yet: it is looked up when applied.
+
+    `refused` makes the error for mistakes that show only then, naming the lines of the file.
+    """
 
     chatbots: dict[str, Chatbot]
-    templates: dict[str, str] = field(default_factory=dict)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class _Provider(_Strict):
-    kind: Kind
-    base_url: str
-    api_key: str | None = None
-    include_usage: bool = True
-    limit_name: LimitName = "max_completion_tokens"
-
-    @field_validator("base_url")
-    @classmethod
-    def _url_or_reference(cls, value: str) -> str:
-        if not value.startswith(("http://", "https://", "env:")):
-            raise ValueError("must be an http(s) URL, or env:NAME to read it from the environment")
-        return value
-
-    @field_validator("api_key")
-    @classmethod
-    def _reference(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("env:", "file:")):
-            raise ValueError("must be a reference, env:NAME or file:/path, never the key itself")
-        return value
-
-
-class _Choice(_Strict):
-    provider: str
-    model: Model
-    parameters: dict[str, Any] = {}
-
-    @field_validator("parameters")
-    @classmethod
-    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
-        if taken := sorted({"model", "messages", "stream", "stream_options"} & value.keys()):
-            raise ValueError(f"{', '.join(taken)} cannot be set here: Parley sets them")
-        return value
-
-
-class _Flow(_Choice):
-    fallbacks: Annotated[list[_Choice], Field(max_length=10)] = []
-    system: Text = ""
-    template: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[1-9][0-9]{0,8})?$")] | None = None
-    prompt: Text = "{{message}}"
-    stream: bool | None = None
-    output: Literal["text", "json"] = "text"
-    images: bool = False
-    history: Annotated[int, Field(ge=0, le=10_000)] | None = None
-    context_tokens: Count | None = None
-    max_tokens: Count | None = None
-    timeout_s: Seconds | None = None
-    top_k: Annotated[int, Field(ge=1, le=10_000)] | None = None
-    on_break: Literal["restart", "fail"] = "restart"
-
-    @model_validator(mode="after")
-    def _one_system(self) -> "_Flow":
-        if self.system and self.template:
-            raise ValueError("has both system and template: leave one out")
-        return self
-
-
-class _Condition(_Strict):
-    image: bool | None = None
-    language: Words = []
-    keywords: Words = []
-    output: Annotated[dict[Name, Words], Field(max_length=20)] = {}
-
-
-class _Rule(_Strict):
-    when: _Condition
-    flow: str
-
-    @field_validator("when")
-    @classmethod
-    def _known_at_once(cls, value: _Condition) -> _Condition:
-        if value.output:
-            raise ValueError("a rule decides before anything is asked: it cannot look at outputs (use the router)")
-        return value
-
-
-class _Router(_Strict):
-    flow: str
-    outcomes: Annotated[dict[str, str], Field(min_length=1, max_length=100)]
-    default: str
-    speculative: bool = False
-
-
-class _Step(_Strict):
-    flow: str
-    when: _Condition = _Condition()
-    on_failure: Literal["continue", "fail"] = "continue"
-
-
-class _Delimiters(_Strict):
-    open: str
-    close: str
-
-
-class _Allow(_Strict):
-    temperature: Annotated[tuple[float, float], Field(strict=False)] | None = None
-    top_k: Annotated[tuple[int, int], Field(strict=False)] | None = None
-    languages: Words = []
-    values: Annotated[list[Name], Field(max_length=100)] = []
-    flow_type: bool = False
-
-
-class _Chatbot(_Strict):
-    flows: Annotated[dict[Name, _Flow], Field(min_length=1, max_length=50)]
-    answers: Annotated[list[str], Field(min_length=1, max_length=50)] | None = None
-    rules: Annotated[list[_Rule], Field(max_length=100)] = []
-    router: _Router | None = None
-    plan: Annotated[list[list[str | _Step]], Field(max_length=20)] | None = None
-    markers: dict[Name, _Delimiters] = {}
-    language: Annotated[str, Field(max_length=64)] = ""
-    values: dict[Name, Text] = {}
-    allow: _Allow = _Allow()
-    on_busy: OnBusy = "enqueue"
-    cancel_when_abandoned_s: Seconds | None = None
-
-
-class _File(_Strict):
-    providers: dict[Name, _Provider] = {}
-    templates: dict[Name, Text] = {}
-    chatbots: dict[Name, _Chatbot]
+    templates: dict[str, str]
+    refused: Refused = field(compare=False)
 
 
 def load(path: Path) -> File:
@@ -199,17 +73,28 @@ def _refused(mistakes: Sequence[tuple[Place, str]]) -> Misconfigured:
     )
 
 
-def _checked(value: Any, refused: Callable[[Sequence[tuple[Place, str]]], Misconfigured]) -> File:
+def _checked(value: Any, refused: Refused) -> File:
+    if wrong := list(faults(value)):
+        raise refused(wrong)
     try:
-        file = _File.model_validate(value)
+        shapes = FileShape.model_validate(value)
     except ValidationError as error:
-        raise refused([(_place(e["loc"]), _said(e["msg"])) for e in error.errors()]) from None
-    if wrong := [*_unknown_providers(file), *_bad_templates(file)]:
+        raise refused(told(error)) from None
+    wrong = [*_unknown_providers(shapes), *_bad_templates(shapes)]
+    broken = _broken(shapes, wrong)
+    chatbots = {name: _chatbot(shape, shapes) for name, shape in shapes.chatbots.items() if name not in broken}
+    for name, chatbot in chatbots.items():
+        wrong += [(("chatbots", name, *place), text) for place, text in problems(chatbot)]
+    if wrong:
         raise refused(wrong)
-    chatbots = {name: _chatbot(chatbot, file) for name, chatbot in file.chatbots.items()}
-    if wrong := [(("chatbots", name, *place), text) for name, bot in chatbots.items() for place, text in problems(bot)]:
-        raise refused(wrong)
-    return File(chatbots, file.templates)
+    return File(chatbots, shapes.templates, refused)
+
+
+def _broken(file: FileShape, wrong: Sequence[tuple[Place, str]]) -> set[str]:
+    """The chatbots whose parts cannot be put together: they are looked at no further."""
+    places = {(place[0], place[1]) for place, _ in wrong}
+    users = {place[1] for place, flow in _flows(file) if ("templates", _named(flow)) in places}
+    return users | {str(name) for part, name in places if part == "chatbots"}
 
 
 def problems(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
@@ -221,18 +106,36 @@ def problems(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
         bounds = getattr(chatbot.allow, name)
         if bounds is not None and bounds[0] > bounds[1]:
             yield ("allow", name), "the lower bound comes first"
+    yield from _doubles(chatbot)
+    yield from _unknown_values(chatbot)
 
 
-def _place(loc: Sequence[str | int]) -> Place:
-    # pydantic names the branch of a union it tried, and marks keys: neither is in the file.
-    return [part for part in loc if part not in ("[key]", "str", "_Step")]
+def _doubles(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
+    for number, name in enumerate(chatbot.answers):
+        if name in chatbot.answers[:number]:
+            yield ("answers", number), f"{name!r} is there twice"
+    heard: dict[str, str] = {}
+    for outcome in chatbot.router.outcomes if chatbot.router else ():
+        if not word(outcome):
+            yield ("router", "outcomes", outcome), "is no word that a router could say"
+        elif (other := heard.setdefault(word(outcome), outcome)) != outcome:
+            yield ("router", "outcomes", outcome), f"is the same as {other!r}: case and punctuation do not count"
 
 
-def _said(message: str) -> str:
-    return message.removeprefix("Value error, ")
+def _unknown_values(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
+    known = {f"value.{name}" for name in (*chatbot.values, *chatbot.allow.values)}
+    for name, flow in chatbot.flows.items():
+        for member in ("system", "prompt"):
+            names = compiled(getattr(flow, member)).names
+            for unknown in sorted(used for used in names - known if used.startswith("value.")):
+                place = "template" if member == "system" and flow.assignment else member
+                yield (
+                    ("flows", name, place),
+                    f"{{{{{unknown}}}}} is neither in the chatbot's values nor in allow.values",
+                )
 
 
-def _unknown_providers(file: _File) -> Iterator[tuple[Place, str]]:
+def _unknown_providers(file: FileShape) -> Iterator[tuple[Place, str]]:
     known = ", ".join(file.providers) or "none"
     for place, flow in _flows(file):
         fallbacks = [((*place, "fallbacks", number), choice) for number, choice in enumerate(flow.fallbacks)]
@@ -241,7 +144,7 @@ def _unknown_providers(file: _File) -> Iterator[tuple[Place, str]]:
                 yield (*where, "provider"), f"no provider is named {choice.provider!r} ({known})"
 
 
-def _bad_templates(file: _File) -> Iterator[tuple[Place, str]]:
+def _bad_templates(file: FileShape) -> Iterator[tuple[Place, str]]:
     texts: list[tuple[Place, str]] = [(("templates", name), text) for name, text in file.templates.items()]
     for place, flow in _flows(file):
         texts += [((*place, "system"), flow.system), ((*place, "prompt"), flow.prompt)]
@@ -249,19 +152,24 @@ def _bad_templates(file: _File) -> Iterator[tuple[Place, str]]:
         try:
             Template(text)
         except TemplateError as error:
-            yield where, str(error)
+            yield where, f"line {error.line} of the text: {str(error).partition(': ')[2]}"
 
 
-def _flows(file: _File) -> Iterator[tuple[tuple[str, str, str, str], _Flow]]:
+def _flows(file: FileShape) -> Iterator[tuple[tuple[str, str, str, str], FlowShape]]:
     for chatbot_id, chatbot in file.chatbots.items():
         for name, flow in chatbot.flows.items():
             yield ("chatbots", chatbot_id, "flows", name), flow
 
 
+def _named(flow: FlowShape) -> str:
+    """The template of a flow, without the version."""
+    return (flow.template or "").partition("@")[0]
+
+
 # -- from the file's shapes to ours
 
 
-def _chatbot(chatbot: _Chatbot, file: _File) -> Chatbot:
+def _chatbot(chatbot: ChatbotShape, file: FileShape) -> Chatbot:
     answers = tuple(chatbot.answers or _likely_answers(chatbot))
     router = Router(**chatbot.router.model_dump()) if chatbot.router else None
     return Chatbot(
@@ -279,17 +187,17 @@ def _chatbot(chatbot: _Chatbot, file: _File) -> Chatbot:
     )
 
 
-def _likely_answers(chatbot: _Chatbot) -> list[str]:
-    """The only flow there is, else the one named main, and what rules and router choose from."""
+def _likely_answers(chatbot: ChatbotShape) -> list[str]:
+    """The only flow there is, else the one named main, and what rules and router choose from, as far as it is there."""
     if len(chatbot.flows) == 1:
         return list(chatbot.flows)
     chosen = [rule.flow for rule in chatbot.rules]
     if chatbot.router:
         chosen += [chatbot.router.default, *chatbot.router.outcomes.values()]
-    return list(dict.fromkeys([_MAIN, *chosen]))
+    return list(dict.fromkeys([_MAIN, *(name for name in chosen if name in chatbot.flows)]))
 
 
-def _plan(chatbot: _Chatbot, answers: tuple[str, ...]) -> tuple[tuple[Step, ...], ...]:
+def _plan(chatbot: ChatbotShape, answers: tuple[str, ...]) -> tuple[tuple[Step, ...], ...]:
     """As the file says, else the router first, and all side flows beside the answer."""
     if chatbot.plan is not None:
         return tuple(tuple(_step(step) for step in stage) for stage in chatbot.plan)
@@ -299,18 +207,18 @@ def _plan(chatbot: _Chatbot, answers: tuple[str, ...]) -> tuple[tuple[Step, ...]
     return tuple(tuple(Step(name) for name in stage) for stage in stages if stage)
 
 
-def _step(step: str | _Step) -> Step:
+def _step(step: str | StepShape) -> Step:
     if isinstance(step, str):
         return Step(step)
     return Step(step.flow, _condition(step.when), step.on_failure)
 
 
-def _condition(when: _Condition) -> Condition:
+def _condition(when: ConditionShape) -> Condition:
     output = {name: tuple(words) for name, words in when.output.items()}
     return Condition(when.image, tuple(when.language), tuple(when.keywords), output)
 
 
-def _flow(flow: _Flow, file: _File, *, streams: bool) -> Flow:
+def _flow(flow: FlowShape, file: FileShape, *, streams: bool) -> Flow:
     template, _, version = (flow.template or "").partition("@")
     return Flow(
         choices=tuple(_choice(choice, file) for choice in (flow, *flow.fallbacks)),
@@ -329,7 +237,7 @@ def _flow(flow: _Flow, file: _File, *, streams: bool) -> Flow:
     )
 
 
-def _choice(choice: _Choice, file: _File) -> Choice:
+def _choice(choice: ChoiceShape, file: FileShape) -> Choice:
     endpoint = Endpoint(name=choice.provider, **file.providers[choice.provider].model_dump())
     return Choice(endpoint, choice.model, choice.parameters)
 

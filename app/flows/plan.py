@@ -112,14 +112,14 @@ def routed(chatbot: Chatbot, output: str | None) -> Decision:
     assert router is not None
     if output is None:
         return Decision(router.default, "default", f"{router.flow} failed")
-    said = _word(output)
+    said = word(output)
     for outcome, flow in router.outcomes.items():
-        if outcome.casefold() == said:
+        if word(outcome) == said:
             return Decision(flow, "router", f"{router.flow} said {outcome}")
     return Decision(router.default, "default", f"{router.flow} said none of its outcomes")
 
 
-def _word(output: str) -> str:
+def word(output: str) -> str:
     """What a model said, without the quotes and full stops that models like to put around a word."""
     return output.strip("\"'`.,:;!*()[]{}<> \t\r\n").casefold()
 
@@ -138,9 +138,7 @@ def holds(when: Condition, ask: Ask) -> bool:
 
 def outputs_hold(when: Condition, outputs: Mapping[str, str]) -> bool:
     """Whether the other part holds: what earlier flows have said. A flow that did not run said nothing."""
-    return all(
-        _word(outputs.get(flow, "")) in {word.casefold() for word in words} for flow, words in when.output.items()
-    )
+    return all(word(outputs.get(flow, "")) in {word(said) for said in words} for flow, words in when.output.items())
 
 
 @lru_cache(maxsize=512)
@@ -212,9 +210,10 @@ def _unknown_flows(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
     if router := chatbot.router:
         if router.flow not in chatbot.flows or router.flow in chatbot.answers:
             yield ("router", "flow"), f"{router.flow!r} must be a flow that is not one of the answers"
-        for outcome, name in [*router.outcomes.items(), ("default", router.default)]:
+        outcomes = [(("outcomes", outcome), name) for outcome, name in router.outcomes.items()]
+        for place, name in [*outcomes, (("default",), router.default)]:
             if name not in chatbot.answers:
-                yield ("router", "outcomes", outcome), f"{name!r} is not one of the answers ({answers})"
+                yield ("router", *place), f"{name!r} is not one of the answers ({answers})"
 
 
 def _bad_plan(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:

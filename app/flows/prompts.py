@@ -5,13 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from app.chats.chat import Message, estimated_tokens, fitting
-from app.flows.config import Choice, Flow
+from app.flows.config import ANSWER_TOKENS, Choice, Flow
 from app.flows.run import Failure, FlowFailed, Inputs
 from app.flows.templates import compiled
 from app.providers.provider import Prompt, PromptMessage
 
-# What is kept free for the answer where a flow has a budget but no limit of its own, in tokens.
-_ANSWER_TOKENS = 1024
 _TOO_LONG = Failure("prompt_too_long", "The message is longer than the model can read; send a shorter one.")
 _PLENTY = 1 << 31
 _HISTORY = "history"
@@ -71,7 +69,7 @@ def _kept(flow: Flow, history: Sequence[Message], own: str) -> Sequence[Message]
     limit = len(history) if flow.history is None else flow.history
     if flow.context_tokens is None:
         return history if limit >= len(history) else fitting(list(history), limit=limit, budget_tokens=_PLENTY)
-    left = flow.context_tokens - estimated_tokens(own) - (flow.max_tokens or _ANSWER_TOKENS)
+    left = flow.context_tokens - estimated_tokens(own) - (flow.max_tokens or ANSWER_TOKENS)
     if left < 0:
         raise FlowFailed(_TOO_LONG)
     return fitting(list(history), limit=limit, budget_tokens=left)

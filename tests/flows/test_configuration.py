@@ -80,7 +80,7 @@ async def test_an_answer_under_way_keeps_its_version(house: Open, monkeypatch: p
     ("change", "told"),
     [
         ({"chatbot": None}, "chatbots.shop: "),
-        ({"chatbot": {}}, "chatbots.shop.flows: Field required"),
+        ({"chatbot": {}}, "chatbots.shop.flows: is missing"),
         ({"chatbot": {"flows": {"main": {"provider": "nobody", "model": "m"}}}}, "no provider is named 'nobody'"),
         ({"chatbot": {"flows": {"main": flow("x", system="{{nothing}}")}}}, "nothing"),
         ({"chatbot": {"flows": {"main": flow("x", template="none")}}}, "no template none"),
