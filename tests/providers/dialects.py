@@ -14,7 +14,8 @@ from app.providers.provider import Kind, Provider
 class Dialect:
     """`finished` says "Hi" and why it ends; `marker` is the end marker that may follow, if the dialect has one.
 
-    A dialect that names no reason finishes with its marker. `checked` is how `check` goes on after "Provider 'vendor'".
+    A dialect that names no reason finishes with its marker; one takes a document for an answer. `checked` is how
+    `check` goes on after "Provider 'vendor'".
     """
 
     kind: Kind
@@ -23,6 +24,7 @@ class Dialect:
     finished: bytes
     marker: bytes
     names_reason: bool = True
+    takes_documents: bool = False
     checked: str = "answers and offers 3 models."
 
 
@@ -55,6 +57,7 @@ FLOWISE = Dialect(
     finished=event(event="token", data="Hi") + event(event="end", data="[DONE]"),
     marker=event(event="end", data="[DONE]"),
     names_reason=False,
+    takes_documents=True,
     checked="answers; whether its key fits a chatflow shows when that is asked.",
 )
 DIALECTS: Mapping[str, Dialect] = {dialect.kind: dialect for dialect in (OPENAI, ANTHROPIC, FLOWISE)}

@@ -69,8 +69,19 @@ async def test_u3_an_error_instead_of_a_stream_is_an_error(connect: Connect, rem
     assert len(await remembered("u3")) == 1
 
 
-async def test_u3_a_document_instead_of_a_stream_is_an_error(connect: Connect) -> None:
+async def test_u3_a_page_instead_of_a_stream_is_an_error(connect: Connect) -> None:
     assert (await failed(connect(), prompt("demo?fault=html"))).kind == "protocol"
+
+
+async def test_u3_a_document_instead_of_a_stream_is_an_answer_only_where_the_dialect_has_such(
+    connect: Connect, dialect: Dialect
+) -> None:
+    chunks, error = await answered(connect(), prompt(f"{FAST}&whole=1"))
+    if dialect.takes_documents:
+        assert (text_of(chunks), error) == (SAID, None)
+    else:
+        assert error is not None
+        assert (chunks, error.kind) == ([], "protocol")
 
 
 @pytest.mark.parametrize("model", [f"{FAST}&fault=eof", f"{FAST}&fault=cut"])
