@@ -14,6 +14,7 @@ import pytest
 from pydantic import BaseModel
 
 from app.demo import demo_provider
+from app.errors import Misconfigured
 from app.flows import file, shapes
 from app.flows.file import parse
 from app.flows.markers import Scanner
@@ -155,6 +156,26 @@ def test_every_member_of_the_chatbots_file_is_documented(title: str, models: lis
 def test_the_first_chatbots_file_works() -> None:
     (example,) = _fenced(_document("chatbots.md"), "yaml")
     assert file.parse(example).chatbots["assistant"].answers == ("main",)
+
+
+def test_the_documented_put_is_taken_and_the_documented_mistakes_are_told() -> None:
+    text = _document("chatbots.md")
+    (example,) = _fenced(text, "json")
+    taken = file.parse_one("shop", json.loads(example))
+    assert taken.templates == {"brief": "Answer in one sentence."}
+    assert taken.chatbots["shop"].flows["main"].system == "Answer in one sentence."
+    wrong = """providers:
+  p: {kind: openai, base_url: "http://h"}
+chatbots:
+  shop:
+    answers: [main]
+    flows:
+      main: {provider: p, modell: m}
+    language: 12
+"""
+    with pytest.raises(Misconfigured) as error:
+        parse(wrong, "chatbots.yaml")
+    assert "".join(f"    {line}\n" for line in error.value.detail.splitlines()) in text
 
 
 def test_links_between_documents_lead_somewhere() -> None:

@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from pydantic import BaseModel
 
 from app.flows import chatbots, file
+from app.flows.shapes import shape_at
 from tests.chats.pictures import picture
 from tests.flows.events import data_of, only, text
 from tests.flows.test_stopping import until_event
@@ -49,7 +52,7 @@ async def test_the_template_is_assigned_and_its_version_is_known(home: House) ->
     rows = await home.database.fetch(
         "select chatbot_id, flow, template, template_version from flow_template_assignments"
     )
-    assert [tuple(row) for row in rows] == [("shop", "main", "support", 1)]
+    assert sorted(tuple(row) for row in rows) == [("shop", "main", "support", 1), ("swift", "main", "brief", 1)]
 
 
 async def test_the_other_answer_restarts_after_a_failure_in_mid_stream(home: House) -> None:
@@ -95,3 +98,45 @@ async def test_what_a_message_may_set(home: House) -> None:
     assert data_of(frames, "flow_selected") == []
     for refused in ({"base_url": "http://x"}, {"temperature": 3}, {"language": "fr"}, {"flow_type": "mood"}):
         assert (await home.post("shop", configuration=refused)).status_code == 422
+
+
+async def test_the_likely_answer_is_dropped_unheard_where_the_router_decides_otherwise(home: House) -> None:
+    answer, frames = await home.ask("swift", message_text="Call me")
+    assert answer["flow_type"] == "main"
+    assert only(frames, "flow_selected") == {"flow": "human", "by": "router", "reason": "intent said person"}
+    assert text(frames) == "A person will call you."
+    assert side_flows(frames) == {"alert": "called"}
+    assert not [frame for frame in frames if frame.data["data"].get("flow") == "main"]
+    calls = await home.database.fetch("select flow, outcome from usage_ledger order by flow")
+    assert [tuple(call) for call in calls] == [
+        ("alert", "completed"),
+        ("human", "completed"),
+        ("intent", "completed"),
+        ("main", "cancelled"),
+    ]
+
+
+def test_every_member_of_the_file_is_in_it() -> None:
+    used: dict[type[BaseModel], set[str]] = {}
+
+    def walk(value: Any, place: tuple[str | int, ...]) -> None:
+        if isinstance(value, dict):
+            if is_shape(place):
+                used.setdefault(shape_at(place), set()).update(value)
+            for name, member in value.items():
+                walk(member, (*place, name))
+        elif isinstance(value, list):
+            for number, member in enumerate(value):
+                walk(member, (*place, number))
+
+    walk(yaml.safe_load(EXAMPLE.read_text()), ())
+    assert {shape: set(shape.model_fields) - members for shape, members in used.items()} == {
+        shape: set() for shape in used
+    }
+    assert len(used) == 11
+
+
+def is_shape(place: tuple[str | int, ...]) -> bool:
+    """Whether the members of a place are the file's own, and no names that somebody chose."""
+    chosen = {"providers", "templates", "chatbots", "flows", "values", "markers", "outcomes", "output", "parameters"}
+    return not place or place[-1] not in chosen
