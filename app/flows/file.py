@@ -18,7 +18,7 @@ from app.flows.markers import Marker
 from app.flows.plan import mistakes, word
 from app.flows.shapes import ChatbotShape, ChoiceShape, ConditionShape, FileShape, FlowShape, StepShape, told
 from app.flows.templates import Template, TemplateError, compiled
-from app.providers.provider import Endpoint
+from app.providers.provider import Endpoint, is_chatflow
 
 FILE_LIMIT = 1 << 20
 _MOST_TOLD = 100
@@ -142,6 +142,8 @@ def _unknown_providers(file: FileShape) -> Iterator[tuple[Place, str]]:
         for where, choice in [(place, flow), *fallbacks]:
             if choice.provider not in file.providers:
                 yield (*where, "provider"), f"no provider is named {choice.provider!r} ({known})"
+            elif file.providers[choice.provider].kind == "flowise" and not is_chatflow(choice.model):
+                yield (*where, "model"), "the model of a flowise provider is a chatflow's id, without slashes"
 
 
 def _bad_templates(file: FileShape) -> Iterator[tuple[Place, str]]:

@@ -11,7 +11,16 @@ from urllib.parse import quote
 from uuid import uuid4
 
 from app.providers.answer import Answer, call, object_of
-from app.providers.provider import CONCURRENCY, Chunk, Deadlines, Image, Prompt, PromptMessage, ProviderError
+from app.providers.provider import (
+    CONCURRENCY,
+    Chunk,
+    Deadlines,
+    Image,
+    Prompt,
+    PromptMessage,
+    ProviderError,
+    is_chatflow,
+)
 from app.providers.transport import Upstream
 
 _CHECK_S = 10
@@ -80,7 +89,7 @@ class Flowise:
 
 def _segment(name: str, model: str) -> str:
     """The id of a chatflow as one segment of a path, whatever is in it. Raises ProviderError for what cannot be."""
-    if not model.isprintable() or model in ("", ".", "..") or "/" in model or "\\" in model:
+    if not is_chatflow(model):
         detail = f"Provider '{name}' takes the id of a chatflow for a model, and this is none."
         raise ProviderError("rejected", detail, retryable=False)
     return quote(model, safe="")

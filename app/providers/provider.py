@@ -87,6 +87,11 @@ class Endpoint:
     limit_name: LimitName = "max_completion_tokens"
 
 
+def is_chatflow(model: str) -> bool:
+    """Whether a model can be the id of a chatflow: one segment of a path."""
+    return model.isprintable() and model not in ("", ".", "..") and not {"/", "\\"} & set(model)
+
+
 @dataclass(frozen=True, slots=True)
 class Deadlines:
     """The longest silence in each phase, in seconds. A data event breaks the silence, a comment does not."""

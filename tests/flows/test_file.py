@@ -48,6 +48,12 @@ def test_mistakes_are_named(old: str, new: str, told: str) -> None:
     assert "sk-123456" not in error.value.detail
 
 
+def test_a_flowise_model_is_a_chatflows_id() -> None:
+    wrong = GOOD.replace("kind: openai", "kind: flowise").replace("model: m", "model: a/b")
+    with pytest.raises(Misconfigured, match="chatbots.a.flows.main.model: the model of a flowise provider"):
+        file.parse(wrong)
+
+
 def test_all_mistakes_are_named_at_once() -> None:
     with pytest.raises(Misconfigured) as error:
         file.parse("providers: {p: {kind: x, base_url: y}}\nchatbots: {a: {}}")
