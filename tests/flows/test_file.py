@@ -50,7 +50,7 @@ def test_mistakes_are_named(old: str, new: str, told: str) -> None:
 
 def test_a_flowise_model_is_a_chatflows_id() -> None:
     wrong = GOOD.replace("kind: openai", "kind: flowise").replace("model: m", "model: a/b")
-    with pytest.raises(Misconfigured, match="chatbots.a.flows.main.model: the model of a flowise provider"):
+    with pytest.raises(Misconfigured, match=r"chatbots\.a\.flows\.main\.model: the model of a flowise provider"):
         file.parse(wrong)
 
 
