@@ -22,6 +22,13 @@ def body(demo: str, say: str = "Hello.", **fields: Any) -> dict[str, Any]:
     }
 
 
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 async def test_what_a_front_end_sees_holds_no_secret(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOP_KEY", "sk-canary-1234567890")
     async with house() as home:
@@ -88,6 +95,10 @@ async def test_an_answer_under_way_keeps_its_version(house: Open, monkeypatch: p
         ({"providers": {"demo": {"kind": "openai", "base_url": "http://x", "api_key": "sk-1"}}}, "never the key"),
         ({"providers": [1]}, "providers"),
         ({"surprise": 1}, "surprise"),
+        ({"templates": {"t": "a\0b"}}, "templates.t: holds U+0000"),
+        ({"chatbot": {"flows": {"main": flow("x", parameters={"seed": 1 << 63})}}}, "is a number that is too large"),
+        ({"chatbot": {"flows": {"main": flow("x", parameters={"a": nested(70)})}}}, "is nested too deeply"),
+        ({"chatbot": {"flows": {"main": flow("x", parameters={"a": nested(900)})}}}, "is nested too deeply"),
     ],
 )
 async def test_what_cannot_work_is_refused_with_its_place(house: Open, change: dict[str, Any], told: str) -> None:

@@ -8,7 +8,7 @@ import yaml
 from app.errors import Misconfigured
 from app.flows.config import ANSWER, Chatbot, Condition
 from app.flows.file import parse
-from app.flows.plan import Ask, holds, plan, routed
+from app.flows.plan import Ask, holds, outputs_hold, plan, routed
 
 FLOW: dict[str, Any] = {"provider": "p", "model": "m"}
 
@@ -77,6 +77,13 @@ def test_a_picture_goes_to_a_flow_that_sees() -> None:
 )
 def test_what_a_router_says(output: str | None, flow: str) -> None:
     assert routed(chatbot(router=ROUTER), output).flow == flow
+
+
+def test_punctuation_counts_on_neither_side() -> None:
+    router = ROUTER | {"outcomes": {"Buy!": "other", "not now": "main"}}
+    assert routed(chatbot(router=router), "buy.").flow == "other"
+    assert outputs_hold(Condition(output={"mood": ("Good!",)}), {"mood": '"good"'})
+    assert not outputs_hold(Condition(output={"mood": ("Good!",)}), {})
 
 
 def test_who_waits_for_whom() -> None:
