@@ -156,8 +156,8 @@ def export(chatbot: tuple[str, ...]) -> None:
 def plan(chatbot: str, message: str, file: Path | None, image: bool, language: str, flow_type: str | None) -> None:
     """Print which flows MESSAGE would set in motion, and why, without calling anyone."""
     from app.flows import chatbots
+    from app.flows.conditions import Ask
     from app.flows.file import load as load_file
-    from app.flows.plan import Ask
     from app.flows.preview import preview
 
     found = load_file(file).chatbots if file else _connected(_with_database(), chatbots.all_newest)

@@ -14,8 +14,9 @@ from app.chats.picture import Picture
 from app.errors import Invalid
 from app.flows import idempotency
 from app.flows.chatbots import Chatbots
+from app.flows.conditions import Ask
 from app.flows.config import Chatbot, Flow
-from app.flows.plan import Ask, Plan, plan
+from app.flows.plan import Plan, plan
 from app.flows.run import Inputs, Run
 from app.flows.wishes import Wishes, allowed
 from app.postgres import Connection

@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 import structlog
 
 from app.flows.call import Call, Means
+from app.flows.conditions import outputs_hold
 from app.flows.config import ANSWER, Step
-from app.flows.plan import Decision, outputs_hold, routed
+from app.flows.plan import Decision, routed
 from app.flows.run import Failure, Progress, Result, Run
 from app.flows.voice import Voice
 from app.streams.log import StreamLost, Writer
@@ -71,19 +72,21 @@ class Execution:
                 await self._settled[needed].wait()
             if step.flow == ANSWER:
                 await self._perform_answer()
-            elif self._stopped is None and outputs_hold(step.when, self._outputs):
+            elif self._stopped is None:
                 await self._perform_side(step)
         finally:
             self._settled[step.flow].set()
 
     async def _perform_side(self, step: Step) -> None:
-        progress = await self._perform(self._call(step.flow))
-        if progress.failure is None:
-            self._outputs[step.flow] = progress.text
-        elif step.on_failure == "fail":
-            self.stop(progress.failure)
+        if outputs_hold(step.when, self._outputs):
+            progress = await self._perform(self._call(step.flow))
+            if progress.failure is None:
+                self._outputs[step.flow] = progress.text
+            elif step.on_failure == "fail":
+                self.stop(progress.failure)
         if step.flow == self._plan.router and self._stopped is None:
-            self._select(routed(self._run.chatbot, self._outputs.get(step.flow)))
+            image = bool(self._run.inputs.images)
+            self._select(routed(self._run.chatbot, self._outputs.get(step.flow), image=image))
 
     async def _perform_answer(self) -> None:
         if self._plan.speculative:

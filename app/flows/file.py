@@ -15,7 +15,7 @@ from app.flows import markers
 from app.flows.config import ANSWER, Allow, Assignment, Chatbot, Choice, Condition, Flow, Router, Rule, Step
 from app.flows.document import Document, Place, dotted, faults
 from app.flows.markers import Marker
-from app.flows.plan import mistakes, word
+from app.flows.plan import mistakes
 from app.flows.shapes import ChatbotShape, ChoiceShape, ConditionShape, FileShape, FlowShape, StepShape, told
 from app.flows.templates import Template, TemplateError, compiled
 from app.providers.provider import Endpoint, is_chatflow
@@ -114,12 +114,6 @@ def _doubles(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
     for number, name in enumerate(chatbot.answers):
         if name in chatbot.answers[:number]:
             yield ("answers", number), f"{name!r} is there twice"
-    heard: dict[str, str] = {}
-    for outcome in chatbot.router.outcomes if chatbot.router else ():
-        if not word(outcome):
-            yield ("router", "outcomes", outcome), "is no word that a router could say"
-        elif (other := heard.setdefault(word(outcome), outcome)) != outcome:
-            yield ("router", "outcomes", outcome), f"is the same as {other!r}: case and punctuation do not count"
 
 
 def _unknown_values(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:

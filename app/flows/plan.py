@@ -5,29 +5,16 @@ somebody needs: the router, the answer, a step whose failure ends the run, a ste
 others are side flows: nobody waits for them.
 """
 
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
+from app.flows.conditions import Ask, as_word, holds
 from app.flows.config import ANSWER, Chatbot, Condition, Flow, Step
 from app.flows.templates import compiled
 
 _OUTPUT = "output."
-# Scripts from here on put no spaces between words, so that a keyword may stand anywhere in them.
-_NO_SPACES = "\u2e80"
 
 Place = tuple[str | int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """What is known of a message before anything was called. `flow_type` is the flow that the request asks for."""
-
-    text: str
-    image: bool = False
-    language: str = ""
-    flow_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,10 +52,10 @@ class Plan:
 def plan(chatbot: Chatbot, ask: Ask) -> Plan:
     """The plan for a message. Raises KeyError where the request asks for a flow that does not answer."""
     decision = _decide(chatbot, ask)
-    idle = {chatbot.router.flow} if chatbot.router and decision.final else set()
+    idle = {chatbot.router.flow} if chatbot.router and decision.final else set[str]()
     steps = [[step for step in stage if step.flow not in idle and holds(step.when, ask)] for stage in chatbot.plan]
     stages = tuple(tuple(stage) for stage in steps if stage)
-    needs = _needs(chatbot, stages)
+    needs = _needs(chatbot, stages, _candidates(chatbot, decision))
     router = chatbot.router if chatbot.router and chatbot.router.flow in needs else None
     speculative = router is not None and router.speculative
     if router is not None and speculative:
@@ -77,7 +64,7 @@ def plan(chatbot: Chatbot, ask: Ask) -> Plan:
 
 
 def _decide(chatbot: Chatbot, ask: Ask) -> Decision:
-    decision = _by_request(chatbot, ask) or _by_rule(chatbot, ask) or _otherwise(chatbot)
+    decision = _by_request(chatbot, ask) or _by_rule(chatbot, ask) or _otherwise(chatbot, ask)
     if ask.image and not chatbot.flows[decision.flow].images:
         for name in chatbot.answers:
             if chatbot.flows[name].images:
@@ -100,68 +87,48 @@ def _by_rule(chatbot: Chatbot, ask: Ask) -> Decision | None:
     return None
 
 
-def _otherwise(chatbot: Chatbot) -> Decision:
-    if chatbot.router:
-        return Decision(chatbot.router.default, "router", f"until {chatbot.router.flow} decides", final=False)
-    return Decision(chatbot.answers[0], "default", "no rule holds")
+def _otherwise(chatbot: Chatbot, ask: Ask) -> Decision:
+    router = chatbot.router
+    if router is None:
+        return Decision(chatbot.answers[0], "default", "no rule holds")
+    if not any(step.flow == router.flow and holds(step.when, ask) for _, step in _places(chatbot)):
+        return Decision(router.default, "default", f"{router.flow} does not run for this message")
+    return Decision(router.default, "router", f"until {router.flow} decides", final=False)
 
 
-def routed(chatbot: Chatbot, output: str | None) -> Decision:
-    """What the router's output decides; None where it failed."""
+def _candidates(chatbot: Chatbot, decision: Decision) -> Collection[str]:
+    """The flows that may answer after this decision."""
+    router = chatbot.router
+    return {decision.flow} if router is None or decision.final else {router.default, *router.outcomes.values()}
+
+
+def routed(chatbot: Chatbot, output: str | None, *, image: bool = False) -> Decision:
+    """What the router's output decides; None where it has none. A picture still goes to a flow that sees it."""
     router = chatbot.router
     assert router is not None
     if output is None:
-        return Decision(router.default, "default", f"{router.flow} failed")
-    said = word(output)
+        return Decision(router.default, "default", f"{router.flow} did not say")
+    said = as_word(output)
     for outcome, flow in router.outcomes.items():
-        if word(outcome) == said:
+        if as_word(outcome) == said:
+            if image and not chatbot.flows[flow].images and chatbot.flows[router.default].images:
+                return Decision(router.default, "image", f"{flow} cannot see pictures")
             return Decision(flow, "router", f"{router.flow} said {outcome}")
     return Decision(router.default, "default", f"{router.flow} said none of its outcomes")
-
-
-def word(output: str) -> str:
-    """What a model said, without the quotes and full stops that models like to put around a word."""
-    return output.strip("\"'`.,:;!*()[]{}<> \t\r\n").casefold()
-
-
-# -- conditions
-
-
-def holds(when: Condition, ask: Ask) -> bool:
-    """Whether the part of a condition holds that is known from the message alone."""
-    if when.image is not None and when.image != ask.image:
-        return False
-    if when.language and ask.language.casefold() not in {name.casefold() for name in when.language}:
-        return False
-    return not when.keywords or _keywords(when.keywords).search(ask.text.casefold()) is not None
-
-
-def outputs_hold(when: Condition, outputs: Mapping[str, str]) -> bool:
-    """Whether the other part holds: what earlier flows have said. A flow that did not run said nothing."""
-    return all(word(outputs.get(flow, "")) in {word(said) for said in words} for flow, words in when.output.items())
-
-
-@lru_cache(maxsize=512)
-def _keywords(keywords: tuple[str, ...]) -> re.Pattern[str]:
-    """Fixed words only, so that the search is linear; whole words where the script has any."""
-    return re.compile("|".join(_whole(word.casefold()) for word in keywords))
-
-
-def _whole(word: str) -> str:
-    before = r"(?<!\w)" if word[0].isalnum() and word[0] < _NO_SPACES else ""
-    after = r"(?!\w)" if word[-1].isalnum() and word[-1] < _NO_SPACES else ""
-    return before + re.escape(word) + after
 
 
 # -- who waits for whom
 
 
-def _needs(chatbot: Chatbot, stages: tuple[tuple[Step, ...], ...]) -> dict[str, frozenset[str]]:
+def _needs(
+    chatbot: Chatbot, stages: tuple[tuple[Step, ...], ...], answers: Collection[str]
+) -> dict[str, frozenset[str]]:
+    """`answers` are the flows that may still answer: what only others use delays nobody."""
     needs: dict[str, frozenset[str]] = {}
     awaited: frozenset[str] = frozenset()
     for number, stage in enumerate(stages):
         needs |= dict.fromkeys((step.flow for step in stage), awaited)
-        used = _used(chatbot, stages[number + 1 :])
+        used = _used(chatbot, stages[number + 1 :], answers)
         awaited |= {step.flow for step in stage if _is_awaited(step, chatbot, used)}
     return needs
 
@@ -171,15 +138,16 @@ def _is_awaited(step: Step, chatbot: Chatbot, used: frozenset[str]) -> bool:
     return router or step.flow == ANSWER or step.on_failure == "fail" or step.flow in used
 
 
-def _used(chatbot: Chatbot, stages: tuple[tuple[Step, ...], ...]) -> frozenset[str]:
+def _used(chatbot: Chatbot, stages: tuple[tuple[Step, ...], ...], answers: Collection[str]) -> frozenset[str]:
     """The flows whose output some step of these stages uses."""
-    return frozenset(name for stage in stages for step in stage for name in _uses(chatbot, step))
+    return frozenset(name for stage in stages for step in stage for name in _uses(chatbot, step, answers))
 
 
-def _uses(chatbot: Chatbot, step: Step) -> Iterator[str]:
+def _uses(chatbot: Chatbot, step: Step, answers: Collection[str]) -> Iterator[str]:
     yield from step.when.output
-    for name in chatbot.answers if step.flow == ANSWER else (step.flow,):
-        yield from _outputs_in(chatbot.flows[name])
+    for name in answers if step.flow == ANSWER else (step.flow,):
+        if name in chatbot.flows:  # a mistake of its own otherwise
+            yield from _outputs_in(chatbot.flows[name])
 
 
 def _outputs_in(flow: Flow) -> Iterator[str]:
@@ -194,7 +162,8 @@ def _outputs_in(flow: Flow) -> Iterator[str]:
 
 def mistakes(chatbot: Chatbot) -> list[tuple[Place, str]]:
     """Why this configuration cannot work: places in the chatbot's part of the file, and what to do."""
-    return [*_unknown_flows(chatbot), *_bad_plan(chatbot), *_bad_outputs(chatbot), *_bad_speculation(chatbot)]
+    checks = (_unknown_flows, _bad_plan, _bad_outputs, _bad_words, _bad_speculation)
+    return [mistake for check in checks for mistake in check(chatbot)]
 
 
 def _unknown_flows(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
@@ -210,30 +179,40 @@ def _unknown_flows(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
     if router := chatbot.router:
         if router.flow not in chatbot.flows or router.flow in chatbot.answers:
             yield ("router", "flow"), f"{router.flow!r} must be a flow that is not one of the answers"
-        outcomes = [(("outcomes", outcome), name) for outcome, name in router.outcomes.items()]
-        for place, name in [*outcomes, (("default",), router.default)]:
+        chosen: list[tuple[Place, str]] = [(("outcomes", word), name) for word, name in router.outcomes.items()]
+        for place, name in [*chosen, (("default",), router.default)]:
             if name not in chatbot.answers:
                 yield ("router", *place), f"{name!r} is not one of the answers ({answers})"
 
 
 def _bad_plan(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
-    seen: list[str] = []
+    stage_of = _stage_of(chatbot)
+    answered = stage_of.get(ANSWER, len(chatbot.plan))
+    seen: set[str] = set()
     for place, step in _places(chatbot):
-        if step.flow != ANSWER and step.flow not in chatbot.flows:
-            yield place, f"there is no flow named {step.flow!r}"
-        if step.flow in chatbot.answers:
-            yield place, f"{step.flow!r} is one of the answers: write {ANSWER!r} where it shall run"
+        yield from ((place, mistake) for mistake in _bad_step(chatbot, step))
         if step.flow in seen:
             yield place, f"{step.flow!r} is in the plan twice"
-        if step.on_failure == "fail" and ANSWER in seen:
-            yield place, "a step behind the answer cannot make the run fail: leave on_failure out"
-        if step.flow == ANSWER and step.when != Condition():
-            yield place, "the answer always runs: leave its condition out"
-        seen.append(step.flow)
+        if step.on_failure == "fail" and step.flow != ANSWER and stage_of[step.flow] >= answered:
+            yield place, f"only a step of a stage before {ANSWER!r} can make the run fail: leave on_failure out"
+        seen.add(step.flow)
     if ANSWER not in seen:
         yield ("plan",), f"one step must be {ANSWER!r}"
-    if (router := chatbot.router) and router.flow not in seen[: seen.index(ANSWER) if ANSWER in seen else None]:
+    if (router := chatbot.router) and stage_of.get(router.flow, len(chatbot.plan)) >= answered:
         yield ("plan",), f"the router {router.flow!r} must stand in a stage before {ANSWER!r}"
+
+
+def _bad_step(chatbot: Chatbot, step: Step) -> Iterator[str]:
+    if step.flow != ANSWER and step.flow not in chatbot.flows:
+        yield f"there is no flow named {step.flow!r}"
+    if step.flow in chatbot.answers:
+        yield f"{step.flow!r} is one of the answers: write {ANSWER!r} where it shall run"
+    if step.flow == ANSWER and step.when != Condition():
+        yield "the answer always runs: leave its condition out"
+
+
+def _stage_of(chatbot: Chatbot) -> dict[str, int]:
+    return {step.flow: number for number, stage in enumerate(chatbot.plan) for step in stage}
 
 
 def _places(chatbot: Chatbot) -> Iterator[tuple[Place, Step]]:
@@ -244,21 +223,47 @@ def _places(chatbot: Chatbot) -> Iterator[tuple[Place, Step]]:
 
 def _bad_outputs(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
     """Outputs may be used by later stages only."""
-    stage_of = {step.flow: int(place[1]) for place, step in _places(chatbot)}
+    stage_of, never = _stage_of(chatbot), len(chatbot.plan)
+
+    def late(used: str, number: str | int) -> str | None:
+        if stage_of.get(used, never) < int(number):
+            return None
+        remedy = f": write {ANSWER!r} for the flow that answers" if used in chatbot.answers else ""
+        return f"uses the output of {used!r}, which runs in no earlier stage{remedy}"
+
     for place, step in _places(chatbot):
         for name in chatbot.answers if step.flow == ANSWER else (step.flow,):
             for used in _outputs_in(chatbot.flows[name]) if name in chatbot.flows else ():
-                if stage_of.get(used, len(chatbot.plan)) >= int(place[1]):
-                    yield ("flows", name), f"uses the output of {used!r}, which runs in no earlier stage"
+                if wrong := late(used, place[1]):
+                    yield ("flows", name), wrong
         for used in step.when.output:
-            if stage_of.get(used, len(chatbot.plan)) >= int(place[1]):
-                yield place, f"its condition uses the output of {used!r}, which runs in no earlier stage"
+            if wrong := late(used, place[1]):
+                yield place, f"its condition {wrong}"
+
+
+def _bad_words(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
+    """What flows say is compared without case and punctuation, so that a word needs more than those."""
+    outcomes = chatbot.router.outcomes if chatbot.router else {}
+    heard: dict[str, str] = {}
+    words: list[tuple[Place, str]] = []
+    for outcome in outcomes:
+        words.append((("router", "outcomes", outcome), outcome))
+        if (other := heard.setdefault(as_word(outcome), outcome)) != outcome:
+            yield words[-1][0], f"is the same as {other!r}: case and punctuation do not count"
+    for place, step in _places(chatbot):
+        words += [(place, word) for said in step.when.output.values() for word in said]
+    for place, word in words:
+        if not as_word(word):
+            yield place, f"{word!r} is no word that a flow could say"
 
 
 def _bad_speculation(chatbot: Chatbot) -> Iterator[tuple[Place, str]]:
     router = chatbot.router
     if router is None or not router.speculative:
         return
-    needs = _needs(chatbot, chatbot.plan)
+    needs = _needs(chatbot, chatbot.plan, chatbot.answers)
     if others := needs.get(ANSWER, frozenset()) - needs.get(router.flow, frozenset()) - {router.flow}:
         yield ("router", "speculative"), f"the answer cannot start early: it waits for {', '.join(sorted(others))}"
+    default = chatbot.flows.get(router.default)
+    if default is not None and router.flow in _outputs_in(default):
+        yield ("router", "speculative"), f"{router.default!r} cannot start early: it uses the output of {router.flow!r}"

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 
 from app.errors import Misconfigured
+from app.flows.conditions import Ask
 from app.flows.config import ANSWER, Chatbot, Condition, Step
-from app.flows.plan import Ask, Plan, plan
+from app.flows.plan import Plan, plan
 
 
 def preview(chatbot: Chatbot, ask: Ask) -> Iterator[str]:

@@ -58,7 +58,7 @@ async def test_a_router_that_fails_leaves_the_default(house: Open) -> None:
         await home.apply(shop=ROUTED | {"flows": ROUTED["flows"] | {"intent": {"provider": "gone", "model": "m"}}})
         _, frames = await home.ask("shop")
         assert only(frames, "flow_error")["flow"] == "intent"
-        assert only(frames, "flow_selected") == {"flow": "main", "by": "default", "reason": "intent failed"}
+        assert only(frames, "flow_selected") == {"flow": "main", "by": "default", "reason": "intent did not say"}
         assert only(frames, "stream_end")["status"] == "completed"
 
 

@@ -269,7 +269,7 @@ def test_aliases_that_stand_for_too_much(merge: str) -> None:
         ),
         (
             chatbot("router: {flow: ask, outcomes: {'!': main}, default: main}", ROUTER),
-            "line 10: chatbots.a.router.outcomes.!: is no word",
+            "line 10: chatbots.a.router.outcomes.!: '!' is no word",
         ),
         (chatbot("plan: [[answer, later]]"), "line 9: chatbots.a.plan.0.1: there is no flow named 'later'"),
         (

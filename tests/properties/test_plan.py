@@ -7,6 +7,7 @@ import yaml
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from app.flows.conditions import Ask, outputs_hold
 from app.flows.config import (
     ANSWER,
     Allow,
@@ -22,7 +23,7 @@ from app.flows.config import (
 from app.flows.export import to_yaml
 from app.flows.file import File, parse, problems
 from app.flows.markers import Marker
-from app.flows.plan import Ask, Plan, mistakes, outputs_hold, plan, routed
+from app.flows.plan import Plan, mistakes, plan, routed
 from app.flows.preview import preview
 from app.providers.provider import Endpoint
 
