@@ -1,0 +1,20 @@
+"""What another replica needs to begin a run again, and the rows it finds it by."""
+
+from alembic import op
+
+revision = "0004"
+down_revision = "0003"
+
+# What a message brought besides its rows, while its stream has not ended: as in queued_messages.request.
+TAKEOVER = [
+    "alter table streaming_sessions add column request text",
+]
+
+
+def upgrade() -> None:
+    for statement in TAKEOVER:
+        op.execute(statement)
+
+
+def downgrade() -> None:
+    raise NotImplementedError("Parley's migrations only go forward; restore a backup to go back.")
