@@ -1,13 +1,18 @@
 """Wakes the readers of this process: each committed batch is framed once and handed to all who follow its stream."""
 
 import asyncio
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Collection, Container, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from uuid import UUID
 
 from app.streams.event import TERMINAL, kind_of, to_frames
+
+# Beyond every id: whoever is told this position looks into the table.
+SOMEWHERE = 2**31 - 1
+# Streams remembered for replicas that ask late.
+_LATELY = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +43,11 @@ class Subscription:
         "_poked",
         "_waiter",
         "behind",
+        "last",
         "quiet",
     )
 
-    def __init__(self, max_events: int, max_bytes: int) -> None:
+    def __init__(self, max_events: int, max_bytes: int, cursor: int) -> None:
         self._batches: deque[Batch] = deque()
         self._events = self._bytes = 0
         self._max_events, self._max_bytes = max_events, max_bytes
@@ -52,6 +58,8 @@ class Subscription:
         self.behind = True
         # quiet: no batch came since the last look around, so the table is worth a look.
         self.quiet = False
+        # The last id that the reader has, or will find in here.
+        self.last = cursor
 
     def push(self, batch: Batch) -> None:
         self.quiet = False
@@ -59,6 +67,7 @@ class Subscription:
             self._batches.append(batch)
             self._events += batch.last - batch.first + 1
             self._bytes += len(batch.frames)
+            self.last = batch.last
             if self._events > self._max_events or self._bytes > self._max_bytes:
                 self.fall_behind()
         self.poke()
@@ -69,6 +78,14 @@ class Subscription:
         self._events = self._bytes = 0
         self.behind = True
         self.poke()
+
+    def read_from(self, cursor: int) -> None:
+        """The reader looks into the table from here on; what is pushed meanwhile is kept, so that nothing is missed."""
+        self.behind = False
+        self.last = cursor
+
+    def has_read(self, cursor: int) -> None:
+        self.last = max(self.last, cursor)
 
     def take(self) -> Batch | None:
         if not self._batches:
@@ -98,12 +115,21 @@ class Hub:
         self._max_events, self._max_bytes = max_events, max_bytes
         self._subscriptions: dict[UUID, set[Subscription]] = {}
         self._polled: dict[UUID, float] = {}
+        # What ended here lately, or was stirred, and where: for replicas whose question crosses it.
+        self.lately: OrderedDict[UUID, int] = OrderedDict()
         self.readers = 0
         self.closing = False
+        # Filled in by the bus: the streams that readers of other replicas follow, and how these hear of a commit.
+        self.abroad: Container[UUID] = ()
+        self.on_commit: Callable[[UUID, int], None] = lambda stream_id, last: None
+        self.on_follow: Callable[[UUID], None] = lambda stream_id: None
 
-    def subscribe(self, stream_id: UUID) -> Subscription:
-        subscription = Subscription(self._max_events, self._max_bytes)
-        self._subscriptions.setdefault(stream_id, set()).add(subscription)
+    def subscribe(self, stream_id: UUID, cursor: int = 0) -> Subscription:
+        subscription = Subscription(self._max_events, self._max_bytes, cursor)
+        if (followers := self._subscriptions.get(stream_id)) is None:
+            followers = self._subscriptions[stream_id] = set()
+            self.on_follow(stream_id)
+        followers.add(subscription)
         self.readers += 1
         return subscription
 
@@ -114,8 +140,19 @@ class Hub:
         if not followers:
             del self._subscriptions[stream_id]
 
+    @property
+    def followed(self) -> Collection[UUID]:
+        """The streams that have readers here."""
+        return self._subscriptions.keys()
+
     def publish(self, stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
-        """After the commit: hand the events to whoever follows the stream here."""
+        """After the commit of the lane: hand the events to whoever follows the stream, here or elsewhere."""
+        self.deliver(stream_id, first, payloads)
+        if stream_id in self.abroad:
+            self.on_commit(stream_id, first + len(payloads) - 1)
+
+    def deliver(self, stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
+        """Hand committed events to whoever follows the stream here."""
         if followers := self._subscriptions.get(stream_id):
             batch = batch_of(stream_id, first, payloads)
             for subscription in followers:
@@ -131,10 +168,33 @@ class Hub:
         self._polled = {stream_id: at for stream_id, at in self._polled.items() if at >= since}
         return self._subscriptions.keys() | self._polled.keys()
 
+    def over(self, stream_id: UUID, last_id: int) -> None:
+        """A stream has ended here, or was stirred: who asks for it from now on is told so."""
+        self.lately[stream_id] = last_id
+        if len(self.lately) > _LATELY:
+            self.lately.popitem(last=False)
+
+    def let_go(self, stream_id: UUID) -> None:
+        """This process does not write a stream any more that has not ended: its readers are another replica's now."""
+        if stream_id in self._subscriptions:
+            self.on_follow(stream_id)
+
     def stir(self, stream_id: UUID) -> None:
-        """Send the readers of a stream to the table: something was committed there outside of the lane."""
+        """Send all readers of a stream to the table: something was committed there outside of the lane."""
+        self.reread(stream_id)
+        self.over(stream_id, SOMEWHERE)
+        if stream_id in self.abroad:
+            self.on_commit(stream_id, SOMEWHERE)
+
+    def reread(self, stream_id: UUID) -> None:
+        """Send the readers of a stream here to the table."""
         for subscription in self._subscriptions.get(stream_id, ()):
             subscription.fall_behind()
+
+    def reach(self, stream_id: UUID) -> int | None:
+        """How far the foremost live reader here is; None where none waits for a batch: each reads the table itself."""
+        followers = self._subscriptions.get(stream_id, ())
+        return max((subscription.last for subscription in followers if not subscription.behind), default=None)
 
     def look_around(self, owned: Callable[[UUID], bool]) -> None:
         """Send readers that heard nothing since the last call to the table: publishing is only a hint (G16).

@@ -161,6 +161,8 @@ class Writer:
     def committed_alone(self, payload: str, *, ended: bool) -> None:
         self._last += 1
         self._ended = ended
+        if ended:
+            self._log._hub.over(self.stream_id, self._last)
         self._log._publish(self.stream_id, self._last, [payload])
 
     async def _progress(self) -> None:
@@ -250,6 +252,8 @@ class Log:
         if self._writers.get(writer.stream_id) is writer:
             del self._writers[writer.stream_id]
             self._ready.pop(writer.stream_id, None)
+            if not writer._ended:
+                self._hub.let_go(writer.stream_id)
         self._bytes -= writer._fail(Fenced("closed"))
 
     # -- the lane

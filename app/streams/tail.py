@@ -89,7 +89,7 @@ class Tail:
         Raises Gone when the events are cleaned up under the reader. While the database is away it waits.
         """
         leave_at = monotonic() + max_age_s
-        subscription = self._hub.subscribe(stream_id)
+        subscription = self._hub.subscribe(stream_id, cursor)
         try:
             while not self._hub.closing and monotonic() < leave_at:
                 batch = subscription.take()
@@ -109,8 +109,7 @@ class Tail:
             self._hub.unsubscribe(stream_id, subscription)
 
     async def _catch_up(self, stream_id: UUID, cursor: int, subscription: Subscription) -> Batch | None:
-        # From here on pushes are kept, so nothing committed after the read is missed.
-        subscription.behind = False
+        subscription.read_from(cursor)
         try:
             payloads = await self.read(stream_id, cursor, _PAGE)
             if not payloads and not self._log.owns(stream_id):
@@ -123,6 +122,7 @@ class Tail:
             # Tried again when the hub looks around, not at once: all readers are in this together.
             subscription.behind = True
             return None
+        subscription.has_read(cursor + len(payloads))
         if len(payloads) == _PAGE:
             subscription.fall_behind()
         return batch_of(stream_id, cursor + 1, payloads) if payloads else None
