@@ -12,6 +12,7 @@ from starlette.responses import Response
 from app import __version__
 from app.flows.runner import Runner
 from app.postgres import AWAY, Pool
+from app.streams.bus import Bus
 from app.streams.replicas import Replica
 from app.telemetry import Metrics
 
@@ -22,6 +23,7 @@ _PROBE_S = 1.0
 class Needs(TypedDict):
     pool: Pool
     replica: Replica
+    bus: Bus
     runner: Runner
     metrics: Metrics
     failing: set[str]
@@ -43,6 +45,7 @@ async def readyz(request: Request[Needs]) -> Response:
             "database": "connected" if connected else "disconnected",
             "refusal": refusal.detail if refusal else None,
             "failing": sorted(request.state["failing"]),
+            "bus": request.state["bus"].state(),
             "replica": str(request.state["replica"].id),
             "version": __version__,
         }
@@ -51,7 +54,7 @@ async def readyz(request: Request[Needs]) -> Response:
 
 async def conversation_health(request: Request[Needs]) -> Response:
     """The load balancer's check. Unhealthy (503) is no database, or starting, or draining; degraded (200) is serving
-    while a background job fails."""
+    while a background job fails, or while notifications do not come and readers poll."""
     connected = await _connected(request.state["pool"])
     serving = connected and request.state["replica"].refusal is None
     fine = "degraded" if request.state["failing"] else "healthy"

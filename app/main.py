@@ -40,6 +40,7 @@ from app.providers.registry import Providers
 from app.schema import require_current
 from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
+from app.streams.bus import Bus, NotifyBus, PollBus
 from app.streams.hub import Hub
 from app.streams.log import Limits, Log
 from app.streams.partitions import Partitions
@@ -185,6 +186,7 @@ class Gateway:
         self._replica = replica = Replica(pool)
         self._hub = hub = Hub(max_events=settings.reader_events, max_bytes=settings.reader_bytes)
         self._log = event_log = Log(self._dsn, replica, hub, limits=_limits(settings), metrics=metrics)
+        self._bus = bus = self._open_bus()
         self._partitions = Partitions(pool, days_ahead=settings.partition_days)
         streams = Streams(pool, replica)
         tail = Tail(pool, hub, event_log)
@@ -212,15 +214,18 @@ class Gateway:
         intake = Intake(
             replica,
             streams,
+            bus=bus,
             beginning=beginning,
             runner=runner,
             key_s=self._key_s,
             waiting=settings.queue_limit,
             at_once=max(1, settings.pool_size - 2),
         )
-        self._turns = turns = Turns(pool, replica, hub=hub, streams=streams, beginning=beginning, runner=runner)
+        self._turns = turns = Turns(
+            pool, replica, hub=hub, bus=bus, streams=streams, beginning=beginning, runner=runner
+        )
         runner.on_end = turns.give_next
-        self._stopping = stopping = Stopping(pool, streams, tail=tail, runner=runner, turns=turns)
+        self._stopping = stopping = Stopping(pool, streams, bus=bus, tail=tail, runner=runner, turns=turns)
         self._abandonment = Abandonment(hub, streams, runner)
         self.state = State(
             settings=settings,
@@ -230,6 +235,7 @@ class Gateway:
             journal=journal,
             replica=replica,
             hub=hub,
+            bus=bus,
             tail=tail,
             runner=runner,
             chatbots=chatbots,
@@ -245,6 +251,18 @@ class Gateway:
     @property
     def _key_s(self) -> float:
         return self._settings.idempotency_hours * 3600
+
+    def _open_bus(self) -> Bus:
+        if self._settings.bus == "poll":
+            return PollBus()
+        return NotifyBus(
+            self._settings.listen_url or self._dsn,
+            pool=self._pool,
+            hub=self._hub,
+            event_log=self._log,
+            metrics=self._metrics,
+            failing=self._failing,
+        )
 
     def loops(self) -> list[Coroutine[None, None, None]]:
         """Everything that runs for as long as the server does."""
@@ -267,13 +285,17 @@ class Gateway:
         self._replica.refusal = None
         self._life.serving.set()
         log.info("serving", replica=str(self._replica.id))
+        scan_s, failing, bus = self._settings.scan_s, self._failing, self._bus
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(every(self._settings.beat_s, self._beat, name="beat", failing=self._failing))
-            tasks.create_task(
-                every(self._settings.scan_s, self._takeover.run_once, name="takeover", failing=self._failing)
-            )
-            tasks.create_task(every(self._settings.scan_s, self._look_after, name="turns", failing=self._failing))
-            tasks.create_task(every(_UPKEEP_S, self._upkeep, name="upkeep", failing=self._failing))
+            for loop in (
+                bus.run(),
+                every(self._settings.beat_s, self._beat, name="beat", failing=failing),
+                every(scan_s, self._takeover.run_once, name="takeover", failing=failing, sooner=bus.gone),
+                every(scan_s, self._stopping.run_once, name="stopping", failing=failing, sooner=bus.stop),
+                every(scan_s, self._look_after, name="turns", failing=failing),
+                every(_UPKEEP_S, self._upkeep, name="upkeep", failing=failing),
+            ):
+                tasks.create_task(loop)
 
     async def _usable(self) -> bool:
         try:
@@ -291,7 +313,6 @@ class Gateway:
         return True
 
     async def _look_after(self) -> None:
-        await self._stopping.run_once()
         await self._turns.run_once()
         await self._abandonment.run_once()
 
@@ -317,6 +338,7 @@ class Gateway:
             async with asyncio.timeout(2):
                 await self._journal.run_once()
                 await self._replica.retire()
+                await self._bus.tell_gone()
         except (*AWAY, asyncpg.PostgresError) as error:
             log.warning("goodbye_failed", error=type(error).__name__)
         finally:

@@ -48,6 +48,7 @@ class Readiness(BaseModel):
     database: Literal["connected", "disconnected"] | None = None
     refusal: str | None = None
     failing: list[str] | None = None
+    bus: dict[str, object] | None = None
     replica: str | None = None
     version: str | None = None
 

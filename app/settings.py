@@ -117,6 +117,12 @@ class Settings(BaseSettings):
     poll_s: float = Field(
         1, gt=0, description="Interval at which a waiting reader looks at the table by itself, in seconds."
     )
+    bus: Literal["notify", "poll"] = Field(
+        "notify", description="How replicas tell each other of new events: by LISTEN and NOTIFY, or not at all."
+    )
+    listen_url: str | None = Field(
+        None, repr=False, description="PostgreSQL for LISTEN, where DATABASE_URL names a pooler; default DATABASE_URL."
+    )
     drain_s: float = Field(25, ge=0, description="How long a stopping server lets running answers finish, in seconds.")
 
 

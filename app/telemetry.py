@@ -52,6 +52,12 @@ class Metrics:
         self.attempts = counter(
             "parley_attempts", "Calls of providers, by provider and outcome.", ["provider", "outcome"]
         )
+        self.bus_notifications = counter(
+            "parley_bus_notifications", "Notifications between replicas, by direction.", ["direction"]
+        )
+        self.bus_echo = histogram(
+            "parley_bus_echo_seconds", "From a notification of this replica to itself to hearing it."
+        )
         self.journal_dropped = counter("parley_journal_dropped", "Error rows dropped because too many came at once.")
 
 

@@ -13,6 +13,7 @@ from app.flows.beginning import Beginning, Incoming, Prepared
 from app.flows.run import CANCELLED, Run
 from app.flows.runner import Runner
 from app.postgres import Connection, retry_conflicts
+from app.streams.bus import Bus
 from app.streams.replicas import Fenced, Replica
 from app.streams.stream import Stream, Streams
 
@@ -43,6 +44,7 @@ class Intake:
         replica: Replica,
         streams: Streams,
         *,
+        bus: Bus,
         beginning: Beginning,
         runner: Runner,
         key_s: float,
@@ -52,6 +54,7 @@ class Intake:
         self._turns = asyncio.Semaphore(at_once)
         self._replica = replica
         self._streams = streams
+        self._bus = bus
         self._beginning = beginning
         self._runner = runner
         self._key_s = key_s
@@ -101,6 +104,7 @@ class Intake:
             self._streams.settle(stream.id)
         elif place.interrupts is not None:
             self._runner.stop(place.interrupts, CANCELLED)
+            self._bus.poke("stop")
         return accepted
 
     async def _replay(self, connection: Connection, key: idempotency.Key) -> Accepted | None:

@@ -11,6 +11,7 @@ from app.flows.run import CANCELLED, ms_since
 from app.flows.runner import Runner
 from app.flows.turns import Turns
 from app.postgres import Pool
+from app.streams.bus import Bus
 from app.streams.event import TERMINAL, Status, data_of, kind_of
 from app.streams.stream import Streams
 from app.streams.tail import Tail
@@ -31,11 +32,12 @@ class Stopped:
 
 
 class Stopping:
-    """The owner is told directly where it is this process; elsewhere it sees the flag in its next pass."""
+    """The owner is told directly where it is this process; elsewhere it is poked, and sees the flag in a pass."""
 
-    def __init__(self, pool: Pool, streams: Streams, *, tail: Tail, runner: Runner, turns: Turns) -> None:
+    def __init__(self, pool: Pool, streams: Streams, *, bus: Bus, tail: Tail, runner: Runner, turns: Turns) -> None:
         self._pool = pool
         self._streams = streams
+        self._bus = bus
         self._tail = tail
         self._runner = runner
         self._turns = turns
@@ -66,8 +68,10 @@ class Stopping:
         await self._streams.ask_to_stop(self._pool, stream_id, flow)
         if here:
             await self._runner.ended(stream_id, _PATIENCE_S if flow is None else 0)
-        elif await self._seen_to_end(stream_id, flow, state.tail):
-            here, closed_ms = True, ms_since(began)
+        else:
+            self._bus.poke("stop")
+            if await self._seen_to_end(stream_id, flow, state.tail):
+                here, closed_ms = True, ms_since(began)
         state = await self._tail.state(stream_id)
         return Stopped(state.status, here, closed_ms if here else None, state.tail)
 

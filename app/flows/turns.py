@@ -11,6 +11,7 @@ from app.flows.queue import Turn
 from app.flows.run import CANCELLED, Failure, Run
 from app.flows.runner import Runner
 from app.postgres import Pool, retry_conflicts
+from app.streams.bus import Bus
 from app.streams.hub import Hub
 from app.streams.replicas import Fenced, Replica
 from app.streams.stream import Stream, Streams
@@ -25,11 +26,20 @@ class Turns:
     """The end of a run gives the next message its turn; a pass does it where that replica could not."""
 
     def __init__(
-        self, pool: Pool, replica: Replica, *, hub: Hub, streams: Streams, beginning: Beginning, runner: Runner
+        self,
+        pool: Pool,
+        replica: Replica,
+        *,
+        hub: Hub,
+        bus: Bus,
+        streams: Streams,
+        beginning: Beginning,
+        runner: Runner,
     ) -> None:
         self._pool = pool
         self._replica = replica
         self._hub = hub
+        self._bus = bus
         self._streams = streams
         self._beginning = beginning
         self._runner = runner
@@ -128,6 +138,7 @@ class Turns:
                 await self._streams.ask_to_stop(connection, running)
         if running is not None:
             self._runner.stop(running, CANCELLED)
+            self._bus.poke("stop")
         return stream_id
 
 

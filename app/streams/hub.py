@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection, Container, Sequence
+from collections.abc import Callable, Container, KeysView, Sequence
 from dataclasses import dataclass
 from time import monotonic
 from uuid import UUID
@@ -141,7 +141,7 @@ class Hub:
             del self._subscriptions[stream_id]
 
     @property
-    def followed(self) -> Collection[UUID]:
+    def followed(self) -> KeysView[UUID]:
         """The streams that have readers here."""
         return self._subscriptions.keys()
 

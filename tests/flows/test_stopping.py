@@ -124,7 +124,7 @@ async def test_any_replica_may_be_asked(house: Open, database: str) -> None:
 
 
 async def test_an_owner_that_does_not_look_is_told_of_honestly(house: Open, database: str) -> None:
-    async with house(scan_s=60, poll_s=60) as home:
+    async with house(scan_s=60, poll_s=60, bus="poll") as home:
         await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS)}})
         async with serving(database, drain_s=0) as other:
             answer = (await home.post("slow")).json()
@@ -133,6 +133,16 @@ async def test_an_owner_that_does_not_look_is_told_of_honestly(house: Open, data
             assert (stopped["session_status"], stopped["upstream_closed"]) == ("active", False)
             assert stopped["upstream_close_ms"] is None
             assert await home.database.fetchval("select cancel_flows from streaming_sessions") == []
+
+
+async def test_an_owner_is_told_at_once_through_the_bus(house: Open, database: str) -> None:
+    async with house(scan_s=60, poll_s=60) as home, serving(database, drain_s=0, poll_s=60) as other:
+        await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS)}})
+        answer = (await home.post("slow")).json()
+        await until_event(home, answer["streaming_url"], 5)
+        stopped = (await other.post(answer["streaming_url"] + "/cancel")).json()
+        assert (stopped["session_status"], stopped["upstream_closed"]) == ("cancelled", True)
+        assert stopped["upstream_close_ms"] < 1000
 
 
 async def test_a_takeover_ends_a_stopped_answer_as_cancelled(house: Open) -> None:

@@ -1,0 +1,63 @@
+"""Replicas of one database with a bus between them, in one process; nothing here looks at the table by itself."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+
+from app.streams.bus import NotifyBus, Times
+from tests.streams.engine import Engine, engine
+
+# Long enough for nothing to happen by itself, short enough to be waited for where a test wants it.
+QUIET = Times(gather=0.001, repeat=600, forget=1800, probe=600, echo=5, again=0.01)
+
+
+@dataclass
+class Peer:
+    parts: Engine
+    bus: NotifyBus
+    failing: set[str] = field(default_factory=set)
+
+
+@asynccontextmanager
+async def peer(
+    database: str,
+    *,
+    listen: str | None = None,
+    times: Times = QUIET,
+    running: bool = True,
+    bus_type: type[NotifyBus] = NotifyBus,
+) -> AsyncGenerator[Peer, None]:
+    """A replica whose bus listens; `listen` is another way to the same database."""
+    async with engine(database) as parts:
+        failing = set[str]()
+        bus = bus_type(
+            listen or database,
+            pool=parts.pool,
+            hub=parts.hub,
+            event_log=parts.log,
+            metrics=parts.metrics,
+            failing=failing,
+            times=times,
+        )
+        task = asyncio.ensure_future(bus.run()) if running else None
+        if running:
+            await until(lambda: bool(bus.state()["listening"]))
+        try:
+            yield Peer(parts, bus, failing)
+        finally:
+            if task is not None:
+                task.cancel()
+                await asyncio.wait([task])
+
+
+@asynccontextmanager
+async def peers(database: str, count: int, *, times: Times = QUIET) -> AsyncGenerator[list[Peer], None]:
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(peer(database, times=times)) for _ in range(count)]
+
+
+async def until(true: Callable[[], bool], *, within_s: float = 10) -> None:
+    async with asyncio.timeout(within_s):
+        while not true():
+            await asyncio.sleep(0.002)
