@@ -55,6 +55,8 @@ log = structlog.get_logger(__name__)
 _UPKEEP_S = 3600
 # Bodies of uploads in memory at once, in largest ones. Each is there twice while it is read and parsed.
 _UPLOADS = 3
+# How long a stopping server waits for accepts that were under way, in seconds; longer than one waits for locks.
+_ACCEPTS_S = 5
 
 
 class State(
@@ -211,7 +213,7 @@ class Gateway:
         images = Images(pool, decoders)
         memory = Memory(settings.history_limit, settings.history_bytes)
         beginning = Beginning(streams, chatbots=chatbots, images=images, memory=memory)
-        intake = Intake(
+        self._intake = intake = Intake(
             replica,
             streams,
             bus=bus,
@@ -333,6 +335,7 @@ class Gateway:
         await self._life.leave.wait()
         self._replica.refusal = Unavailable("draining", "The server is stopping; ask another one.", retry_after=1)
         try:
+            await self._intake.close(_ACCEPTS_S)
             await self._runner.drain(self._settings.drain_s)
             self._hub.close()
             async with asyncio.timeout(2):

@@ -7,6 +7,8 @@ from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Literal
 
+import structlog
+
 from app.errors import Conflict, Unavailable
 from app.flows import idempotency, queue, sessions
 from app.flows.beginning import Beginning, Incoming, Prepared
@@ -16,6 +18,8 @@ from app.postgres import Connection, retry_conflicts
 from app.streams.bus import Bus
 from app.streams.replicas import Fenced, Replica
 from app.streams.stream import Stream, Streams
+
+log = structlog.get_logger(__name__)
 
 # How long an accept waits for its turn in a burst, in seconds.
 _TURN_S = 5
@@ -52,6 +56,7 @@ class Intake:
         at_once: int,
     ) -> None:
         self._turns = asyncio.Semaphore(at_once)
+        self._at_once = at_once
         self._replica = replica
         self._streams = streams
         self._bus = bus
@@ -72,6 +77,15 @@ class Intake:
                 return await retry_conflicts(lambda: self._accept(prepared))
         except Fenced:
             raise Unavailable("replica_lost", "The server is recovering; send it again.", retry_after=2) from None
+
+    async def close(self, within_s: float) -> None:
+        """Wait until no accept is under way, after the replica has begun to refuse them; none follows."""
+        try:
+            async with asyncio.timeout(within_s):
+                for _ in range(self._at_once):
+                    await self._turns.acquire()
+        except TimeoutError:
+            log.warning("accepts_unfinished")
 
     @asynccontextmanager
     async def _turn(self) -> AsyncGenerator[None, None]:

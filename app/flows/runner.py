@@ -131,8 +131,11 @@ class Runner:
         await self._settle(None)
 
     async def _settle(self, timeout_s: float | None) -> None:
-        if self._running:
-            await asyncio.wait(self._running.values(), timeout=timeout_s)
+        """Wait until nothing runs, for so long at most; what was accepted on the way has its time, too."""
+        loop = asyncio.get_running_loop()
+        until = None if timeout_s is None else loop.time() + timeout_s
+        while self._running and (until is None or until > loop.time()):
+            await asyncio.wait(self._running.values(), timeout=None if until is None else until - loop.time())
 
     def _done(self, stream_id: UUID) -> None:
         del self._running[stream_id], self._executions[stream_id]

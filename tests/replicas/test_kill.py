@@ -246,6 +246,26 @@ async def test_an_answer_finishes_while_its_replica_drains(database: str, demo: 
     assert done.code == 0
 
 
+async def test_what_was_being_accepted_has_its_time_too(database: str, look: Connection) -> None:
+    async with replicas(database, 1) as (leaving,):
+        session = (await leaving.ask("quick"))["session_id"]
+        async with asyncio.timeout(10):
+            while await look.fetchval("select count(*) from conversation_sessions where status = 'idle'") == 0:
+                pass
+        async with look.transaction():
+            await look.execute("select from conversation_sessions for update")
+            asking = asyncio.create_task(leaving.ask("short", session_id=session))
+            async with asyncio.timeout(10):
+                while await look.fetchval("select count(*) from pg_locks where not granted") == 0:
+                    pass
+            leaving.command.send(signal.SIGTERM)
+            await _until_it_refuses(leaving.client)
+        accepted = await asking
+        async with reading(leaving.client, accepted["streaming_url"]) as reader:
+            assert_whole(await reader.end(), "completed")
+        assert (await leaving.command.ended()).code == 0
+
+
 async def _until_it_refuses(client: httpx2.AsyncClient) -> None:
     """New work is refused with the remedy; reading goes on."""
     async with asyncio.timeout(10):
