@@ -1,0 +1,234 @@
+"""What an event costs from the append to the socket: one process that writes as fast as it is told, and readers that
+only count.
+
+    .venv/bin/python -m scripts.bench.firehose [--rates 5000,20000] [--gaps 2,5,8] [--seconds 10]
+
+No provider and no flows: the log, its lane, the hub and the server-sent events of one replica, over a PostgreSQL of
+its own (with fsync). Events are stored as they are appended, none merged. Linux only.
+"""
+
+import argparse
+import asyncio
+import json
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from asyncio.subprocess import Process
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import asyncpg
+import uvloop
+
+from scripts.bench import processes
+
+_STREAMS = 100
+_TICK_S = 0.002
+_SAID = b'"token":"'
+_MARK = b"\nevent: "
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["serve", dsn, job]:
+            uvloop.run(_serve(dsn, **json.loads(job)))
+        case ["read"]:
+            uvloop.run(_count(json.loads(sys.stdin.read())))
+        case _:
+            asyncio.run(_measure(_arguments()))
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser("scripts.bench.firehose", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--rates", default="5000,20000", help="events per second (5000,20000)")
+    parser.add_argument("--gaps", default="2,5,8", help="least milliseconds between two flushes under load (2,5,8)")
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--runs", type=int, default=3)
+    return parser.parse_args()
+
+
+async def _measure(args: argparse.Namespace) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="parley-bench-"))
+    folder.chmod(0o711)  # as root, PostgreSQL runs as another user and must be able to enter
+    try:
+        async with processes.postgres(folder / "data") as (server, postgres):
+            await processes.output("-m", "app", "migrate", environment={"DATABASE_URL": server.dsn})
+            print(
+                f"{_STREAMS} streams with a reader each, {args.seconds:g} s, medians of {args.runs} runs (least-most)"
+            )
+            print(
+                "\n| events/s | gap, ms | Python, µs | PostgreSQL, µs"
+                " | p50, ms | p99, ms | delivered/s | lost | WAL, B |"
+            )
+            print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
+            for rate in map(int, args.rates.split(",")):
+                for gap in map(float, args.gaps.split(",")):
+                    job = {"rate": rate, "gap_ms": gap, "seconds": args.seconds}
+                    runs = [await _run(server.dsn, postgres, folder, job) for _ in range(args.runs)]
+                    print(
+                        f"| {rate:,} | {gap:g} | " + " | ".join(map(_cell, zip(*runs, strict=True))) + " |", flush=True
+                    )
+    finally:
+        shutil.rmtree(folder)
+
+
+def _cell(values: tuple[float, ...]) -> str:
+    return f"{statistics.median(values):,.3g} ({min(values):,.3g}-{max(values):,.3g})"
+
+
+async def _run(dsn: str, postgres: int, folder: Path, job: dict[str, float]) -> tuple[float, ...]:
+    """Python and PostgreSQL CPU per event in microseconds, latency p50 and p99 in ms, events/s, events lost, WAL in
+    bytes per event."""
+    arguments = ("scripts.bench.firehose", "serve", dsn, json.dumps(job))
+    async with processes.running(*arguments, log=folder / "firehose.log") as process:
+        where = json.loads(await processes.first_line(process))
+        given = json.dumps(where).encode()
+        reading = asyncio.create_task(processes.output("-m", "scripts.bench.firehose", "read", given=given))
+        await _said(process, "begun")
+        before, wal = processes.cpu_s(postgres), await _wal(dsn)
+        done = json.loads(await _said(process, "done"))
+        postgres_s, wal = processes.cpu_s(postgres) - before, await _wal(dsn) - wal
+        seen = json.loads(await reading)
+    events = done["events"]
+    costs = done["python_s"] / events * 1e6, postgres_s / events * 1e6
+    return (*costs, seen["p50"], seen["p99"], seen["events"] / done["took_s"], events - seen["events"], wal / events)
+
+
+async def _wal(dsn: str) -> int:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return int(await connection.fetchval("select pg_current_wal_lsn() - '0/0'"))
+    finally:
+        await connection.close()
+
+
+async def _said(process: Process, word: str) -> str:
+    while not (line := await processes.first_line(process)).startswith(word):
+        pass
+    return line.removeprefix(word)
+
+
+# -- the replica
+
+
+async def _serve(dsn: str, *, rate: int, gap_ms: float, seconds: float) -> None:
+    async with _replica(dsn, gap_ms) as (hub, writers, url):
+        print(json.dumps({"port": int(url.rpartition(":")[2]), "streams": [str(w.stream_id) for w in writers]}))
+        sys.stdout.flush()
+        while hub.readers < len(writers):
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)
+        print("begun", flush=True)
+        began, spent = time.perf_counter(), time.process_time()
+        events = await _write(writers, rate, seconds)
+        for writer in writers:
+            await writer.saved()
+        took, python = time.perf_counter() - began, time.process_time() - spent
+        print("done" + json.dumps({"events": events, "python_s": python, "took_s": took}), flush=True)
+        await asyncio.sleep(2)
+
+
+async def _write(writers: list[Any], rate: int, seconds: float) -> int:
+    """Append at an even pace, stream after stream; what a sleep oversleeps is made up for."""
+    began, events = time.perf_counter(), 0
+    while (passed := time.perf_counter() - began) < seconds:
+        due, token = int(passed * rate), {"token": f"{time.monotonic_ns()}", "markers": {}, "flow": "main"}
+        for number in range(events, due):
+            writers[number % len(writers)].append("token", token)
+        events = due
+        await asyncio.sleep(_TICK_S)
+    return events
+
+
+@asynccontextmanager
+async def _replica(dsn: str, gap_ms: float) -> AsyncIterator[tuple[Any, list[Any], str]]:
+    """The log and its readers, wired as the gateway wires them."""
+    from starlette.applications import Starlette
+    from starlette.routing import Route
+
+    from app.postgres import open_pool
+    from app.server import serving
+    from app.settings import load
+    from app.streams import endpoints
+    from app.streams.hub import Hub
+    from app.streams.log import Limits, Log
+    from app.streams.partitions import Partitions
+    from app.streams.replicas import Replica
+    from app.streams.stream import NEW_ID, Stream, Streams, random_part
+    from app.streams.tail import Tail
+    from app.telemetry import Metrics
+
+    pool, metrics, settings = await open_pool(dsn, 10), Metrics(), load(database_url=dsn)
+    replica = Replica(pool)
+    hub = Hub(max_events=settings.reader_events, max_bytes=settings.reader_bytes)
+    log = Log(dsn, replica, hub, limits=Limits(flush_gap_s=gap_ms / 1000), metrics=metrics)
+    await Partitions(pool, days_ahead=1).run_once()
+    await replica.register()
+    streams, writers = Streams(pool, replica), []
+    for _ in range(_STREAMS):
+        async with replica.transaction() as connection:
+            new_id = await connection.fetchval(f"select {NEW_ID.format(random_part='$1')}", random_part())
+            await streams.begin(connection, Stream(new_id, "u", str(new_id), "c", 1, "main"), {})
+        writers.append(log.open(new_id, last_id=1))
+    state = {"tail": Tail(pool, hub, log), "hub": hub, "metrics": metrics, "settings": settings}
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
+        yield state
+
+    app = Starlette(routes=[Route("/api/stream-events/{stream_id}", endpoints.stream_events)], lifespan=lifespan)
+    lane = asyncio.create_task(log.run())
+    async with AsyncExitStack() as stack:
+        stack.callback(lane.cancel)
+        yield hub, writers, await stack.enter_async_context(serving(app, "127.0.0.1", 0))
+        hub.close()
+
+
+# -- the readers
+
+
+async def _count(where: dict[str, Any]) -> None:
+    """Count the frames of all streams, and the time that the last token of each piece was on its way."""
+    loop = asyncio.get_running_loop()
+    readers = [_Reader(stream) for stream in where["streams"]]
+    for reader in readers:
+        await loop.create_connection(lambda reader=reader: reader, "127.0.0.1", where["port"])  # type: ignore[misc]
+    await asyncio.gather(*(reader.over.wait() for reader in readers))
+    late = sorted(took for reader in readers for took in reader.took)
+    # stream_start is the first event of each
+    events = sum(reader.events for reader in readers) - len(readers)
+    print(json.dumps({"events": events, "p50": late[len(late) // 2] / 1e6, "p99": late[len(late) * 99 // 100] / 1e6}))
+
+
+class _Reader(asyncio.Protocol):
+    def __init__(self, stream: str) -> None:
+        self._stream = stream
+        self._rest = b""
+        self.events = 0
+        self.took: list[int] = []
+        self.over = asyncio.Event()
+
+    def connection_made(self, transport: Any) -> None:
+        head = f"GET /api/stream-events/{self._stream} HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
+        transport.write(head.encode())
+
+    def data_received(self, data: bytes) -> None:
+        # A mark cut in two by the network counts with its second half.
+        piece = self._rest + data
+        self.events += piece.count(_MARK)
+        self._rest = piece[-len(_MARK) + 1 :]
+        if (at := data.rfind(_SAID)) >= 0:
+            digits = data[at + len(_SAID) :].partition(b'"')[0]
+            if digits.isdigit():
+                self.took.append(time.monotonic_ns() - int(digits))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.over.set()
+
+
+if __name__ == "__main__":
+    main()
