@@ -1,7 +1,7 @@
 """What an event costs from the append to the socket: one process that writes as fast as it is told, and readers that
 only count.
 
-    .venv/bin/python -m scripts.bench.firehose [--rates 5000,20000] [--gaps 2,5,8] [--seconds 10]
+    .venv/bin/python -m scripts.bench.firehose [--rates 5000,20000] [--gaps 2,5,8] [--streams 100] [--seconds 10]
 
 No provider and no flows: the log, its lane, the hub and the server-sent events of one replica, over a PostgreSQL of
 its own (with fsync). Events are stored as they are appended, none merged. Linux only.
@@ -9,6 +9,7 @@ its own (with fsync). Events are stored as they are appended, none merged. Linux
 
 import argparse
 import asyncio
+import itertools
 import json
 import shutil
 import statistics
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,6 @@ import uvloop
 
 from scripts.bench import processes
 
-_STREAMS = 100
 _TICK_S = 0.002
 _SAID = b'"token":"'
 _MARK = b"\nevent: "
@@ -46,6 +46,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser("scripts.bench.firehose", description=__doc__.split("\n\n")[0])
     parser.add_argument("--rates", default="5000,20000", help="events per second (5000,20000)")
     parser.add_argument("--gaps", default="2,5,8", help="least milliseconds between two flushes under load (2,5,8)")
+    parser.add_argument("--streams", default="100", help="streams with a reader each (100)")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--runs", type=int, default=3)
     return parser.parse_args()
@@ -57,33 +58,41 @@ async def _measure(args: argparse.Namespace) -> None:
     try:
         async with processes.postgres(folder / "data") as (server, postgres):
             await processes.output("-m", "app", "migrate", environment={"DATABASE_URL": server.dsn})
+            print(f"A reader for each stream, {args.seconds:g} s, medians of {args.runs} runs (least-most)")
             print(
-                f"{_STREAMS} streams with a reader each, {args.seconds:g} s, medians of {args.runs} runs (least-most)"
-            )
-            print(
-                "\n| events/s | gap, ms | Python, µs | PostgreSQL, µs"
+                "\n| events/s | streams | gap, ms | Python, µs | PostgreSQL, µs"
                 " | p50, ms | p99, ms | delivered/s | lost | WAL, B |"
             )
-            print("| ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |")
-            for rate in map(int, args.rates.split(",")):
-                for gap in map(float, args.gaps.split(",")):
-                    job = {"rate": rate, "gap_ms": gap, "seconds": args.seconds}
-                    runs = [await _run(server.dsn, postgres, folder, job) for _ in range(args.runs)]
-                    print(
-                        f"| {rate:,} | {gap:g} | " + " | ".join(map(_cell, zip(*runs, strict=True))) + " |", flush=True
-                    )
+            print("| ---: |" + " ---: |" * 9)
+            for rate, streams, gap in _cases(args):
+                job = {"rate": rate, "count": streams, "gap_ms": gap, "seconds": args.seconds}
+                runs = [await _run(server.dsn, postgres, folder, job) for _ in range(args.runs)]
+                cells = map(_cell, zip(*runs, strict=True))
+                print(f"| {rate:,} | {streams:,} | {gap:g} | " + " | ".join(cells) + " |", flush=True)
     finally:
         shutil.rmtree(folder)
 
 
+def _cases(args: argparse.Namespace) -> Iterator[tuple[int, int, float]]:
+    numbers = [[float(number) for number in given.split(",")] for given in (args.rates, args.streams, args.gaps)]
+    for rate, streams, gap in itertools.product(*numbers):
+        yield int(rate), int(streams), gap
+
+
 def _cell(values: tuple[float, ...]) -> str:
-    return f"{statistics.median(values):,.3g} ({min(values):,.3g}-{max(values):,.3g})"
+    median, least, most = map(_shown, (statistics.median(values), min(values), max(values)))
+    return median if least == most else f"{median} ({least}-{most})"
+
+
+def _shown(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 or not value else f"{value:.3g}"
 
 
 async def _run(dsn: str, postgres: int, folder: Path, job: dict[str, float]) -> tuple[float, ...]:
     """Python and PostgreSQL CPU per event in microseconds, latency p50 and p99 in ms, events/s, events lost, WAL in
     bytes per event."""
-    arguments = ("scripts.bench.firehose", "serve", dsn, json.dumps(job))
+    told = json.dumps({**job, "ids": str(folder / "ids.json")})
+    arguments = ("scripts.bench.firehose", "serve", dsn, told)
     async with processes.running(*arguments, log=folder / "firehose.log") as process:
         where = json.loads(await processes.first_line(process))
         given = json.dumps(where).encode()
@@ -115,10 +124,10 @@ async def _said(process: Process, word: str) -> str:
 # -- the replica
 
 
-async def _serve(dsn: str, *, rate: int, gap_ms: float, seconds: float) -> None:
-    async with _replica(dsn, gap_ms) as (hub, writers, url):
-        print(json.dumps({"port": int(url.rpartition(":")[2]), "streams": [str(w.stream_id) for w in writers]}))
-        sys.stdout.flush()
+async def _serve(dsn: str, *, rate: int, count: int, gap_ms: float, seconds: float, ids: str) -> None:
+    async with _replica(dsn, count, gap_ms) as (hub, writers, url):
+        Path(ids).write_text(json.dumps([str(writer.stream_id) for writer in writers]))
+        print(json.dumps({"port": int(url.rpartition(":")[2]), "ids": ids}), flush=True)
         while hub.readers < len(writers):
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
@@ -145,7 +154,7 @@ async def _write(writers: list[Any], rate: int, seconds: float) -> int:
 
 
 @asynccontextmanager
-async def _replica(dsn: str, gap_ms: float) -> AsyncIterator[tuple[Any, list[Any], str]]:
+async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[Any, list[Any], str]]:
     """The log and its readers, wired as the gateway wires them."""
     from starlette.applications import Starlette
     from starlette.routing import Route
@@ -160,8 +169,9 @@ async def _replica(dsn: str, gap_ms: float) -> AsyncIterator[tuple[Any, list[Any
     from app.streams.replicas import Replica
     from app.streams.stream import NEW_ID, Stream, Streams, random_part
     from app.streams.tail import Tail
-    from app.telemetry import Metrics
+    from app.telemetry import Metrics, configure_logging
 
+    configure_logging("warning", "text")  # standard output is for the figures
     pool, metrics, settings = await open_pool(dsn, 10), Metrics(), load(database_url=dsn)
     replica = Replica(pool)
     hub = Hub(max_events=settings.reader_events, max_bytes=settings.reader_bytes)
@@ -169,7 +179,7 @@ async def _replica(dsn: str, gap_ms: float) -> AsyncIterator[tuple[Any, list[Any
     await Partitions(pool, days_ahead=1).run_once()
     await replica.register()
     streams, writers = Streams(pool, replica), []
-    for _ in range(_STREAMS):
+    for _ in range(count):
         async with replica.transaction() as connection:
             new_id = await connection.fetchval(f"select {NEW_ID.format(random_part='$1')}", random_part())
             await streams.begin(connection, Stream(new_id, "u", str(new_id), "c", 1, "main"), {})
@@ -194,7 +204,7 @@ async def _replica(dsn: str, gap_ms: float) -> AsyncIterator[tuple[Any, list[Any
 async def _count(where: dict[str, Any]) -> None:
     """Count the frames of all streams, and the time that the last token of each piece was on its way."""
     loop = asyncio.get_running_loop()
-    readers = [_Reader(stream) for stream in where["streams"]]
+    readers = [_Reader(stream) for stream in json.loads(Path(where["ids"]).read_text())]
     for reader in readers:
         await loop.create_connection(lambda reader=reader: reader, "127.0.0.1", where["port"])  # type: ignore[misc]
     await asyncio.gather(*(reader.over.wait() for reader in readers))
