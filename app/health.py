@@ -1,6 +1,5 @@
 """What load balancers and operators ask: is the process alive, is it ready, how is it."""
 
-import asyncio
 from datetime import UTC, datetime
 from typing import Any, TypedDict
 
@@ -11,7 +10,7 @@ from starlette.responses import Response
 
 from app import __version__
 from app.flows.runner import Runner
-from app.postgres import AWAY, Pool
+from app.postgres import AWAY, Pool, prompt_connection
 from app.streams.bus import Bus
 from app.streams.replicas import Replica
 from app.telemetry import Metrics
@@ -37,7 +36,7 @@ async def livez(request: Request[Needs]) -> Response:
 async def readyz(request: Request[Needs]) -> Response:
     """Whether new work may be sent here: the database answers, the schema fits, and we are not leaving."""
     refusal = request.state["replica"].refusal
-    connected = await _connected(request.state["pool"])
+    connected = await _connected(request)
     ready = refusal is None and connected
     answer: dict[str, Any] = {"status": "ready" if ready else "not ready"}
     if "verbose" in request.query_params:
@@ -55,7 +54,7 @@ async def readyz(request: Request[Needs]) -> Response:
 async def conversation_health(request: Request[Needs]) -> Response:
     """The load balancer's check. Unhealthy (503) is no database, or starting, or draining; degraded (200) is serving
     while a background job fails, or while notifications do not come and readers poll."""
-    connected = await _connected(request.state["pool"])
+    connected = await _connected(request)
     serving = connected and request.state["replica"].refusal is None
     fine = "degraded" if request.state["failing"] else "healthy"
     answer = {
@@ -72,13 +71,15 @@ async def metrics(request: Request[Needs]) -> Response:
     return Response(generate_latest(request.state["metrics"].registry), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _connected(pool: Pool) -> bool:
+async def _connected(request: Request[Needs]) -> bool:
+    """Whether the database answers, and takes this replica's heartbeats: a standby answers, too."""
+    replica = request.state["replica"]
     try:
-        async with asyncio.timeout(_PROBE_S):
-            await pool.fetchval("select 1")
+        async with prompt_connection(request.state["pool"], _PROBE_S) as connection:
+            await connection.fetchval("select 1")
     except AWAY:
         return False
-    return True
+    return replica.beating or replica.refusal is not None
 
 
 def _json(answer: dict[str, Any], status: int = 200) -> Response:

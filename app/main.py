@@ -57,6 +57,8 @@ _UPKEEP_S = 3600
 _UPLOADS = 3
 # How long a stopping server waits for accepts that were under way, in seconds; longer than one waits for locks.
 _ACCEPTS_S = 5
+# How long the loops of a server that has drained may take to end, in seconds.
+_LAST_S = 1
 
 
 class State(
@@ -151,6 +153,9 @@ async def _lifespan(settings: Settings, life: Life, _: Starlette) -> AsyncGenera
             await leaving
             for loop in loops:
                 loop.cancel()
+            await asyncio.wait(loops, timeout=_LAST_S)
+            # asyncpg waits for ever until a server that hangs has cancelled what a loop was asking.
+            pool.terminate()
 
 
 @asynccontextmanager
@@ -323,7 +328,12 @@ class Gateway:
             await self._replica.renew()
             self._log.fenced = False
             log.warning("replica_renewed", replica=str(self._replica.id))
-        await self._replica.beat()
+        try:
+            await self._replica.beat()
+        except TimeoutError:
+            # A connection may be dead without a word; whoever waits on the log's own shall not wait for that.
+            self._log.disconnect()
+            raise
 
     async def _upkeep(self) -> None:
         await self._partitions.run_once()

@@ -1,8 +1,8 @@
 """PostgreSQL for everybody else: the pool, patient connecting, and what to try again."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, TypeVar
 
@@ -56,6 +56,21 @@ async def warm(pool: Pool, connections: int) -> None:
     async with AsyncExitStack() as stack:
         for _ in range(connections):
             await stack.enter_async_context(pool.acquire(timeout=ACQUIRE_S))
+
+
+@asynccontextmanager
+async def prompt_connection(pool: Pool, within_s: float = ACQUIRE_S) -> AsyncGenerator[Connection, None]:
+    """A connection of the pool for what must be done within so many seconds, waiting for it included.
+
+    Raises TimeoutError otherwise. A connection that did not answer is given up: nobody shall wait for it again, and
+    asyncpg would first ask the server that hangs to cancel the statement.
+    """
+    async with asyncio.timeout(within_s), pool.acquire() as connection:
+        try:
+            yield connection
+        except (TimeoutError, asyncio.CancelledError):
+            connection.terminate()
+            raise
 
 
 async def open_pool(dsn: str, size: int) -> Pool:

@@ -14,13 +14,14 @@ class Proxy:
 
     `stall`: a black hole. Nothing arrives any more and nobody is told; connecting works. `close`: connections break
     and new ones are refused. `cut`: connections break, new ones work. `open`: as at first; what a stall has held back
-    is delivered late, as by TCP.
+    is delivered late, as by TCP. `forsake`: what is open now hears nothing any more; new connections work.
     """
 
     def __init__(self, dial: Dial) -> None:
         self._dial = dial
         self._writers: set[asyncio.StreamWriter] = set()
         self._there, self._back = asyncio.Event(), asyncio.Event()
+        self._forsaken: list[asyncio.Event] = []
         self._closed = False
         self.port = 0
         self.open()
@@ -32,14 +33,21 @@ class Proxy:
 
     def open(self) -> None:
         self._closed = False
-        self._there.set()
-        self._back.set()
+        for passing in (self._there, self._back, *self._forsaken):
+            passing.set()
 
     def stall(self, *, answers_only: bool = False) -> None:
         """With `answers_only` the server still hears everything: the answer of a COMMIT is lost, say."""
         if not answers_only:
             self._there.clear()
         self._back.clear()
+
+    def forsake(self) -> None:
+        self.stall()
+        self._forsaken += [self._there, self._back]
+        self._there, self._back = asyncio.Event(), asyncio.Event()
+        self._there.set()
+        self._back.set()
 
     def cut(self) -> None:
         for writer in list(self._writers):

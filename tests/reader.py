@@ -18,6 +18,8 @@ class Reader:
 
     def __init__(self, client: httpx2.AsyncClient, url: str, after: int) -> None:
         self.events: list[Event] = []
+        # How often the server has said that it is there.
+        self.beats = 0
         self._news = asyncio.Event()
         self._reading = asyncio.create_task(self._read(client, url, after))
 
@@ -25,9 +27,16 @@ class Reader:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
         async with client.stream("GET", url, headers=headers) as response:
             assert response.status_code == 200
-            async for frame in frames(response):
+            async for frame in frames(response, self._beat):
                 self.events.append(frame.data)
                 self._news.set()
+
+    def _beat(self) -> None:
+        self.beats += 1
+
+    @property
+    def closed(self) -> bool:
+        return self._reading.done()
 
     async def has(self, count: int) -> None:
         """Wait until so many events came."""

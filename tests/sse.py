@@ -1,6 +1,6 @@
 """A strict reader of our SSE frames: anything wire.md does not allow fails the test that sees it."""
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,16 @@ class Frame:
         return int(self.id.rpartition(":")[2])
 
 
-async def frames(response: httpx2.Response) -> AsyncGenerator[Frame, None]:
+async def frames(
+    response: httpx2.Response, on_heartbeat: Callable[[], None] = lambda: None
+) -> AsyncGenerator[Frame, None]:
     """Every frame of a response. Comment lines may come between frames only; a blank line must end a frame."""
     fields: dict[str, str] = {}
     async for line in _lines(response):
         if line.startswith(":"):
             assert line == ": hb"
             assert not fields or fields.keys() == {"retry"}, "a comment inside a frame"
+            on_heartbeat()
         elif line:
             name, _, value = line.partition(": ")
             assert name in ("id", "event", "data", "retry"), line

@@ -156,6 +156,9 @@ class Call:
         except asyncio.CancelledError:
             attempt.end(self._stopped or _LATE)
             raise
+        except (Fenced, StreamLost):
+            attempt.end(_BROKEN)
+            raise
         except Exception as error:
             attempt.end(_failure(error))
             raise

@@ -12,7 +12,7 @@ from app.errors import NotFound
 from app.flows.config import Assignment, Chatbot, Flow
 from app.flows.document import Place
 from app.flows.file import File, problems
-from app.postgres import Connection, Pool
+from app.postgres import Connection, Pool, prompt_connection
 from app.text import clean
 
 _KEPT = 256
@@ -58,7 +58,9 @@ class Chatbots:
         return version, await self.version(chatbot_id, version)
 
     async def _read_newest(self, chatbot_id: str) -> int:
-        version: int | None = await self._pool.fetchval(_NEWEST, clean(chatbot_id))
+        # The first that a message asks of the database: where that hangs, its sender is told soon (G12).
+        async with prompt_connection(self._pool) as connection:
+            version: int | None = await connection.fetchval(_NEWEST, clean(chatbot_id))
         if version is None:
             raise NotFound("chatbot_unknown", "There is no chatbot with this id; `parley apply FILE` makes one.")
         if len(self._newest) >= _KEPT:

@@ -27,21 +27,24 @@ class Ending:
 
         Raises Fenced or StreamLost where this replica may not write any more.
         """
-        message_id = answer_id(stream.id)
 
         async def work(connection: Connection) -> None:
-            await store.save_answer(
-                connection,
-                user_id=stream.user_id,
-                chat_id=stream.session_id,
-                message_id=message_id,
-                content=answer.text,
-                attachments=[_attachment(*marker) for marker in answer.markers],
-                status="complete" if answer.failure is None else "partial",
-            )
+            await self._store_answer(connection, stream, answer)
             await usage.record(connection, _entries(stream, answer))
 
-        await self._streams.conclude(writer, "message", {"message_id": message_id, "flow": answer.flow}, work=work)
+        told = {"message_id": answer_id(stream.id), "flow": answer.flow}
+        await self._streams.conclude(writer, "message", told, work=work)
+
+    async def _store_answer(self, connection: Connection, stream: Stream, answer: Progress) -> None:
+        await store.save_answer(
+            connection,
+            user_id=stream.user_id,
+            chat_id=stream.session_id,
+            message_id=answer_id(stream.id),
+            content=answer.text,
+            attachments=[_attachment(*marker) for marker in answer.markers],
+            status="complete" if answer.failure is None else "partial",
+        )
 
     async def conclude(self, stream: Stream, writer: Writer, result: Result) -> None:
         """The terminal event, in one commit with the status, the session's release and what is left to record.
@@ -59,9 +62,28 @@ class Ending:
             )
             for progress in result.flows:
                 await usage.record(connection, _entries(stream, progress))
-            await record_run(connection, _figures(stream, writer, result))
+            await record_run(connection, _figures(stream, writer.last_id + 1, result))
 
         await self._streams.conclude(writer, "stream_end", data, work=work, status=result.status)
+        self._count(result)
+
+    async def lose(self, stream: Stream, last_id: int, answer: Progress) -> None:
+        """End a stream that the log has lost: no event, the session released, the text of the answer kept.
+
+        Raises Fenced where this replica may not write any more.
+        """
+        result = Result(answer, [answer])
+
+        async def work(connection: Connection) -> None:
+            await sessions.release(
+                connection, user_id=stream.user_id, session_id=stream.session_id, stream_id=stream.id
+            )
+            if answer.shown:
+                await self._store_answer(connection, stream, answer)
+            await usage.record(connection, _entries(stream, answer))
+            await record_run(connection, _figures(stream, last_id, result))
+
+        await self._streams.lose(stream.id, last_id, work=work)
         self._count(result)
 
     def leave(self, stream: Stream) -> None:
@@ -107,7 +129,7 @@ def _entry(stream: Stream, flow: str, attempt: Attempt) -> usage.Entry:
     )
 
 
-def _figures(stream: Stream, writer: Writer, result: Result) -> RunFigures:
+def _figures(stream: Stream, events: int, result: Result) -> RunFigures:
     answer, counted = result.answer, result.usage_json()
     last = answer.attempts[-1] if answer.attempts else None
     return RunFigures(
@@ -119,7 +141,7 @@ def _figures(stream: Stream, writer: Writer, result: Result) -> RunFigures:
         error_code=result.failure.code if result.failure else None,
         provider=last.provider if last else "",
         model=last.model if last else "",
-        events=writer.last_id + 1,
+        events=events,
         prompt_tokens=counted["prompt_tokens"],
         completion_tokens=counted["completion_tokens"],
         first_token_ms=answer.first_token_ms,

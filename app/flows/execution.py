@@ -43,6 +43,12 @@ class Execution:
     def abandon_s(self) -> float | None:
         return self._run.chatbot.cancel_when_abandoned_s
 
+    @property
+    def answer(self) -> Progress:
+        """The answer as far as it has come."""
+        said = [progress for progress in self._started if progress.flow == self._decision.flow]
+        return said[-1] if said else self._answer
+
     async def perform(self) -> Result:
         """Run the plan to its end. Raises Fenced or StreamLost where this replica may not write any more."""
         try:

@@ -26,6 +26,8 @@ log = structlog.get_logger(__name__)
 _END_S = 5
 
 _STOPPED = Failure("replica_stopped", "The server was stopped before the answer was complete.", retryable=True)
+_UNSAVED = Failure("log_unavailable", "The answer could not be saved in time: the database was away.", retryable=True)
+_LOST = Failure("log_lost", "The database has lost a part of this answer's events; its text was kept.", retryable=True)
 _LATE = Failure("run_timeout", "The answer took longer than a run may take.", retryable=True)
 
 
@@ -59,6 +61,8 @@ class Runner:
         self._stopping = self._closed = False
         self.on_end: Callable[[Stream], Awaitable[object]] = _nothing
         event_log.on_fenced = self._cancel_all
+        event_log.on_lost = lambda stream_id: self._end(stream_id, _LOST)
+        event_log.on_unsaved = lambda stream_id: self._end(stream_id, _UNSAVED)
 
     @property
     def active(self) -> int:
@@ -102,6 +106,9 @@ class Runner:
         """End a run, or one flow of it, if it is under way here; the calls that are ended by it."""
         execution = self._executions.get(stream_id)
         return [] if execution is None else execution.stop(why, flow)
+
+    def _end(self, stream_id: UUID, why: Failure) -> None:
+        self.stop(stream_id, why)
 
     def runs(self, stream_id: UUID) -> bool:
         return stream_id in self._executions
@@ -157,8 +164,11 @@ class Runner:
                 _report_end(result, writer)
                 self._log.close(writer)
                 await self.on_end(stream)
-            except (Fenced, StreamLost) as lost:
-                log.warning("run_lost", reason=type(lost).__name__)
+            except Fenced:
+                log.warning("run_lost", reason="Fenced")
+            except StreamLost:
+                log.warning("run_lost", reason="StreamLost")
+                await self._lose(stream, writer, execution.answer)
             except asyncio.CancelledError:
                 log.warning("run_abandoned")
             except Exception:  # around one run: its end is left unwritten, and the takeover tries again
@@ -167,6 +177,17 @@ class Runner:
             finally:
                 late.cancel()
                 self._log.close(writer)
+
+    async def _lose(self, stream: Stream, writer: Writer, answer: Progress) -> None:
+        """End a stream that the log has lost; its readers are told with 410."""
+        answer.failure = _LOST
+        try:
+            await self._ending.lose(stream, writer.last_id, answer)
+        except Fenced:
+            log.warning("run_lost", reason="Fenced")
+        else:
+            self._log.close(writer)
+            await self.on_end(stream)
 
 
 async def _nothing(_: Stream) -> None:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from time import perf_counter
+from time import monotonic, perf_counter
 from typing import Any
 from uuid import UUID
 
@@ -47,12 +47,23 @@ _STORED = """
 select e.stream_id, e.id, e.payload from unnest($1::uuid[], $2::int[]) as u(s, i)
 join streaming_events e on e.stream_id = u.s and e.id = u.i
 """
-_INSERT = "insert into streaming_events (stream_id, id, payload) values ($1, $2, $3)"
+# The event before it must be there: a server that has lost commits (fail-over) would else get a gap.
+_INSERT = """
+insert into streaming_events (stream_id, id, payload) select $1, $2::int, $3
+where $2::int = 1 or exists (select from streaming_events where stream_id = $1 and id = $2::int - 1)
+"""
+# Streams whose last event here was acknowledged, and is not there. A standby may only be late.
+_LOST = """
+select u.s from unnest($1::uuid[], $2::int[]) as u(s, i)
+where u.i > 0 and not pg_is_in_recovery()
+    and not exists (select from streaming_events e where e.stream_id = u.s and e.id = u.i)
+"""
 _Events = list[tuple[UUID, int, str]]
 
 
 class StreamLost(Exception):
-    """The log refuses this stream: its payload cannot be stored, or its next id holds something else."""
+    """The log refuses this stream: its payload cannot be stored, its next id holds something else, or it has lost
+    events that were committed."""
 
 
 # The database understood a batch and will not have it: one of its streams is to blame, or this replica is dead.
@@ -225,6 +236,9 @@ class Log:
         self._oldest: float | None = None
         self._pace = Pace(limits.flush_gap_s)
         self.on_fenced: Callable[[], None] = lambda: None
+        # Told of each stream that will not be written any more, and of each that waits for longer than `unsaved_s`.
+        self.on_lost: Callable[[UUID], None] = lambda _: None
+        self.on_unsaved: Callable[[UUID], None] = lambda _: None
         # Set by a fence; whoever makes the replica a new incarnation clears it.
         self.fenced = False
         # A flush has failed and is tried again.
@@ -254,6 +268,9 @@ class Log:
             self._ready.pop(writer.stream_id, None)
             if not writer._ended:
                 self._hub.let_go(writer.stream_id)
+            if isinstance(writer._failure, StreamLost):
+                # No event will tell its readers; the table does.
+                self._hub.stir(writer.stream_id)
         self._bytes -= writer._fail(Fenced("closed"))
 
     # -- the lane
@@ -340,13 +357,18 @@ class Log:
     async def _bisect(self, writers: list[Writer], events: _Events, error: Exception) -> None:
         """One stream's bad payload must not stop the others: halve the batch by streams until it stands alone."""
         if len(writers) == 1:
-            log.error("stream_lost", streaming_session_id=str(writers[0].stream_id), reason=type(error).__name__)
-            self._bytes -= writers[0]._fail(StreamLost(str(error)))
+            self._lose(writers[0], error)
             return
         middle = len(writers) // 2
         for half in (writers[:middle], writers[middle:]):
             mine = {writer.stream_id for writer in half}
             await self._commit(half, [event for event in events if event[0] in mine])
+
+    def _lose(self, writer: Writer, error: Exception) -> None:
+        log.error("stream_lost", streaming_session_id=str(writer.stream_id), reason=str(error))
+        self._ready.pop(writer.stream_id, None)
+        self._bytes -= writer._fail(StreamLost(str(error)))
+        self.on_lost(writer.stream_id)
 
     def _fenced(self, fenced: Fenced) -> None:
         log.error("replica_fenced", replica=str(self._replica.id))
@@ -358,9 +380,12 @@ class Log:
 
     async def _append(self, events: _Events) -> None:
         """Append under the fence, for as long as it takes; the same ids each time, so that nothing doubles (D9)."""
-        again, pause = False, 0.02
+        again, pause, began = False, 0.02, monotonic()
         while True:
             try:
+                if self._connection is None or self._connection.is_closed():
+                    lost = await self._connect()
+                    events = [event for event in events if event[0] not in lost]
                 await self._append_once(events, again)
                 self.waiting = False
                 return
@@ -372,12 +397,40 @@ class Log:
                 log.warning("log_waiting", reason=why(error), events=len(events))
                 self._drop_connection(error)
                 again = self.waiting = True
+                if monotonic() - began > self.limits.unsaved_s:
+                    self._report_unsaved()
                 await asyncio.sleep(pause)
                 pause = min(pause * 2, 1.0)
 
+    async def _connect(self) -> set[UUID]:
+        """A new connection; the streams that the server behind it has lost committed events of (D8).
+
+        Nothing may follow on an event that is not there: its readers would be given something else under its id, or
+        wait for ever.
+        """
+        connection = await open_connection(self._dsn, timeout_s=2)
+        writers = [writer for writer in self._writers.values() if writer._failure is None]
+        ends = [writer.stream_id for writer in writers], [writer.last_id for writer in writers]
+        try:
+            lost = {row["s"] for row in await connection.fetch(_LOST, *ends)}
+        except BaseException:
+            connection.terminate()
+            raise
+        self._connection = connection
+        for writer in writers:
+            if writer.stream_id in lost:
+                self._lose(writer, StreamLost(f"event {writer.last_id} was committed and is not in the table"))
+        return lost
+
+    def _report_unsaved(self) -> None:
+        for writer in list(self._writers.values()):
+            if writer._pending:
+                self.on_unsaved(writer.stream_id)
+
     async def _append_once(self, events: _Events, again: bool) -> None:
-        if self._connection is None or self._connection.is_closed():
-            self._connection = await open_connection(self._dsn, timeout_s=2)
+        if not events:
+            return
+        assert self._connection is not None
         streams, ids, payloads = map(list, zip(*events, strict=True))
         # A server that hangs is noticed by the connection's command_timeout.
         values = streams, ids, payloads, self._replica.id
@@ -411,8 +464,10 @@ def _tell(stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
 
 
 async def insert_event(connection: Connection, stream_id: UUID, event_id: int, payload: str) -> None:
-    """One event inside the caller's fenced transaction. Raises StreamLost where the id is taken."""
+    """One event inside the caller's fenced transaction. Raises StreamLost where the id is taken or does not follow."""
     try:
-        await connection.execute(_INSERT, stream_id, event_id, payload)
+        inserted = await connection.execute(_INSERT, stream_id, event_id, payload)
     except asyncpg.UniqueViolationError:
         raise StreamLost("the next id of this stream holds another event") from None
+    if inserted == _NOTHING:
+        raise StreamLost(f"event {event_id - 1} was committed and is not in the table")

@@ -15,7 +15,7 @@ import asyncpg
 
 from app import __version__
 from app.errors import Unavailable
-from app.postgres import ACQUIRE_S, AWAY, Connection, Pool
+from app.postgres import ACQUIRE_S, AWAY, Connection, Pool, prompt_connection
 
 # Beats live in a table of their own: an UPDATE of the fenced row would starve behind the appends' share locks.
 _REGISTER = "insert into replicas (id, url, version) values ($1, $2, $3)"
@@ -36,6 +36,10 @@ delete from replicas r where not r.alive and r.started_at < now() - interval '7 
     and not exists (select from streaming_sessions s where s.replica_id = r.id and s.status in ('queued', 'active'))
 """
 _FORGET_BEATS = "delete from replica_beats b where not exists (select from replicas r where r.id = b.replica_id)"
+
+
+# A beat that takes longer has failed, in seconds: who waits must not be left in the dark for longer than that.
+_BEAT_S = 2
 
 
 class Fenced(Exception):
@@ -75,9 +79,13 @@ class Replica:
 
     async def beat(self) -> None:
         try:
-            await self._pool.execute(_BEAT, self.id)
-        except Exception:
+            async with prompt_connection(self._pool, _BEAT_S) as connection:
+                await connection.execute(_BEAT, self.id)
+        except Exception as error:
             self._beating_since = None
+            if isinstance(error, TimeoutError):
+                # Whatever the others of the pool wait for will not come, either.
+                await self._pool.expire_connections()
             raise
         if self._beating_since is None:
             self._beating_since = monotonic()
@@ -116,7 +124,7 @@ class Replica:
         """
         owner = self.id
         async with self._pool.acquire(timeout=ACQUIRE_S) as connection:
-            await connection.execute("begin")
+            await _begin(connection)
             try:
                 yield connection
                 await connection.execute(_fence_and_commit(owner))
@@ -126,6 +134,14 @@ class Replica:
             except BaseException:
                 await _roll_back(connection)
                 raise
+
+
+async def _begin(connection: Connection) -> None:
+    try:
+        await connection.execute("begin", timeout=ACQUIRE_S)
+    except TimeoutError:
+        connection.terminate()
+        raise
 
 
 async def _roll_back(connection: Connection) -> None:

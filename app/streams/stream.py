@@ -3,6 +3,7 @@
 import asyncio
 import secrets
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -71,6 +72,14 @@ _END = """
 update streaming_sessions set status = $2, last_event_id = $3, ended_at = now()
 where id = $1 and status in ('queued', 'active')
 """
+# No event: the log cannot take one. Its end lies beyond every id that anybody was given, so all readers get 410.
+_LOSE = """
+update streaming_sessions set status = 'failed', ended_at = now(),
+    last_event_id = greatest($2, (select max(id) from streaming_events where stream_id = $1)) + 1
+where id = $1 and status in ('queued', 'active')
+returning 1
+"""
+_IS_OVER = "select status not in ('queued', 'active') from streaming_sessions where id = $1"
 # Runs after the fencing of dead owners has committed: in one statement its snapshot would be older than that.
 _CLAIM = """
 with o as materialized (select 1 from replicas where id = $1 and alive for share),
@@ -114,6 +123,10 @@ class Orphan:
     last_id: int
     attempt: int
     cancelled: bool
+
+
+class _Over(Exception):
+    """The stream has ended already, or there is no such stream any more."""
 
 
 class Streams:
@@ -208,16 +221,34 @@ class Streams:
                         await connection.execute(_END, writer.stream_id, status, event_id)
                     await insert_event(connection, writer.stream_id, event_id, payload)
 
-            await self._until_committed(transaction, writer.stream_id, event_id, payload)
+            await self._until_committed(
+                transaction, writer.stream_id, lambda: self._is_stored(writer.stream_id, event_id, payload)
+            )
             writer.committed_alone(payload, ended=status is not None)
 
+    async def lose(self, stream_id: UUID, last_id: int, *, work: Work) -> None:
+        """End a stream as failed that the log has lost, in one fenced transaction with `work`, without an event.
+
+        `last_id` is the last one that was ever acknowledged. Tries for ever while the database is away; nothing is
+        written where the stream had ended already, or its row went with what the server has lost. Raises Fenced.
+        """
+
+        async def transaction() -> None:
+            with suppress(_Over):
+                async with self._replica.transaction() as connection:
+                    await work(connection)
+                    if not await connection.fetchval(_LOSE, stream_id, last_id):
+                        raise _Over
+
+        await self._until_committed(transaction, stream_id, lambda: self._is_over(stream_id))
+
     async def _until_committed(
-        self, transaction: Callable[[], Awaitable[None]], stream_id: UUID, event_id: int, payload: str
+        self, transaction: Callable[[], Awaitable[None]], stream_id: UUID, is_done: Callable[[], Awaitable[bool]]
     ) -> None:
         pause, doubt = 0.02, False
         while True:
             try:
-                if doubt and await self._is_stored(stream_id, event_id, payload):
+                if doubt and await is_done():
                     return
                 await transaction()
                 return
@@ -234,6 +265,9 @@ class Streams:
         if stored not in (None, payload):
             raise StreamLost("the next id of this stream holds another event")
         return stored is not None
+
+    async def _is_over(self, stream_id: UUID) -> bool:
+        return bool(await self._pool.fetchval(_IS_OVER, stream_id))
 
     async def claim(self, most: int) -> list[Orphan]:
         """Up to `most` unfinished streams whose owner is dead, or whose accept was left in doubt, now ours."""

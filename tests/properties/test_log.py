@@ -86,6 +86,8 @@ class LogMachine(RuleBasedStateMachine):
     def flush(self) -> None:
         self.run(self.parts.log.flush())
 
+    # Each costs a pause that doubles up to a second, so not too many in a row.
+    @precondition(lambda self: len(self.parts.log.breaks) < 4)
     @rule(fault=st.sampled_from(["before", "after"]))
     def break_connection(self, fault: str) -> None:
         assert isinstance(self.parts.log, BreakingLog)

@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from uuid import UUID, uuid4
 
 import pytest
@@ -122,6 +123,7 @@ async def test_a_repeated_batch_must_find_its_own_events(database: str) -> None:
     async with engine(database, lane=False) as parts:
         stream = await parts.begin()
         await parts.pool.execute("insert into streaming_events values ($1, 2, 'theirs')", stream.id)
+        await parts.log._connect()
         with pytest.raises(StreamLost):
             await parts.log._append_once([(stream.id, 2, "ours"), (stream.id, 3, "ours")], again=True)
         await parts.log._append_once([(stream.id, 2, "theirs"), (stream.id, 3, "ours")], again=True)
@@ -131,6 +133,7 @@ async def test_a_repeated_batch_must_find_its_own_events(database: str) -> None:
 async def test_a_dead_replica_is_told_so_whether_its_batch_is_there_already_or_not(database: str, again: bool) -> None:
     async with engine(database, lane=False) as parts:
         stream = await parts.begin()
+        await parts.log._connect()
         await parts.log._append_once([(stream.id, 2, "in time")], again=again)
         await parts.pool.execute("update replicas set alive = false")
         for event_id, payload in ((2, "in time"), (3, "too late")):
@@ -230,7 +233,8 @@ async def test_d9_an_end_whose_commit_got_no_answer_is_written_once(database: st
             raise ConnectionResetError
 
         payload = '{"event":"stream_end"}'
-        await parts.streams._until_committed(committed_but_broken, writer.stream_id, 2, payload)
+        stored = partial(parts.streams._is_stored, writer.stream_id, 2, payload)
+        await parts.streams._until_committed(committed_but_broken, writer.stream_id, stored)
         assert tries == 1
         assert await parts.stored(writer.stream_id) == [1, 2]
 
