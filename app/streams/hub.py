@@ -79,11 +79,6 @@ class Subscription:
         self.behind = True
         self.poke()
 
-    def read_from(self, cursor: int) -> None:
-        """The reader looks into the table from here on; what is pushed meanwhile is kept, so that nothing is missed."""
-        self.behind = False
-        self.last = cursor
-
     def has_read(self, cursor: int) -> None:
         self.last = max(self.last, cursor)
 

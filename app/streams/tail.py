@@ -109,7 +109,8 @@ class Tail:
             self._hub.unsubscribe(stream_id, subscription)
 
     async def _catch_up(self, stream_id: UUID, cursor: int, subscription: Subscription) -> Batch | None:
-        subscription.read_from(cursor)
+        # From here on pushes are kept, so nothing committed after the read is missed.
+        subscription.behind = False
         try:
             payloads = await self.read(stream_id, cursor, _PAGE)
             if not payloads and not self._log.owns(stream_id):

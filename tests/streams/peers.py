@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from app.streams.bus import NotifyBus, Times
 from tests.streams.engine import Engine, engine
@@ -12,11 +12,22 @@ from tests.streams.engine import Engine, engine
 QUIET = Times(gather=0.001, repeat=600, forget=1800, probe=600, echo=5, again=0.01)
 
 
+class Failing(set[str]):
+    """What fails now, and what ever failed."""
+
+    def __init__(self) -> None:
+        self.ever: list[str] = []
+
+    def add(self, name: str) -> None:
+        self.ever.append(name)
+        super().add(name)
+
+
 @dataclass
 class Peer:
     parts: Engine
     bus: NotifyBus
-    failing: set[str] = field(default_factory=set)
+    failing: Failing
 
 
 @asynccontextmanager
@@ -30,7 +41,7 @@ async def peer(
 ) -> AsyncGenerator[Peer, None]:
     """A replica whose bus listens; `listen` is another way to the same database."""
     async with engine(database) as parts:
-        failing = set[str]()
+        failing = Failing()
         bus = bus_type(
             listen or database,
             pool=parts.pool,
@@ -45,6 +56,7 @@ async def peer(
             await until(lambda: bool(bus.state()["listening"]))
         try:
             yield Peer(parts, bus, failing)
+            assert not failing
         finally:
             if task is not None:
                 task.cancel()

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -29,11 +30,13 @@ class Reader:
     def __init__(self, parts: Engine, stream_id: UUID, cursor: int = 0) -> None:
         self.cursor = cursor
         self.got: list[int] = []
+        self.said: list[str] = []
         self.task = asyncio.ensure_future(self._follow(parts, stream_id))
 
     async def _follow(self, parts: Engine, stream_id: UUID) -> None:
         async for batch in parts.tail.follow(stream_id, self.cursor, 600):
             self.got += range(batch.first, batch.last + 1)
+            self.said += re.findall(r"<\d+>", batch.frames.decode())
 
     async def has(self, last: int) -> None:
         await until(lambda: bool(self.got) and self.got[-1] >= last)
@@ -86,11 +89,15 @@ async def test_all_readers_of_a_replica_are_served_by_one_read(database: str) ->
             await reader.has(1)
         await asyncio.gather(*(reader.has(1) for reader in readers))
         pages = _counted(reading.parts)
-        for writer in writers:
-            say(writer, 7)
-        for reader in readers:
-            await reader.has(8)
+        for last in (8, 15, 22):
+            for writer in writers:
+                for n in range(last - 6, last + 1):
+                    writer.append("token", {"token": f"<{n}>", "markers": {}, "flow": "main"})
+            for reader in readers:
+                await reader.has(last)
         assert pages == [], "no reader has read a page of its own"
+        for reader in readers:
+            assert reader.said == [f"<{n}>" for n in range(2, 23)]
 
 
 async def test_a_reader_far_behind_reads_the_table_by_itself(database: str) -> None:
@@ -99,6 +106,8 @@ async def test_a_reader_far_behind_reads_the_table_by_itself(database: str) -> N
         reader = Reader(reading.parts, writer.stream_id)
         await wanted(writing, writer)
         await reader.has(1)
+        assert list(reading.bus._ranges({writer.stream_id: 257})) == [(writer.stream_id, 1, 257)]
+        assert list(reading.bus._ranges({writer.stream_id: 258})) == []
         say(writer, 3000)
         await reader.has(3001)
         await writing.parts.end(writer)
@@ -231,14 +240,18 @@ async def test_d4_connections_that_the_server_ends_are_opened_anew(database: str
         reader = Reader(reading.parts, writer.stream_id)
         await wanted(writing, writer)
         await reader.has(1)
-        listening = reading.bus._listener._connection
+        listening, speaking = reading.bus._listener._connection, writing.bus._speaker._connection
+        assert listening is not None
+        assert speaking is not None
         assert await _terminate(database, like) == 2
         if "listen" in like:
-            await until(lambda: reading.bus._listener._connection is not listening)
+            await until(lambda: reading.bus._listener._connection not in (listening, None), within_s=3)
+        else:
+            await until(speaking.is_closed)
         for last in range(2, 10):
             say(writer, 1)
             await reader.has(last)
-        await until(lambda: not (writing.failing or reading.failing))
+        assert writing.failing.ever + reading.failing.ever == [], "it was noticed before it failed"
         await writing.parts.end(writer)
         await reader.ends(10)
 
@@ -267,6 +280,22 @@ async def test_what_was_committed_while_nobody_listened_is_read_afterwards(datab
         await reader.leaves()
 
 
+async def test_what_could_not_be_told_is_told_later(database: str) -> None:
+    async with _behind_a_proxy(database, QUIET) as (proxy, writing), peer(database) as reading:
+        writer = await writing.parts.writer()
+        reader = Reader(reading.parts, writer.stream_id)
+        await wanted(writing, writer)
+        await reader.has(1)
+        proxy.close()
+        say(writer, 3)
+        await until(lambda: "notifying" in writing.failing)
+        assert reader.got == [1]
+        proxy.open()
+        await reader.has(4)
+        await reader.leaves()
+        await until(lambda: not writing.failing)
+
+
 async def test_d5_a_listener_that_hears_nothing_is_found_out(database: str) -> None:
     times = Times(gather=0.001, repeat=600, forget=1800, probe=0.1, echo=0.2, again=0.01)
     async with peers(database, 1) as (writing,), _behind_a_proxy(database, times) as (proxy, reading):
@@ -277,6 +306,7 @@ async def test_d5_a_listener_that_hears_nothing_is_found_out(database: str) -> N
         proxy.stall(answers_only=True)
         await until(lambda: "listener" in reading.failing)
         assert reading.bus.state()["listening"] is False
+        assert not reading.bus._listener.connected, "it is not trusted any more"
         say(writer, 3)
         await writer.saved()
         reading.parts.hub.look_around(reading.parts.log.owns)
@@ -309,6 +339,8 @@ async def test_strangers_notifications_do_no_harm(database: str) -> None:
         await reader.has(1)
         stranger = await asyncpg.connect(database)
         mine = signals.channel_of(reading.bus._id)
+        reading.bus._hear(f"wake {uuid4().hex}:5")
+        assert not reading.bus._heard, "what nobody follows is not kept"
         for channel, payload in [
             (mine, "wake"),
             (mine, "rubbish"),
@@ -326,7 +358,6 @@ async def test_strangers_notifications_do_no_harm(database: str) -> None:
             await reader.has(last)
         await writing.parts.end(writer)
         await reader.ends(6)
-        assert not reading.bus._heard, "what nobody follows is not kept"
 
 
 async def test_without_a_bus_nothing_is_said() -> None:
