@@ -45,6 +45,7 @@ from app.streams.hub import Hub
 from app.streams.log import Limits, Log
 from app.streams.partitions import Partitions
 from app.streams.replicas import Replica
+from app.streams.seats import Seats
 from app.streams.stream import Streams
 from app.streams.tail import Tail
 from app.telemetry import Metrics, RequestIds
@@ -105,6 +106,7 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
             middleware=[Middleware(problems.BodyLimit, min(settings.body_limit, configuration.BODY_LIMIT))],
         ),
         Route("/api/stream-events/{stream_id}", stream_endpoints.stream_events),
+        Route("/api/stream", stream_endpoints.several_streams),
         Route("/api/stream-events/{stream_id}/cancel", flow_endpoints.cancel, methods=["POST"], middleware=body_limit),
         Route("/api/sessions/{session_id}/queue", flow_endpoints.queue),
         Route(
@@ -196,7 +198,7 @@ class Gateway:
         self._bus = bus = self._open_bus()
         self._partitions = Partitions(pool, days_ahead=settings.partition_days)
         streams = Streams(pool, replica)
-        tail = Tail(pool, hub, event_log)
+        tail = Tail(pool, hub, event_log, at_once=_share(settings))
         ending = Ending(streams, metrics)
         self._runner = runner = Runner(
             tasks,
@@ -205,6 +207,7 @@ class Gateway:
             means=Means(providers, Effort(settings.provider_retries), journal, metrics, settings.answer_limit),
             bounds=Bounds(settings.max_runs, settings.run_timeout_s),
         )
+        tail.user_of = runner.user_of
         self._takeover = Takeover(
             replica,
             streams,
@@ -226,7 +229,7 @@ class Gateway:
             runner=runner,
             key_s=self._key_s,
             waiting=settings.queue_limit,
-            at_once=max(1, settings.pool_size - 2),
+            at_once=_share(settings),
         )
         self._turns = turns = Turns(
             pool, replica, hub=hub, bus=bus, streams=streams, beginning=beginning, runner=runner
@@ -243,6 +246,7 @@ class Gateway:
             replica=replica,
             hub=hub,
             bus=bus,
+            seats=_seats(settings),
             tail=tail,
             runner=runner,
             chatbots=chatbots,
@@ -374,6 +378,15 @@ async def _analyse(intake: Intake, question: chat_endpoints.Question) -> chat_en
 
 def _picture_limits(settings: Settings) -> PictureLimits:
     return PictureLimits(settings.image_pixels, settings.image_side, settings.image_bytes, settings.image_timeout_s)
+
+
+def _share(settings: Settings) -> int:
+    """Connections for readers, and as many for accepting messages: a flood of either leaves some for all the rest."""
+    return max(1, (settings.pool_size - 2) // 2)
+
+
+def _seats(settings: Settings) -> Seats:
+    return Seats(most=settings.max_readers, per_user=settings.user_readers, per_stream=settings.stream_readers)
 
 
 def _limits(settings: Settings) -> Limits:

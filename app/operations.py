@@ -20,7 +20,7 @@ from app.flows.endpoints import (
 )
 from app.openapi import Answer, Content, Operation, Parameter
 from app.streams.endpoints import Page
-from app.streams.event import to_frames, to_object
+from app.streams.event import to_frames, to_object, with_more_in_id
 
 _STREAM = "0197c1a2-7b3c-7def-8a01-23456789abcd"
 _JSON = "application/json"
@@ -221,7 +221,7 @@ _STREAM_EVENTS = Operation(
                 _JSON: Content(_PAGE, Page),
                 "text/event-stream": Content(_FRAMES),
             },
-            headers=["ETag", "Cache-Control", "Vary"],
+            headers=["ETag", "Cache-Control", "Vary", "Retry-After"],
         ),
         204: Answer("SSE only: the stream has ended and the reader has its last event. EventSource stops."),
         304: Answer("JSON only: If-None-Match names the page's ETag.", headers=["ETag"]),
@@ -233,14 +233,51 @@ _STREAM_EVENTS = Operation(
         Parameter("last_event_id", "query", "Means `after`.", _CURSOR),
         Parameter("starting_after", "query", "Means `after`.", _CURSOR),
         Parameter("limit", "query", "JSON only: most events in the page; at most 5,000.", _number(500)),
-        Parameter("wait", "query", "JSON only: wait so many seconds for the next event; at most 30.", _number(0)),
+        Parameter(
+            "wait",
+            "query",
+            "JSON only: wait so many seconds for the next event; at most 30. With too many readers it does not wait "
+            "and says `Retry-After`.",
+            _number(0),
+        ),
         Parameter("If-None-Match", "header", "JSON only: the ETag of a page that the reader has."),
     ],
     problems={
         400: ["bad_cursor", "cursor_beyond_end", "bad_parameter"],
         404: ["stream_unknown"],
         410: ["stream_cleaned"],
-        503: ["database_unavailable"],
+        503: ["starting", "database_unavailable"],
+    },
+)
+
+_OTHER = "0197c1a2-8c4d-7abc-9b12-3456789abcde"
+_PAIRS = {"type": "string", "pattern": "^[0-9a-fA-F-]{36}(:[0-9]{1,10})?(,[0-9a-fA-F-]{36}(:[0-9]{1,10})?)*$"}
+_STREAMS = Operation(
+    "Read several streams",
+    "Server-sent events of up to 20 streams (unless the server is configured otherwise) over one connection, so that a "
+    "page with many tabs does not run out of them. Each stream's events come once and in order; between streams there "
+    "is no order, and none holds up the others. Everything else is as for one stream.\n\n"
+    "A frame's `id:` is `STREAM:ID` of its event, followed by `,STREAM:ID` for each other stream of which anything was "
+    "read. Sent back as `Last-Event-ID`, which EventSource does by itself, it resumes all of them exactly. The server "
+    "closes when all of them have ended.",
+    answers={
+        200: Answer(
+            "Events after the cursors.",
+            {"text/event-stream": Content(with_more_in_id(_FRAMES.encode(), f",{_OTHER}:7").decode())},
+            headers=["Cache-Control"],
+        ),
+        204: Answer("All streams have ended and the reader has their last events. EventSource stops."),
+    },
+    parameters=[
+        Parameter(
+            "streams", "query", "The streams, each with the id of the last event read of it where there is one.", _PAIRS
+        ),
+        Parameter("Last-Event-ID", "header", "The `id:` of the last frame; it wins over the query.", _PAIRS),
+    ],
+    problems={
+        400: ["bad_streams", "bad_cursor", "cursor_beyond_end"],
+        404: ["stream_unknown"],
+        410: ["stream_cleaned"],
     },
 )
 
@@ -457,6 +494,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/api/process-message"): _PROCESS_MESSAGE,
     ("POST", "/api/upload-image"): _UPLOAD_IMAGE,
     ("GET", "/api/stream-events/{stream_id}"): _STREAM_EVENTS,
+    ("GET", "/api/stream"): _STREAMS,
     ("GET", "/api/conversation-config/{chatbot_id}"): _GET_CONFIG,
     ("PUT", "/api/conversation-config/{chatbot_id}"): _PUT_CONFIG,
     ("POST", "/api/stream-events/{stream_id}/cancel"): _CANCEL,

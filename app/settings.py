@@ -111,8 +111,17 @@ class Settings(BaseSettings):
     reader_bytes: int = Field(
         MIB, ge=KIB, description="Bytes buffered for one live reader before it goes back to reading the table."
     )
+    reader_streams: int = Field(
+        20, ge=1, le=100, description="Streams that one reader may follow over one connection (`GET /api/stream`)."
+    )
     max_readers: int = Field(
         5000, ge=1, description="SSE readers on this replica; further ones are told to come back later."
+    )
+    user_readers: int = Field(
+        200, ge=1, description="Readers of one user on this replica; further ones are told to come back later."
+    )
+    stream_readers: int = Field(
+        100, ge=1, description="Readers of one stream on this replica; further ones are told to come back later."
     )
     poll_s: float = Field(
         1, gt=0, description="Interval at which a waiting reader looks at the table by itself, in seconds."

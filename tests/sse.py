@@ -16,14 +16,22 @@ class Frame:
     retry: int | None = None
 
     @property
+    def stream(self) -> str:
+        return self.id.partition(":")[0]
+
+    @property
     def number(self) -> int:
-        return int(self.id.rpartition(":")[2])
+        """The event's own id, which comes first where other streams' follow."""
+        return int(self.id.partition(",")[0].rpartition(":")[2])
 
 
 async def frames(
-    response: httpx2.Response, on_heartbeat: Callable[[], None] = lambda: None
+    response: httpx2.Response, on_heartbeat: Callable[[], None] = lambda: None, *, several: bool = False
 ) -> AsyncGenerator[Frame, None]:
-    """Every frame of a response. Comment lines may come between frames only; a blank line must end a frame."""
+    """Every frame of a response, of one stream or of `several`.
+
+    Comment lines may come between frames only; a blank line must end a frame.
+    """
     fields: dict[str, str] = {}
     async for line in _lines(response):
         if line.startswith(":"):
@@ -43,6 +51,7 @@ async def frames(
                 orjson.loads(fields["data"]),
                 int(fields["retry"]) if "retry" in fields else None,
             )
+            assert several or "," not in frame.id
             assert frame.data["id"] == frame.number
             assert frame.data["event"] == frame.event
             fields = {}

@@ -152,6 +152,24 @@ async def test_a_cut_in_the_middle_loses_and_doubles_nothing(browser: Chrome, da
     assert_read(found, accepted, events, opened=4)
 
 
+async def test_several_streams_over_one_connection_are_cut_and_resumed_together(
+    browser: Chrome, database: str, demo: None
+) -> None:
+    async with serving(database, **PACE) as client, way_to(client, browser) as (way, page):
+        streams = [(await ask(client, chatbot))["streaming_session_id"] for chatbot in ("calm", "short", "calm")]
+        await page.open(f"/api/stream?streams={','.join(streams)}")
+        for count in (20, 80, 140):
+            await page.when(f"seen.length >= {count} && source.readyState === 1")
+            way.wire.cut()
+        found = await page.when(f"source.readyState === {CLOSED}")
+        for stream in streams:
+            events = await poll(client, f"/api/stream-events/{stream}")
+            assert_whole(events, "completed")
+            seen = zip(found["ids"], found["seen"], strict=True)
+            assert [event for event_id, event in seen if event_id.startswith(stream)] == events
+    assert found["opened"] == 4
+
+
 async def test_a_server_that_stops_sends_its_readers_to_another(browser: Chrome, database: str, demo: None) -> None:
     async with serving(database, **PACE) as owner, AsyncExitStack() as leaving:
         accepted = await ask(owner, "calm")

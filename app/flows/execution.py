@@ -49,6 +49,10 @@ class Execution:
         said = [progress for progress in self._started if progress.flow == self._decision.flow]
         return said[-1] if said else self._answer
 
+    @property
+    def user_id(self) -> str:
+        return self._run.stream.user_id
+
     async def perform(self) -> Result:
         """Run the plan to its end. Raises Fenced or StreamLost where this replica may not write any more."""
         try:

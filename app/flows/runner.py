@@ -113,6 +113,11 @@ class Runner:
     def runs(self, stream_id: UUID) -> bool:
         return stream_id in self._executions
 
+    def user_of(self, stream_id: UUID) -> str | None:
+        """Whose answer it is, of a run here."""
+        execution = self._executions.get(stream_id)
+        return None if execution is None else execution.user_id
+
     def abandonable(self) -> dict[UUID, float]:
         """The runs here that shall stop when nobody has read them for so many seconds."""
         runs = {stream_id: execution.abandon_s for stream_id, execution in self._executions.items()}

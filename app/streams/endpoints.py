@@ -1,7 +1,9 @@
-"""GET /api/stream-events/{id}: one URL for pollers (JSON, long poll) and EventSource (SSE), by Accept."""
+"""GET /api/stream-events/{id}: one URL for pollers (JSON, long poll) and EventSource (SSE), by Accept.
 
-import re
-from collections.abc import AsyncGenerator
+GET /api/stream: several streams for one EventSource."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import Literal, TypedDict
 from uuid import UUID
@@ -10,25 +12,31 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.errors import BadRequest, Gone
-from app.postgres import AWAY
+from app.errors import BadRequest, Gone, NotFound, Unavailable
+from app.postgres import AWAY, CONFLICT
 from app.settings import Settings
+from app.streams.cursors import cursor_of, cursors_of
 from app.streams.event import TERMINAL, data_of, kind_of, to_object
 from app.streams.hub import Batch, Hub
 from app.streams.identity import stream_id_of
+from app.streams.multiplex import follow_all
+from app.streams.replicas import Replica
+from app.streams.seats import Seats
 from app.streams.sse import HEARTBEAT, EventStream, come_back_later, retry_line
 from app.streams.tail import State, Tail
 from app.telemetry import Metrics
 
 _MOST_EVENTS, _DEFAULT_EVENTS = 5000, 500
 _LONGEST_WAIT_S = 30.0
-_CURSOR_NAMES = ("after", "last_event_id", "starting_after")
-_NUMBER = re.compile(r"[0-9]{1,10}")
+# How long a reader waits for the database to say where its streams stand.
+_LOOK_S = 3.0
 
 
 class Needs(TypedDict):
     tail: Tail
     hub: Hub
+    seats: Seats
+    replica: Replica
     metrics: Metrics
     settings: Settings
 
@@ -54,32 +62,16 @@ class Page(BaseModel):
 async def stream_events(request: Request[Needs]) -> Response:
     """Read a stream from any position, as a page of JSON or as server-sent events."""
     stream_id = stream_id_of(request.path_params["stream_id"])
-    cursor = _cursor(request, stream_id)
+    cursor = cursor_of(request.headers, request.query_params, stream_id)
     if "text/event-stream" in request.headers.get("accept", ""):
-        return await _sse(request, stream_id, cursor)
+        return await _sse(request, {stream_id: cursor})
     return await _page(request, stream_id, cursor)
 
 
-def _cursor(request: Request[Needs], stream_id: UUID) -> int:
-    """The last id the reader has: the header wins over the query (an EventSource repeats its URL when it resumes)."""
-    if header := request.headers.get("last-event-id"):
-        prefix, _, number = header.rpartition(":")
-        if prefix and prefix.lower() != str(stream_id):
-            raise BadRequest("bad_cursor", "Last-Event-ID belongs to another stream.")
-        return _whole(number, "Last-Event-ID")
-    for name in _CURSOR_NAMES:
-        if (given := request.query_params.get(name)) is not None:
-            prefix, _, number = given.rpartition(":")
-            if prefix and prefix.lower() != str(stream_id):
-                raise BadRequest("bad_cursor", f"{name} belongs to another stream.")
-            return _whole(number, name)
-    return 0
-
-
-def _whole(text: str, name: str) -> int:
-    if not _NUMBER.fullmatch(text):
-        raise BadRequest("bad_cursor", f"{name} must be the whole number of the last event read, 0 for none.")
-    return int(text)
+async def several_streams(request: Request[Needs]) -> Response:
+    """Read several streams from any positions over one connection, as server-sent events."""
+    most = request.state["settings"].reader_streams
+    return await _sse(request, cursors_of(request.headers, request.query_params, most=most))
 
 
 # -- a page of JSON
@@ -89,14 +81,33 @@ async def _page(request: Request[Needs], stream_id: UUID, cursor: int) -> Respon
     tail = request.state["tail"]
     limit = int(_bounded(request, "limit", _DEFAULT_EVENTS, low=1, high=_MOST_EVENTS))
     wait_s = _bounded(request, "wait", 0, low=0, high=_LONGEST_WAIT_S)
-    state = await tail.state(stream_id, cursor)
-    if not state.ended:
-        request.state["hub"].polled(stream_id)
-    payloads = await tail.read_known(stream_id, cursor, limit, state)
+    _require_started(request)
+    async with asyncio.timeout(_LOOK_S):
+        state = await tail.state(stream_id, cursor)
+        if not state.ended:
+            request.state["hub"].polled(stream_id)
+        payloads = await tail.read_known(stream_id, cursor, limit, state)
+    crowded = False
     if not payloads and not state.ended and wait_s and request.method != "HEAD":
-        payloads = (await tail.wait(stream_id, cursor, wait_s))[:limit]
+        with request.state["seats"].taken([stream_id], _users(state)) as seated:
+            crowded = not seated
+            payloads = (await tail.wait(stream_id, cursor, wait_s))[:limit] if seated else []
     request.state["metrics"].events_delivered += len(payloads)
-    return _page_response(request, cursor, payloads, state, f"{cursor}-{limit}")
+    response = _page_response(request, cursor, payloads, state, f"{cursor}-{limit}")
+    if crowded:
+        response.headers["Retry-After"] = "1"
+    return response
+
+
+def _require_started(request: Request[Needs]) -> None:
+    """Raises Unavailable while nothing can be read yet. A server that drains is read from to its last moment."""
+    refusal = request.state["replica"].refusal
+    if refusal is not None and refusal.code == "starting":
+        raise refusal
+
+
+def _users(*states: State) -> set[str]:
+    return {state.user_id for state in states if state.user_id is not None}
 
 
 def _bounded(request: Request[Needs], name: str, default: float, *, low: float, high: float) -> float:
@@ -131,45 +142,65 @@ def _page_response(request: Request[Needs], cursor: int, payloads: list[str], st
 # -- server-sent events
 
 
-async def _sse(request: Request[Needs], stream_id: UUID, cursor: int) -> Response:
-    settings, hub = request.state["settings"], request.state["hub"]
-    if hub.closing or hub.readers >= settings.max_readers:
+async def _sse(request: Request[Needs], cursors: Mapping[UUID, int]) -> Response:
+    """A connection that follows one stream or several. What cannot be had now is 200 and a time to come back (G14)."""
+    settings, tail = request.state["settings"], request.state["tail"]
+    if request.state["hub"].closing or request.state["seats"].full:
         return come_back_later(settings.sse_retry_ms)
     try:
-        state = await request.state["tail"].state(stream_id, cursor)
-        if state.ended and cursor == state.tail:
-            return Response(status_code=204)
-        if state.ended:  # only then may its events have been cleaned up
-            await request.state["tail"].read_known(stream_id, cursor, 1, state)
-    except AWAY:
+        _require_started(request)
+        async with asyncio.timeout(_LOOK_S):
+            states = await tail.states(cursors)
+            # Only of a stream that has ended may events have been cleaned up.
+            await tail.require_kept({old: at for old, at in cursors.items() if states[old].ended_behind(at)})
+    except (Unavailable, *AWAY, *CONFLICT):
         return come_back_later(settings.sse_retry_ms)
+    if all(states[stream_id].ended_at(cursor) for stream_id, cursor in cursors.items()):
+        return Response(status_code=204)
     return EventStream(
-        _frames(request, stream_id, cursor, at_once=cursor < state.tail),
+        _frames(request, cursors, states),
         heartbeat_s=settings.sse_heartbeat_s,
         send_timeout_s=settings.sse_send_timeout_s,
     )
 
 
 async def _frames(
-    request: Request[Needs], stream_id: UUID, cursor: int, *, at_once: bool
+    request: Request[Needs], cursors: Mapping[UUID, int], states: Mapping[UUID, State]
 ) -> AsyncGenerator[bytes, None]:
+    """What one connection is sent. It holds a seat for as long as it runs, and runs only while somebody reads."""
     settings, metrics = request.state["settings"], request.state["metrics"]
-    if not at_once:
-        yield HEARTBEAT
     opening = retry_line(settings.sse_retry_ms)
-    with metrics.readers.track_inprogress():
-        async with aclosing(request.state["tail"].follow(stream_id, cursor, settings.sse_max_age_s)) as batches:
-            try:
-                async for batch in batches:
-                    _count(metrics, cursor, batch)
-                    cursor = batch.last
-                    yield opening + batch.frames
+    with request.state["seats"].taken(cursors, _users(*states.values())) as seated:
+        if not seated:
+            yield opening
+            return
+        if all(cursor == states[stream_id].tail for stream_id, cursor in cursors.items()):
+            yield HEARTBEAT
+        with metrics.readers.track_inprogress():
+            async with aclosing(_events(request, cursors, states)) as events:
+                async for frames in events:
+                    yield opening + frames
                     opening = b""
-            except Gone:
-                # Cleaned up under the reader; the reconnect is told with 410.
-                return
     if request.state["hub"].closing:
         yield retry_line(settings.sse_retry_ms)
+
+
+async def _events(
+    request: Request[Needs], cursors: Mapping[UUID, int], states: Mapping[UUID, State]
+) -> AsyncGenerator[bytes, None]:
+    last = dict(cursors)
+    ended = {stream_id for stream_id, cursor in cursors.items() if states[stream_id].ended_at(cursor)}
+    following = follow_all(request.state["tail"], cursors, request.state["settings"].sse_max_age_s, ended=ended)
+    async with aclosing(following) as batches:
+        try:
+            async for stream_id, batch in batches:
+                _count(request.state["metrics"], last[stream_id], batch)
+                last[stream_id] = batch.last
+                if batch.frames:
+                    yield batch.frames
+        except (Gone, NotFound):
+            # Cleaned up under the reader; the reconnect is told with 410 or 404.
+            return
 
 
 def _count(metrics: Metrics, cursor: int, batch: Batch) -> None:

@@ -59,3 +59,8 @@ def to_frames(stream_id: UUID, first_id: int, payloads: Sequence[str]) -> bytes:
         for event_id, payload in enumerate(payloads, first_id)
     ]
     return "".join(frames).encode()
+
+
+def with_more_in_id(frames: bytes, more: str) -> bytes:
+    """The same frames, each with `more` at the end of its id. Only an id line is followed by the kind's line."""
+    return frames.replace(b"\nevent: ", f"{more}\nevent: ".encode()) if more else frames

@@ -1,10 +1,12 @@
 """Reading a stream from any position: subscribe, catch up from the table, follow; each event once and in order."""
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from uuid import UUID
+
+import asyncpg
 
 from app.errors import BadRequest, Gone, NotFound
 from app.postgres import AWAY, Pool
@@ -12,10 +14,15 @@ from app.streams.event import Status
 from app.streams.hub import Batch, Hub, Subscription, batch_of
 from app.streams.log import Log
 
-_STATE = """
-select status, last_event_id,
-       coalesce(last_event_id, (select max(id) from streaming_events where stream_id = $1), 0) as tail
-from streaming_sessions where id = $1
+_STATES = """
+select s.id, s.status, s.last_event_id, s.user_id,
+       coalesce(s.last_event_id, (select max(e.id) from streaming_events e where e.stream_id = s.id), 0) as tail
+from streaming_sessions s where s.id = any($1::uuid[])
+"""
+# Of several streams, those whose next event is gone.
+_CLEANED = """
+select u.s from unnest($1::uuid[], $2::int[]) as u(s, i)
+where not exists (select from streaming_events e where e.stream_id = u.s and e.id = u.i + 1)
 """
 _EVENTS = "select id, payload from streaming_events where stream_id = $1 and id > $2 order by id limit $3"
 
@@ -25,49 +32,85 @@ _PAGE = 1000
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """A stream as its row and the log's end say: `tail` is the last id written so far, of an ended stream the last."""
+    """A stream as its row and the log's end say: `tail` is the last id written so far, of an ended stream the last.
+
+    `user_id` is whose stream it is, None where that is not known without asking the database.
+    """
 
     status: Status
     ended: bool
     tail: int
+    user_id: str | None
+
+    def ended_at(self, cursor: int) -> bool:
+        """Whether nothing comes after the cursor any more."""
+        return self.ended and cursor == self.tail
+
+    def ended_behind(self, cursor: int) -> bool:
+        return self.ended and cursor < self.tail
 
 
 class Tail:
     """All reading of streams. Holds no connection while a reader waits."""
 
-    def __init__(self, pool: Pool, hub: Hub, log: Log) -> None:
+    def __init__(self, pool: Pool, hub: Hub, log: Log, *, at_once: int = 4) -> None:
         self._pool = pool
         self._hub = hub
         self._log = log
+        # Readers wait here for their turn, so that any number of them leaves connections to everybody else.
+        self._turns = asyncio.Semaphore(at_once)
+        # Whose a stream is that runs here; filled in by whoever runs them.
+        self.user_of: Callable[[UUID], str | None] = lambda stream_id: None
 
     async def state(self, stream_id: UUID, cursor: int = 0) -> State:
         """Raises NotFound for an unknown stream, BadRequest for a cursor beyond its end."""
-        state = await self._state(stream_id)
-        if cursor > state.tail:
-            raise BadRequest("cursor_beyond_end", f"The cursor {cursor} lies beyond the last event {state.tail}.")
-        return state
+        return (await self.states({stream_id: cursor}))[stream_id]
 
-    async def _state(self, stream_id: UUID) -> State:
+    async def states(self, cursors: Mapping[UUID, int]) -> dict[UUID, State]:
+        """Of several streams. Raises NotFound or BadRequest naming the first one unknown, or read beyond its end."""
         # A stream that is being written here needs no look into the database: the most frequent case, at its start.
-        if (last_id := self._log.last_id(stream_id)) is not None:
-            return State("active", False, last_id)
-        row = await self._pool.fetchrow(_STATE, stream_id)
-        if row is None:
-            raise NotFound("stream_unknown", "There is no such stream; the id comes from POST /api/process-message.")
-        return State(row["status"], row["last_event_id"] is not None, row["tail"])
+        states = {stream_id: state for stream_id in cursors if (state := self._state_here(stream_id)) is not None}
+        if elsewhere := [stream_id for stream_id in cursors if stream_id not in states]:
+            for row in await self._fetch(_STATES, elsewhere):
+                states[row["id"]] = State(row["status"], row["last_event_id"] is not None, row["tail"], row["user_id"])
+        for stream_id, cursor in cursors.items():
+            if (state := states.get(stream_id)) is None:
+                raise NotFound("stream_unknown", f"There is no stream {stream_id}; POST /api/process-message says ids.")
+            if cursor > state.tail:
+                beyond = f"The cursor {cursor} lies beyond the last event {state.tail} of {stream_id}."
+                raise BadRequest("cursor_beyond_end", beyond)
+        return states
+
+    def _state_here(self, stream_id: UUID) -> State | None:
+        last_id = self._log.last_id(stream_id)
+        return None if last_id is None else State("active", False, last_id, self.user_of(stream_id))
+
+    async def require_kept(self, cursors: Mapping[UUID, int]) -> None:
+        """Raises Gone naming a stream whose event after the cursor was cleaned up; each must have such an event."""
+        if cursors and (rows := await self._fetch(_CLEANED, [*cursors], [*cursors.values()])):
+            raise _gone(rows[0]["s"])
+
+    async def _fetch(self, statement: str, *values: object) -> list[asyncpg.Record]:
+        async with self._turns, self._pool.acquire() as connection:
+            try:
+                return await connection.fetch(statement, *values)
+            except (TimeoutError, asyncio.CancelledError):
+                # The way back to the pool waits for the server to cancel, for as long as that takes.
+                connection.terminate()
+                raise
 
     async def read(self, stream_id: UUID, cursor: int, limit: int) -> list[str]:
         """Payloads of the events cursor+1, cursor+2, … Raises Gone where the first of them were cleaned up."""
-        rows = await self._pool.fetch(_EVENTS, stream_id, cursor, limit)
+        rows = await self._fetch(_EVENTS, stream_id, cursor, limit)
         if rows and rows[-1]["id"] != cursor + len(rows):
-            raise _gone()
+            raise _gone(stream_id)
         return [row["payload"] for row in rows]
 
     async def read_known(self, stream_id: UUID, cursor: int, limit: int, state: State) -> list[str]:
         """As `read`, and raises Gone also where all events after the cursor were cleaned up."""
         payloads = await self.read(stream_id, cursor, limit)
         if not payloads and state.ended and cursor < state.tail:
-            raise _gone()
+            raise _gone(stream_id)
         return payloads
 
     async def wait(self, stream_id: UUID, cursor: int, seconds: float) -> list[str]:
@@ -129,5 +172,5 @@ class Tail:
         return batch_of(stream_id, cursor + 1, payloads) if payloads else None
 
 
-def _gone() -> Gone:
-    return Gone("stream_cleaned", "The events of this stream were cleaned up; its messages are in the chat.")
+def _gone(stream_id: UUID) -> Gone:
+    return Gone("stream_cleaned", f"The events of {stream_id} were cleaned up; its messages are in the chat.")

@@ -2,6 +2,7 @@
 
 import asyncio
 import ctypes
+import re
 import socket
 import struct
 import sys
@@ -268,6 +269,52 @@ async def test_g14_a_reader_too_many_is_told_to_come_back(house: Open) -> None:
             assert text.count(b"\n") == 1
             assert (await home.client.get("/api/conversation-health")).status_code == 200
         assert len((await poll(home, url))["events"]) >= 1
+
+
+@pytest.mark.parametrize(("limit", "other"), [("stream_readers", False), ("user_readers", True), ("max_readers", True)])
+async def test_g14_readers_are_counted_by_stream_by_user_and_by_replica(house: Open, limit: str, other: bool) -> None:
+    """`other`: whether the first reader takes the place of one of another stream of the same user, too."""
+    async with house(SLOW, **{limit: 1}) as home:
+        url, second = [(await home.post("mute")).json()["streaming_url"] for _ in range(2)]
+        strangers = (await home.post("mute", user_id="bob")).json()["streaming_url"]
+        async with home.client.stream("GET", url, headers=SSE) as first:
+            reading = frames(first)  # kept: it closes the connection when it is forgotten
+            await anext(reading)
+            assert (await raw(home, url)).startswith(b"retry: ")
+            assert await admitted(home, second) is not other
+            assert await admitted(home, strangers) is (limit != "max_readers")
+        async with asyncio.timeout(5):
+            while not await admitted(home, url):
+                pass
+
+
+async def admitted(home: House, url: str) -> bool:
+    """Whether a reader of a stream gets its events and not only a time to come back."""
+    async with home.client.stream("GET", url, headers=SSE) as response:
+        assert response.status_code == 200
+        text = b""
+        async for data in response.aiter_raw():
+            text += data
+            if b"stream_start" in text:
+                return True
+    assert re.fullmatch(rb"retry: \d+\n", text)
+    return False
+
+
+async def test_g14_a_long_poll_is_a_reader_and_does_not_wait_where_there_are_too_many(house: Open) -> None:
+    async with house(SLOW, stream_readers=1) as home:
+        url = (await home.post("mute")).json()["streaming_url"]
+        while (last := (await poll(home, url))["last_event_id"]) < 2:
+            pass
+        waiting = asyncio.ensure_future(home.client.get(url, params={"after": last, "wait": 5}))
+        async with asyncio.timeout(4):
+            while await admitted(home, url):
+                pass
+            at_once = await home.client.get(url, params={"after": last, "wait": 30})
+        assert (at_once.json()["events"], at_once.headers["retry-after"]) == ([], "1")
+        assert not waiting.done()
+        waited = await waiting
+        assert (waited.json()["events"], "retry-after" in waited.headers) == ([], False)
 
 
 def deafen(connection: socket.socket) -> None:
