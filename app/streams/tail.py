@@ -9,7 +9,7 @@ from uuid import UUID
 import asyncpg
 
 from app.errors import BadRequest, Gone, NotFound
-from app.postgres import AWAY, Pool
+from app.postgres import AWAY, Pool, prompt_connection
 from app.streams.event import Status
 from app.streams.hub import Batch, Hub, Subscription, batch_of
 from app.streams.log import Log
@@ -28,6 +28,8 @@ _EVENTS = "select id, payload from streaming_events where stream_id = $1 and id 
 
 # A page is bounded in bytes, too: a whole answer is at most PARLEY_ANSWER_LIMIT (1 MiB) of text.
 _PAGE = 1000
+# How long the database may take over one look into it, in seconds.
+_ANSWER_S = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,13 +93,8 @@ class Tail:
             raise _gone(rows[0]["s"])
 
     async def _fetch(self, statement: str, *values: object) -> list[asyncpg.Record]:
-        async with self._turns, self._pool.acquire() as connection:
-            try:
-                return await connection.fetch(statement, *values)
-            except (TimeoutError, asyncio.CancelledError):
-                # The way back to the pool waits for the server to cancel, for as long as that takes.
-                connection.terminate()
-                raise
+        async with self._turns, prompt_connection(self._pool, _ANSWER_S) as connection:
+            return await connection.fetch(statement, *values)
 
     async def read(self, stream_id: UUID, cursor: int, limit: int) -> list[str]:
         """Payloads of the events cursor+1, cursor+2, … Raises Gone where the first of them were cleaned up."""

