@@ -1,5 +1,7 @@
 """Who is next: gives a session's waiting messages their turn, one after the other, and takes orders about them."""
 
+from dataclasses import replace
+from time import perf_counter
 from uuid import UUID
 
 import structlog
@@ -80,7 +82,8 @@ class Turns:
         if first is None:
             return None
         try:
-            prepared = await self._beginning.prepare(first.incoming)
+            # Its time counts from its turn: what it waited for was not the model.
+            prepared = await self._beginning.prepare(replace(first.incoming, received=perf_counter()))
         except (NotFound, Invalid) as error:  # its chatbot has changed meanwhile and does not take it any more
             await self._refuse(first, Failure(error.code, error.detail))
             return None

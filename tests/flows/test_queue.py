@@ -53,6 +53,8 @@ async def test_messages_wait_and_have_their_turns_in_order(house: Open) -> None:
         assert await said(home) == [("user", f"number {n}") for n in range(4)]
         assert await queue(home.client) == []
         assert await home.database.fetchval("select status from conversation_sessions") == "idle"
+        longest = await home.database.fetchval("select max(duration_ms) from conversation_processing_metrics")
+        assert longest < 10_000, "counted from the turn, not from the start of the machine"
 
 
 async def test_reject(house: Open) -> None:

@@ -169,11 +169,13 @@ async def postgres() -> AsyncGenerator[Postgres, None]:
 
 
 @asynccontextmanager
-async def over(postgres: Postgres, **settings: Any) -> AsyncGenerator[tuple[httpx2.AsyncClient, Proxy], None]:
+async def over(
+    postgres: Postgres, *, user: str = "parley", **settings: Any
+) -> AsyncGenerator[tuple[httpx2.AsyncClient, Proxy], None]:
     """A gateway over a server that comes and goes."""
     async with demo_provider() as demo, proxy_to(postgres.dial) as proxy:
         await apply_demo(postgres.dsn, demo, MODELS)
-        dsn = f"postgresql://parley@127.0.0.1:{proxy.port}/parley?sslmode=disable"
+        dsn = f"postgresql://{user}@127.0.0.1:{proxy.port}/parley?sslmode=disable"
         async with serving(dsn, **{**FAST, **settings}) as client:
             yield client, proxy
 
@@ -339,3 +341,149 @@ async def test_d13_a_read_only_server_is_as_one_that_is_away(site: Open) -> None
             events = await reader.end()
         assert_whole(events, "completed")
         await home.assert_works()
+
+
+# -- D7, D10, D11, D14: it is there and has not all that is asked of it
+
+_FULL = """
+create function full_disk() returns trigger language plpgsql as
+$$ begin raise exception 'no space left on device' using errcode = '53100'; end $$
+"""
+
+
+async def test_d7_a_full_disk_stops_writing_and_nothing_else(site: Open) -> None:
+    async with site() as home:
+        accepted = await home.ask("calm")
+        async with reading(home.client, accepted["streaming_url"]) as reader:
+            await reader.has(20)
+            # The SQLSTATE of a full disk, from the server itself.
+            await home.look.execute(_FULL)
+            for table in ("streaming_events", "messages"):
+                await home.look.execute(
+                    f"create trigger full_disk before insert on {table} for each row execute function full_disk()"
+                )
+            await until(lambda: _failing(home, "log"))
+            refused, _ = await home.post()
+            assert (refused.status_code, refused.json()["code"]) == (503, "database_unavailable")
+            seen = (await home.client.get(accepted["streaming_url"], params={"limit": 5000})).json()
+            assert seen["events"] == reader.events, "reads work"
+            assert not reader.closed
+            for table in ("streaming_events", "messages"):
+                await home.look.execute(f"drop trigger full_disk on {table}")
+            events = await reader.end()
+        assert_whole(events, "completed")
+        await home.assert_works()
+
+
+async def _failing(home: Site, name: str) -> bool:
+    return name in (await home.client.get("/readyz?verbose")).json()["failing"]
+
+
+async def test_d10_connections_that_are_refused_are_tried_again(postgres: Postgres) -> None:
+    look = await asyncpg.connect(postgres.dsn)
+    await look.execute("create role few login; grant parley to few; alter role few set role = 'parley'")
+    async with over(postgres, user="few") as (client, _):
+        accepted = await ask(client, "calm")
+        async with reading(client, accepted["streaming_url"]) as reader:
+            await reader.has(20)
+            await look.execute("alter role few connection limit 0")
+            await look.execute("select pg_terminate_backend(pid) from pg_stat_activity where usename = 'few'")
+            await until_refused(client)
+            assert not reader.closed
+            await look.execute("alter role few connection limit -1")
+            back = monotonic()
+            await until_ready(client)
+            assert monotonic() - back < 5
+            events = await reader.end()
+        assert_whole(events, "completed")
+        assert await look.fetchval("select attempt from streaming_sessions") == 1
+    await look.close()
+
+
+async def until_refused(client: httpx2.AsyncClient) -> None:
+    async with asyncio.timeout(10):
+        while (await client.get("/readyz")).status_code == 200:
+            await asyncio.sleep(0.02)
+    body = {"user_id": "ann", "chatbot_id": "quick", "message_text": "Hello"}
+    refused = await client.post("/api/process-message", json=body)
+    assert (refused.status_code, refused.json()["code"]) == (503, "database_unavailable")
+
+
+async def test_d11_a_lock_on_the_log_delays_it(site: Open) -> None:
+    async with site() as home:
+        accepted = await home.ask("calm")
+        async with reading(home.client, accepted["streaming_url"]) as reader:
+            await reader.has(20)
+            async with home.look.transaction():
+                await home.look.execute("lock table streaming_events in exclusive mode")
+                # Longer than lock_timeout: at least one flush was refused by then.
+                await until(lambda: _failing(home, "log"))
+            events = await reader.end()
+        assert_whole(events, "completed")
+
+
+async def test_d14_a_migration_while_answers_run_disturbs_nobody(site: Open) -> None:
+    """What migrations do to tables in use: columns, indexes and new tables, in a transaction each."""
+    tables = ("replicas", "replica_beats", "streaming_sessions", "streaming_events", "messages", "chats",
+              "conversation_sessions", "queued_messages", "usage_ledger", "chatbots", "idempotency_keys")  # fmt: skip
+    async with site() as home:
+        accepted = await home.ask("calm")
+        async with reading(home.client, accepted["streaming_url"]) as reader:
+            await reader.has(10)
+            for number, table in enumerate(tables):
+                async with home.look.transaction():
+                    await home.look.execute(f"alter table {table} add column later text default 'soon'")
+                    await home.look.execute(f"create index later_{number} on {table} (later)")
+                answer, _ = await home.post()
+                assert answer.status_code == 200, answer.text
+            assert not reader.closed
+            events = await reader.end()
+        assert_whole(events, "completed")
+        assert (await home.row(accepted))["attempt"] == 1
+        await home.assert_works()
+        assert (await home.client.get("/readyz?verbose")).json()["failing"] == []
+
+
+# -- D9: it has committed, and nobody heard
+
+
+async def test_d9_commits_whose_answers_are_lost_are_found_not_repeated(postgres: Postgres) -> None:
+    """A standby that never answers holds back the answer of each COMMIT, which has happened all the same."""
+    look = await asyncpg.connect(postgres.dsn)
+    async with over(postgres) as (client, _):
+        accepted = await ask(client, "calm")
+        async with reading(client, accepted["streaming_url"]) as reader:
+            await reader.has(20)
+            await look.execute("alter system set synchronous_standby_names = 'nobody'")
+            await look.execute("select pg_reload_conf()")
+            posting = asyncio.ensure_future(_post_once(client))
+            # The flush, and the accept.
+            await until(lambda: _waiting(look, 2))
+            await look.execute("alter system reset synchronous_standby_names")
+            await look.execute("select pg_terminate_backend(pid) from pg_stat_activity where wait_event = 'SyncRep'")
+            await look.execute("select pg_reload_conf()")
+            first = await posting
+            again = await _post_once(client)
+            assert (first.status_code, again.status_code) == (503, 200), (first.text, again.text)
+            assert again.headers["idempotent-replayed"] == "true"
+            events = await reader.end()
+        assert_whole(events, "completed")
+        # Nobody runs it until it is looked for; whether it is ended or begun again then is the takeover's business.
+        late = await poll(client, again.json()["streaming_url"])
+        assert [event["id"] for event in late] == list(range(1, len(late) + 1))
+        assert late[-1]["event"] == "stream_end"
+        assert await look.fetchval("select count(*) from messages where id = 'once'") == 1
+    await look.close()
+
+
+async def _post_once(client: httpx2.AsyncClient) -> httpx2.Response:
+    body = {"user_id": "ann", "chatbot_id": "quick", "message_text": "Hello", "client_message_id": "once"}
+    async with asyncio.timeout(10):
+        while (response := await client.post("/api/process-message", json=body)).json().get("code") == "starting":
+            pass
+    return response
+
+
+async def _waiting(look: Connection, count: int) -> bool:
+    waiting: int = await look.fetchval("select count(*) from pg_stat_activity where wait_event = 'SyncRep'")
+    return waiting >= count
