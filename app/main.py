@@ -44,7 +44,7 @@ from app.streams.bus import Bus, NotifyBus, PollBus
 from app.streams.hub import Hub
 from app.streams.log import Limits, Log
 from app.streams.partitions import Partitions
-from app.streams.replicas import Replica
+from app.streams.replicas import Fenced, Replica
 from app.streams.seats import Seats
 from app.streams.stream import Streams
 from app.streams.tail import Tail
@@ -329,15 +329,22 @@ class Gateway:
 
     async def _beat(self) -> None:
         if self._log.fenced:
-            await self._replica.renew()
-            self._log.fenced = False
-            log.warning("replica_renewed", replica=str(self._replica.id))
+            await self._renew()
         try:
             await self._replica.beat()
+        except Fenced as fenced:
+            # Nothing was written that would have told.
+            self._log.fence(fenced)
+            await self._renew()
         except TimeoutError:
             # A connection may be dead without a word; whoever waits on the log's own shall not wait for that.
             self._log.disconnect()
             raise
+
+    async def _renew(self) -> None:
+        await self._replica.renew()
+        self._log.fenced = False
+        log.warning("replica_renewed", replica=str(self._replica.id))
 
     async def _upkeep(self) -> None:
         await self._partitions.run_once()

@@ -285,6 +285,15 @@ class Log:
         finally:
             self.disconnect()
 
+    def fence(self, fenced: Fenced) -> None:
+        """This replica was declared dead: nothing more of what it has is written."""
+        log.error("replica_fenced", replica=str(self._replica.id))
+        for writer in self._writers.values():
+            self._bytes -= writer._fail(fenced)
+        self._ready.clear()
+        self.fenced = True
+        self.on_fenced()
+
     def disconnect(self) -> None:
         """Give the lane's connection up; the next flush opens another."""
         if self._connection is not None:
@@ -335,7 +344,7 @@ class Log:
         except _BAD_EVENTS as error:
             await self._bisect(writers, events, error)
         except Fenced as fenced:
-            self._fenced(fenced)
+            self.fence(fenced)
         else:
             for writer in writers:
                 self._committed(writer)
@@ -369,14 +378,6 @@ class Log:
         self._ready.pop(writer.stream_id, None)
         self._bytes -= writer._fail(StreamLost(str(error)))
         self.on_lost(writer.stream_id)
-
-    def _fenced(self, fenced: Fenced) -> None:
-        log.error("replica_fenced", replica=str(self._replica.id))
-        for writer in self._writers.values():
-            self._bytes -= writer._fail(fenced)
-        self._ready.clear()
-        self.fenced = True
-        self.on_fenced()
 
     async def _append(self, events: _Events) -> None:
         """Append under the fence, for as long as it takes; the same ids each time, so that nothing doubles (D9)."""

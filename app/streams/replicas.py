@@ -20,7 +20,8 @@ from app.postgres import ACQUIRE_S, AWAY, Connection, Pool, prompt_connection
 # Beats live in a table of their own: an UPDATE of the fenced row would starve behind the appends' share locks.
 _REGISTER = "insert into replicas (id, url, version) values ($1, $2, $3)"
 _BEAT = """
-insert into replica_beats (replica_id, beat_at) values ($1, clock_timestamp())
+insert into replica_beats (replica_id, beat_at)
+select $1, clock_timestamp() where exists (select from replicas where id = $1 and alive)
 on conflict (replica_id) do update set beat_at = excluded.beat_at
 """
 _RETIRE = "update replicas set alive = false where id = $1 and alive"
@@ -78,9 +79,11 @@ class Replica:
         await self.register()
 
     async def beat(self) -> None:
+        """Raises Fenced where this replica has been declared dead, which it may not have noticed otherwise."""
         try:
             async with prompt_connection(self._pool, _BEAT_S) as connection:
-                await connection.execute(_BEAT, self.id)
+                if await connection.execute(_BEAT, self.id) == "INSERT 0 0":
+                    raise Fenced(str(self.id))
         except Exception as error:
             self._beating_since = None
             if isinstance(error, TimeoutError):

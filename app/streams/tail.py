@@ -71,7 +71,8 @@ class Tail:
     async def states(self, cursors: Mapping[UUID, int]) -> dict[UUID, State]:
         """Of several streams. Raises NotFound or BadRequest naming the first one unknown, or read beyond its end."""
         # A stream that is being written here needs no look into the database: the most frequent case, at its start.
-        states = {stream_id: state for stream_id in cursors if (state := self._state_here(stream_id)) is not None}
+        here = ((stream_id, self._state_here(stream_id, cursor)) for stream_id, cursor in cursors.items())
+        states = {stream_id: state for stream_id, state in here if state is not None}
         if elsewhere := [stream_id for stream_id in cursors if stream_id not in states]:
             for row in await self._fetch(_STATES, elsewhere):
                 states[row["id"]] = State(row["status"], row["last_event_id"] is not None, row["tail"], row["user_id"])
@@ -83,9 +84,10 @@ class Tail:
                 raise BadRequest("cursor_beyond_end", beyond)
         return states
 
-    def _state_here(self, stream_id: UUID) -> State | None:
+    def _state_here(self, stream_id: UUID, cursor: int) -> State | None:
         last_id = self._log.last_id(stream_id)
-        return None if last_id is None else State("active", False, last_id, self.user_of(stream_id))
+        # Whoever is further than this has read what our successor wrote: we are dead and do not know it yet.
+        return None if last_id is None or cursor > last_id else State("active", False, last_id, self.user_of(stream_id))
 
     async def require_kept(self, cursors: Mapping[UUID, int]) -> None:
         """Raises Gone naming a stream whose event after the cursor was cleaned up; each must have such an event."""

@@ -71,6 +71,9 @@ async def _look_at_answer(trial: Trial, answer: Answer, fault: Fault, found: Fin
     assert row is not None
     events = [{"id": event["id"], **orjson.loads(event["payload"])} for event in rows]
     found.answers += 1
+    if not events:
+        found.wrong.append(f"{answer.stream_id} is {row['status']} and has no events")
+        return
     found.failed += row["status"] == "failed"
     _check_log(answer, events, row, found)
     # Its own owner may take it up again: an accept whose COMMIT got no answer is looked for.
@@ -123,8 +126,8 @@ async def _look_at_chat(trial: Trial, chat: str, answers: list[Answer], found: F
     expected = []
     for answer in answers:
         rows = await trial.site.look.fetch(_EVENTS, answer.stream_id)
-        text = text_of([orjson.loads(row["payload"]) for row in rows])
-        whole = orjson.loads(rows[-1]["payload"])["data"].get("status") == "completed"
+        events = [orjson.loads(row["payload"]) for row in rows]
+        text, whole = text_of(events), bool(events) and events[-1]["data"].get("status") == "completed"
         if text:
             expected.append((text, "complete" if whole else "partial"))
         if await trial.site.look.fetchval(_TWICE, answer.key) != 1:

@@ -202,6 +202,15 @@ async def test_u17_fence(house: Open) -> None:
         assert monotonic() - fenced < 1.5
 
 
+async def test_u17_fence_where_nothing_is_written(house: Open) -> None:
+    async with house({"mute": "demo?fault=silent&key=mute"}, beat_s=0.1) as home:
+        await home.post("mute")
+        await home.database.execute("update replicas set alive = false")
+        fenced = monotonic()
+        await seen_closed(home.demo, "mute")
+        assert monotonic() - fenced < 1.5
+
+
 async def test_u17_drain(house: Open, database: str) -> None:
     async with demo_provider() as url:
         await apply_demo(database, url, {"slow": "demo?delay_ms=20&tokens=5000&key=drain"})

@@ -244,3 +244,16 @@ def test_a_subscription_never_holds_more_than_its_bounds() -> None:
     subscription.behind = False
     hub.publish(stream_id, 12, ['{"event":"token","data":"' + "x" * 10_000 + '"}'])
     assert subscription.behind
+
+
+async def test_a_replica_that_was_declared_dead_does_not_contradict_its_successor(database: str) -> None:
+    """It has not noticed yet: a reader that comes from the successor is further than it knows."""
+    async with engine(database) as zombie, engine(database) as heir:
+        writer = await zombie.writer()
+        await zombie.replica.retire()
+        (orphan,) = await heir.streams.claim(50)
+        successor = heir.log.open(writer.stream_id, last_id=orphan.last_id)
+        successor.append("token", {"token": "x", "markers": {}, "flow": "main"})
+        last = await successor.saved()
+        assert zombie.log.last_id(writer.stream_id) == last - 1
+        assert (await zombie.tail.state(writer.stream_id, last)).tail == last
