@@ -95,6 +95,21 @@ def migrate(check: bool) -> None:
 
 
 @main.command()
+@click.option("--dry-run", is_flag=True, help="Only say what would go (as without any option).")
+@click.option("--yes", is_flag=True, help="Delete it, a piece at a time.")
+def clean(dry_run: bool, yes: bool) -> None:
+    """Say what retention would delete now, or delete it: also what a server leaves to you because it is so much."""
+    settings = _with_database()
+    from app.jobs.cleaning import clean_up, look_ahead
+
+    async def run() -> None:
+        async for line in clean_up(settings) if yes and not dry_run else look_ahead(settings):
+            click.echo(line)
+
+    _run(run)
+
+
+@main.command()
 def doctor() -> None:
     """Examine configuration, database, versions and providers; exit with 1 where something is wrong."""
     settings = load()

@@ -10,6 +10,9 @@ import asyncpg
 from app import __version__, journal
 from app.errors import Misconfigured, ParleyError
 from app.flows import chatbots
+from app.jobs import runs
+from app.jobs.schedule import SCHEDULE
+from app.jobs.scheduler import complaint
 from app.postgres import AWAY, OLDEST, Connection, open_connection, why
 from app.providers.provider import Deadlines, Endpoint
 from app.providers.registry import Providers
@@ -72,11 +75,22 @@ async def _examine_database(connection: Connection) -> AsyncGenerator[Finding, N
     yield Finding("schema", True, "up to date")
     for subject, sentence in zip(("answers", "errors"), await journal.last_day(connection), strict=False):
         yield Finding(subject, True, sentence)
+    async for finding in _examine_jobs(connection):
+        yield finding
     endpoints = await _endpoints(connection)
     if not endpoints:
         yield Finding("chatbots", False, "there are none; write a chatbots file and run `parley apply FILE`.")
     for endpoint in endpoints:
         yield await _examine_provider(endpoint)
+
+
+async def _examine_jobs(connection: Connection) -> AsyncGenerator[Finding, None]:
+    now, known = await runs.now(connection), await runs.all_runs(connection)
+    wrong = [(name, said) for name in SCHEDULE if name in known and (said := complaint(name, known[name], now))]
+    for name, said in wrong:
+        yield Finding(f"job {name}", False, said)
+    if not wrong:
+        yield Finding("jobs", True, "none is overdue or failing" if known else "none has run yet: no server has")
 
 
 async def _endpoints(connection: Connection) -> list[Endpoint]:

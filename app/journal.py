@@ -10,6 +10,7 @@ from uuid import UUID, uuid4
 
 import orjson
 
+from app.expiry import Rows
 from app.postgres import Connection, Pool
 from app.telemetry import Metrics
 from app.text import clean, redacted
@@ -184,3 +185,11 @@ async def last_day(connection: Connection) -> list[str]:
     if errors := await connection.fetch(_LAST_ERRORS):
         told.append("most frequent: " + ", ".join(f"{row['code']} ({row['times']})" for row in errors))
     return told
+
+
+def errors_expiring(keep_s: float) -> Rows:
+    return Rows("error_logs", "created_at", keep_s)
+
+
+def figures_expiring(keep_s: float) -> Rows:
+    return Rows("conversation_processing_metrics", "created_at", keep_s)

@@ -19,7 +19,7 @@ from app.chats.decoders import Decoders
 from app.chats.images import Images
 from app.chats.picture import Limits as PictureLimits
 from app.errors import Misconfigured, Unavailable
-from app.flows import configuration, idempotency
+from app.flows import configuration
 from app.flows import endpoints as flow_endpoints
 from app.flows.abandonment import Abandonment
 from app.flows.beginning import Beginning, Incoming, Memory
@@ -31,10 +31,13 @@ from app.flows.runner import Bounds, Runner
 from app.flows.stopping import Stopping
 from app.flows.takeover import Takeover
 from app.flows.turns import Turns
+from app.jobs.retention import Retention
+from app.jobs.schedule import expiring, jobs
+from app.jobs.scheduler import Scheduler
 from app.journal import Journal
 from app.openapi import Reference
 from app.operations import HEADERS, OPERATIONS
-from app.postgres import AWAY, Pool, open_pool, wait_for_database, warm
+from app.postgres import AWAY, Leadership, Pool, open_pool, wait_for_database, warm
 from app.providers.provider import Deadlines, Effort
 from app.providers.registry import Providers
 from app.schema import require_current
@@ -53,7 +56,9 @@ from app.ticker import every
 
 log = structlog.get_logger(__name__)
 
-_UPKEEP_S = 3600
+# How often somebody looks whether a periodic job is due.
+_JOBS_S = 10
+_LEADER = 0x7061_726C_6579_0003
 # Bodies of uploads in memory at once, in largest ones. Each is there twice while it is read and parsed.
 _UPLOADS = 3
 # How long a stopping server waits for accepts that were under way, in seconds; longer than one waits for locks.
@@ -237,6 +242,21 @@ class Gateway:
         runner.on_end = turns.give_next
         self._stopping = stopping = Stopping(pool, streams, bus=bus, tail=tail, runner=runner, turns=turns)
         self._abandonment = Abandonment(hub, streams, runner)
+        self._leadership = Leadership(self._dsn, _LEADER)
+        retention = Retention(pool, expiring(settings, chatbots=chatbots, turns=turns))
+        self._scheduler = Scheduler(
+            pool=pool,
+            replica=replica,
+            leadership=self._leadership,
+            jobs=jobs(
+                replica,
+                partitions=self._partitions,
+                retention=retention,
+                enabled=settings.enable_background_jobs,
+            ),
+            metrics=metrics,
+            failing=self._failing,
+        )
         self.state = State(
             settings=settings,
             pool=pool,
@@ -304,7 +324,7 @@ class Gateway:
                 every(scan_s, self._takeover.run_once, name="takeover", failing=failing, sooner=bus.gone),
                 every(scan_s, self._stopping.run_once, name="stopping", failing=failing, sooner=bus.stop),
                 every(scan_s, self._look_after, name="turns", failing=failing),
-                every(_UPKEEP_S, self._upkeep, name="upkeep", failing=failing),
+                every(_JOBS_S, self._scheduler.run_once, name="jobs", failing=failing),
             ):
                 tasks.create_task(loop)
 
@@ -346,11 +366,6 @@ class Gateway:
         self._log.fenced = False
         log.warning("replica_renewed", replica=str(self._replica.id))
 
-    async def _upkeep(self) -> None:
-        await self._partitions.run_once()
-        await self._replica.forget_dead()
-        await idempotency.forget(self._pool, remember_s=self._key_s)
-
     async def drain_when_asked(self) -> None:
         """Refuse new work, let answers end, send the readers away at a frame boundary, say goodbye to the others."""
         await self._life.leave.wait()
@@ -366,6 +381,7 @@ class Gateway:
         except (*AWAY, asyncpg.PostgresError) as error:
             log.warning("goodbye_failed", error=type(error).__name__)
         finally:
+            self._leadership.give_up()
             self._life.drained.set()
 
 

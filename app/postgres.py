@@ -167,3 +167,38 @@ async def retry_conflicts(work: Callable[[], Awaitable[T]]) -> T:
             raise Unavailable("database_unavailable", f"The database is away: {why(error)}", retry_after=2) from error
         await asyncio.sleep(pause)
         pause *= 2
+
+
+class Leadership:
+    """Who among all processes does what only one should: the holder of an advisory lock, on a connection of its own.
+
+    Only the holder keeps its connection; a killed holder's lock frees itself. What a holder does must bear a second
+    one for a moment, as no lock on a connection can tell when it is lost.
+    """
+
+    def __init__(self, dsn: str, key: int) -> None:
+        self._dsn = dsn
+        self._key = key
+        self._connection: Connection | None = None
+
+    async def held(self) -> bool:
+        """Whether it is ours now, after trying to get it."""
+        if self._connection is not None:
+            try:
+                await self._connection.fetchval("select 1")
+                return True
+            except AWAY:
+                self.give_up()
+        connection = await open_connection(self._dsn)
+        try:
+            if await connection.fetchval("select pg_try_advisory_lock($1)", self._key):
+                self._connection = connection
+        finally:
+            if self._connection is None:
+                await connection.close()
+        return self._connection is not None
+
+    def give_up(self) -> None:
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None

@@ -95,6 +95,31 @@ class Settings(BaseSettings):
     beat_s: float = Field(2, gt=0, description="Interval of a replica's heartbeat, in seconds.")
     scan_s: float = Field(1, gt=0, description="Interval of looking for streams of dead replicas, in seconds.")
 
+    keep_events_hours: float = Field(
+        48, ge=1, le=24 * 3650, description="How long events are kept after their day has ended, in hours."
+    )
+    keep_streams_days: float = Field(
+        7,
+        gt=0,
+        le=3650,
+        description="How long ended streams are known, and messages may wait, in days.",
+    )
+    keep_sessions_days: float = Field(
+        30, gt=0, le=3650, description="How long idle sessions are kept, in days; their chats stay."
+    )
+    keep_errors_days: float = Field(90, gt=0, le=3650, description="How long rows of error_logs are kept, in days.")
+    keep_metrics_days: float = Field(
+        90, gt=0, le=3650, description="How long rows of conversation_processing_metrics are kept, in days."
+    )
+    keep_images_days: float = Field(
+        90, gt=0, le=3650, description="How long pictures are kept after they were last sent, in days."
+    )
+    enable_background_jobs: bool = Field(
+        True,
+        validation_alias=AliasChoices("ENABLE_BACKGROUND_JOBS", "enable_background_jobs"),
+        description="Whether discovery and roll-ups run here. Partitions are made and old rows go in any case.",
+    )
+
     sse_heartbeat_s: float = Field(15, gt=0, description="Interval of the SSE heartbeat, in seconds.")
     sse_send_timeout_s: float = Field(
         20, gt=0, description="A reader that takes no byte for this long is closed, in seconds."

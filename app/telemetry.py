@@ -58,6 +58,9 @@ class Metrics:
         self.bus_echo = histogram(
             "parley_bus_echo_seconds", "From a notification of this replica to itself to hearing it."
         )
+        self.job_runs = counter("parley_job_runs", "Passes of periodic jobs, by outcome.", ["job", "outcome"])
+        self.job_rows = counter("parley_job_rows", "What periodic jobs have done, in rows.", ["job"])
+        self.job_seconds = Gauge("parley_job_seconds", "Time of a job's last pass here.", ["job"], registry=registry)
         self.journal_dropped = counter("parley_journal_dropped", "Error rows dropped because too many came at once.")
 
 

@@ -238,7 +238,7 @@ async def test_doctor_of_a_healthy_installation(database: str) -> None:
         await apply_demo(database, url, {"one": "demo"})
         code, found = await diagnosis(DATABASE_URL=database)
     assert code == 0
-    assert list(found) == ["versions", "configuration", "database", "schema", "answers", "provider demo"]
+    assert list(found) == ["versions", "configuration", "database", "schema", "answers", "jobs", "provider demo"]
     assert all(said.startswith("ok ") for said in found.values())
     assert app.__version__ in found["versions"]
 

@@ -15,12 +15,12 @@ from app.settings import Settings, load
 ROOT = Path(__file__).parent.parent
 # Where the environment may be touched: settings, references, and what only hands it on to children.
 _READERS = {"app/settings.py", "app/providers/registry.py", "app/__main__.py"}
-_FIXED = {"database_url": "DATABASE_URL"}
+_FIXED = {"database_url": "DATABASE_URL", "enable_background_jobs": "ENABLE_BACKGROUND_JOBS"}
 
 
 @pytest.fixture(autouse=True)
 def _empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("DATABASE_URL", *(f"PARLEY_{field.upper()}" for field in Settings.model_fields)):
+    for name in (*_FIXED.values(), *(f"PARLEY_{field.upper()}" for field in Settings.model_fields)):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -43,7 +43,7 @@ def test_the_table_of_settings_is_the_settings() -> None:
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_read_from_the_variable_in_the_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"data_dir": "/elsewhere", "log_level": "debug", "log_format": "text", "bus": "poll"}
-    given["database_url"] = "postgresql://x"
+    given |= {"database_url": "postgresql://x", "enable_background_jobs": "false"}
     value = given.get(name) or ("other" if name == "host" else "60")
     monkeypatch.setenv(_FIXED.get(name, f"PARLEY_{name.upper()}"), value)
     if name in ("provider_retries", "pool_size"):

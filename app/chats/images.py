@@ -14,6 +14,7 @@ from app.chats.decoders import Decoders
 from app.chats.picture import Picture
 from app.chats.uploads import Upload, inline_upload
 from app.errors import NotFound
+from app.expiry import Rows
 from app.postgres import ACQUIRE_S, Pool, retry_conflicts
 
 _COLUMNS = "id, mime, width, height, bytes, encode(sha256, 'hex') as sha256, name"
@@ -92,3 +93,8 @@ def _uuid(image_id: str) -> UUID:
     except ValueError:
         # The nil id is nobody's, so that a malformed one is as unknown as any other.
         return UUID(int=0)
+
+
+def images_expiring(keep_s: float) -> Rows:
+    """Pictures that nobody has sent for so long; a model sees one with its own message only, never in a history."""
+    return Rows("images", "updated_at", keep_s)

@@ -68,6 +68,11 @@ class Chatbots:
         self._newest[chatbot_id] = (version, monotonic() + _FRESH_S)
         return version
 
+    async def all(self) -> dict[str, Chatbot]:
+        """Every chatbot in its newest version."""
+        async with self._pool.acquire() as connection:
+            return await all_newest(connection)
+
     async def version(self, chatbot_id: str, version: int) -> Chatbot:
         key = (chatbot_id, version)
         if key not in self._parsed:

@@ -127,6 +127,7 @@ class Chatbot:
     allow: Allow = Allow()
     on_busy: OnBusy = "enqueue"
     cancel_when_abandoned_s: float | None = None
+    keep_sessions_days: float | None = None
 
     @property
     def takes_images(self) -> bool:

@@ -180,6 +180,7 @@ def _chatbot(chatbot: ChatbotShape, file: FileShape) -> Chatbot:
         allow=Allow(**{name: _tuple(value) for name, value in chatbot.allow.model_dump().items()}),
         on_busy=chatbot.on_busy,
         cancel_when_abandoned_s=chatbot.cancel_when_abandoned_s,
+        keep_sessions_days=chatbot.keep_sessions_days,
     )
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import orjson
 
 from app.errors import Invalid, Unavailable
-from app.postgres import Connection, Pool
+from app.expiry import Rows
+from app.postgres import Connection
 
 # A parallel request with the same key waits here for the first one's commit and then finds the row taken.
 _CLAIM = """
@@ -18,10 +19,6 @@ returning 1
 """
 _FIND = "select fingerprint, answer from idempotency_keys where principal = $1 and route = $2 and key = $3"
 _ANSWER = "update idempotency_keys set answer = $4 where principal = $1 and route = $2 and key = $3"
-_FORGET = """
-delete from idempotency_keys where ctid = any(array(
-    select ctid from idempotency_keys where created_at < now() - make_interval(secs => $1) limit 1000))
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +52,6 @@ async def remember(connection: Connection, key: Key, answer: dict[str, Any]) -> 
     await connection.execute(_ANSWER, key.principal, key.route, key.key, orjson.dumps(answer).decode())
 
 
-async def forget(pool: Pool, *, remember_s: float) -> None:
-    """Delete up to 1,000 keys that are too old to matter."""
-    await pool.execute(_FORGET, remember_s)
+def keys_expiring(keep_s: float) -> Rows:
+    """Keys that are too old to matter."""
+    return Rows("idempotency_keys", "created_at", keep_s)

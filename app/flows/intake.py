@@ -129,12 +129,13 @@ class Intake:
         """Occupy the session, or find a place in its queue."""
         incoming = prepared.incoming
         session_id = incoming.session_id or str(uuid.uuid4())
-        taken = await sessions.occupy(
+        stream_id = await sessions.occupy(
             connection, user_id=incoming.user_id, session_id=session_id, chatbot_id=incoming.chatbot_id
         )
-        if taken is None:
+        if stream_id is None:
             return await self._enqueue(connection, prepared, session_id)
-        stream_id, new = taken
+        # Not whether the session's row is new: that of an old chat is made anew after it was forgotten.
+        new = incoming.session_id is None
         return await self._beginning.write(
             connection, prepared, stream_id=stream_id, session_id=session_id, new=new, queued=False
         )

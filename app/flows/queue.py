@@ -14,6 +14,7 @@ import orjson
 
 from app.chats.chat import Message
 from app.errors import Conflict, NotFound, TooMany
+from app.expiry import Expired
 from app.flows.beginning import Incoming
 from app.postgres import Connection, Pool
 
@@ -49,6 +50,13 @@ returning stream_id
 """
 _FIND = "select user_id, session_id, message_id from queued_messages where stream_id = $1"
 # Sessions whose turn has come and that nobody has given it: their replica has gone in between, or it was draining.
+_OLD = """
+select user_id, session_id, message_id, created_at from queued_messages
+where created_at < parley_now() - make_interval(secs => $1) order by created_at limit $2
+"""
+_COUNT_OLD = f"""
+select count(*) as rows, extract(epoch from parley_now() - min(created_at))::float8 as age_s from ({_OLD}) old
+"""
 _DUE = """
 select distinct q.user_id, q.session_id from queued_messages q
 join conversation_sessions s on s.user_id = q.user_id and s.id = q.session_id
@@ -172,6 +180,17 @@ async def of_stream(pool: Pool, stream_id: UUID) -> tuple[str, str, str] | None:
 async def due(pool: Pool, most: int) -> list[tuple[str, str]]:
     """Sessions that are idle although messages wait in them."""
     return [(row["user_id"], row["session_id"]) for row in await pool.fetch(_DUE, most)]
+
+
+async def old(pool: Pool, keep_s: float, most: int) -> list[tuple[str, str, str]]:
+    """Messages that have waited for longer: their user, session and id."""
+    return [(row["user_id"], row["session_id"], row["message_id"]) for row in await pool.fetch(_OLD, keep_s, most)]
+
+
+async def count_old(pool: Pool, keep_s: float, most: int) -> Expired:
+    row = await pool.fetchrow(_COUNT_OLD, keep_s, most)
+    assert row is not None
+    return Expired(row["rows"], (row["age_s"] or keep_s) - keep_s)
 
 
 def not_queued() -> NotFound:

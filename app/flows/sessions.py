@@ -1,8 +1,12 @@
 """conversation_sessions: the processing state of one chat. Its row is the first lock of every accept and end."""
 
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
 from uuid import UUID
 
-from app.postgres import Connection
+from app.expiry import Expired
+from app.flows.chatbots import Chatbots
+from app.postgres import Connection, Pool
 from app.streams.stream import NEW_ID, random_part
 
 # The stream's id is drawn here, so that the row names its stream from the first moment.
@@ -14,7 +18,7 @@ on conflict (user_id, id) do update set
     streaming_session_id = excluded.streaming_session_id, updated_at = now()
 where conversation_sessions.status = 'idle' and not exists (
     select from queued_messages q where q.user_id = excluded.user_id and q.session_id = excluded.id)
-returning streaming_session_id, (xmax = 0) as created
+returning streaming_session_id
 """
 _REOCCUPY = """
 update conversation_sessions set status = 'active', streaming_session_id = $3, updated_at = now()
@@ -22,19 +26,32 @@ where user_id = $1 and id = $2 and status = 'idle'
 returning 1
 """
 _LOCK = "select streaming_session_id from conversation_sessions where user_id = $1 and id = $2 for update"
+# A session that messages wait in is not idle for long: the next pass of the turns finds it.
+_EXPIRED = """
+select ctid, updated_at from conversation_sessions s
+where chatbot_id = $1 and status = 'idle' and updated_at < parley_now() - make_interval(secs => $2)
+    and not exists (select from queued_messages q where q.user_id = s.user_id and q.session_id = s.id)
+order by updated_at limit $3
+"""
+_COUNT_EXPIRED = f"""
+select count(*) as rows, extract(epoch from parley_now() - min(updated_at))::float8 as age_s from ({_EXPIRED}) e
+"""
+_DELETE_EXPIRED = f"""
+delete from conversation_sessions where ctid = any(array(select ctid from ({_EXPIRED} for update skip locked) e))
+"""
 _RELEASE = """
 update conversation_sessions set status = 'idle', streaming_session_id = null, updated_at = now()
 where user_id = $1 and id = $2 and streaming_session_id = $3
 """
 
 
-async def occupy(connection: Connection, *, user_id: str, session_id: str, chatbot_id: str) -> tuple[UUID, bool] | None:
-    """Take the session for one answer: the id of its stream, and whether the session is new.
+async def occupy(connection: Connection, *, user_id: str, session_id: str, chatbot_id: str) -> UUID | None:
+    """Take the session for one answer; the id of its stream.
 
     None while another answer runs or messages wait; the session's row is locked all the same.
     """
-    row = await connection.fetchrow(_OCCUPY, user_id, session_id, chatbot_id, random_part())
-    return None if row is None else (row["streaming_session_id"], row["created"])
+    stream_id: UUID | None = await connection.fetchval(_OCCUPY, user_id, session_id, chatbot_id, random_part())
+    return stream_id
 
 
 async def reoccupy(connection: Connection, *, user_id: str, session_id: str, stream_id: UUID) -> bool:
@@ -51,3 +68,34 @@ async def lock(connection: Connection, *, user_id: str, session_id: str) -> UUID
 async def release(connection: Connection, *, user_id: str, session_id: str, stream_id: UUID) -> None:
     """Free the session, if it is still this stream that occupies it."""
     await connection.execute(_RELEASE, user_id, session_id, stream_id)
+
+
+@dataclass(frozen=True, slots=True)
+class Sessions:
+    """Idle sessions of every chatbot, each after its own time. Their chats stay: a later message finds its history."""
+
+    chatbots: Chatbots
+    keep_s: float
+    table: str = "conversation_sessions"
+
+    async def expired(self, pool: Pool, most: int) -> Expired:
+        rows, late_s = 0, 0.0
+        async for chatbot_id, keep_s in self._kept():
+            row = await pool.fetchrow(_COUNT_EXPIRED, chatbot_id, keep_s, most - rows)
+            assert row is not None
+            rows += row["rows"]
+            late_s = max(late_s, (row["age_s"] or 0) - keep_s)
+        return Expired(rows, late_s)
+
+    async def clean(self, pool: Pool, most: int) -> int:
+        cleaned = 0
+        async for chatbot_id, keep_s in self._kept():
+            done = await pool.execute(_DELETE_EXPIRED, chatbot_id, keep_s, most - cleaned)
+            cleaned += int(done.removeprefix("DELETE "))
+        return cleaned
+
+    async def _kept(self) -> AsyncGenerator[tuple[str, float], None]:
+        """Every chatbot and for how many seconds its idle sessions are kept."""
+        for chatbot_id, chatbot in (await self.chatbots.all()).items():
+            days = chatbot.keep_sessions_days
+            yield chatbot_id, self.keep_s if days is None else days * 86400

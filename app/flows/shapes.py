@@ -170,6 +170,7 @@ class ChatbotShape(_Strict):
     allow: AllowShape = AllowShape()
     on_busy: OnBusy = "enqueue"
     cancel_when_abandoned_s: Seconds | None = None
+    keep_sessions_days: Annotated[float, Field(gt=0, le=36500)] | None = None
 
 
 class FileShape(_Strict):

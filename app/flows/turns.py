@@ -1,12 +1,14 @@
 """Who is next: gives a session's waiting messages their turn, one after the other, and takes orders about them."""
 
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from time import perf_counter
 from uuid import UUID
 
 import structlog
 
 from app.errors import Invalid, NotFound, Unavailable
+from app.expiry import Expired
 from app.flows import queue, sessions
 from app.flows.beginning import Beginning
 from app.flows.queue import Turn
@@ -143,6 +145,25 @@ class Turns:
             self._runner.stop(running, CANCELLED)
             self._bus.poke("stop")
         return stream_id
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """Messages that have waited for so long that nobody wants them answered any more: their streams end cancelled."""
+
+    turns: Turns
+    keep_s: float
+    table: str = "queued_messages"
+
+    async def expired(self, pool: Pool, most: int) -> Expired:
+        return await queue.count_old(pool, self.keep_s, most)
+
+    async def clean(self, pool: Pool, most: int) -> int:
+        waiting = await queue.old(pool, self.keep_s, min(most, _PER_PASS))
+        for user_id, session_id, message_id in waiting:
+            with suppress(NotFound):  # its turn has come
+                await self.turns.remove(user_id=user_id, session_id=session_id, message_id=message_id)
+        return len(waiting)
 
 
 class _Overtaken(Exception):

@@ -9,6 +9,8 @@ from app.postgres import Pool
 
 log = structlog.get_logger(__name__)
 
+# The name of a partition: this and its day.
+PREFIX = "streaming_events_"
 _LOCK = 0x7061_726C_6579_0002
 _TODAY = "select parley_now()"
 # Made beside the log and attached: CREATE TABLE … PARTITION OF would lock the whole log against appends.
@@ -38,7 +40,7 @@ class Partitions:
     async def _make(self, day: datetime) -> bool:
         if await self._exists(day):
             return False
-        statement = _MAKE.format(name=_name(day), low=_first_id(day), high=_first_id(day + timedelta(days=1)))
+        statement = _MAKE.format(name=_name(day), low=first_id(day), high=first_id(day + timedelta(days=1)))
         async with self._pool.acquire() as connection, connection.transaction():
             await connection.execute("select pg_advisory_xact_lock($1)", _LOCK)
             if await self._exists(day):
@@ -52,9 +54,9 @@ class Partitions:
 
 
 def _name(day: datetime) -> str:
-    return f"streaming_events_{day:%Y%m%d}"
+    return f"{PREFIX}{day:%Y%m%d}"
 
 
-def _first_id(moment: datetime) -> UUID:
+def first_id(moment: datetime) -> UUID:
     """The least UUID whose first 48 bits are this moment in milliseconds."""
     return UUID(int=int(moment.timestamp() * 1000) << 80)

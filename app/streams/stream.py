@@ -12,6 +12,7 @@ from uuid import UUID
 import asyncpg
 import structlog
 
+from app.expiry import Rows
 from app.postgres import AWAY, CONFLICT, Connection, Pool, why
 from app.streams.event import TERMINAL, Kind, Status, encode
 from app.streams.log import StreamLost, Writer, insert_event
@@ -293,3 +294,8 @@ def random_part() -> str:
     digits = secrets.token_hex(10)
     variant = "89ab"[int(digits[3], 16) & 3]
     return f"7{digits[:3]}{variant}{digits[4:19]}"
+
+
+def streams_expiring(keep_s: float) -> Rows:
+    """Streams that ended so long ago: from then on they are unknown (404)."""
+    return Rows("streaming_sessions", "ended_at", keep_s, only="ended_at is not null")

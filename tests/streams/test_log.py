@@ -9,7 +9,7 @@ import pytest
 
 from app.errors import Unavailable
 from app.streams.log import Limits, StreamLost, Writer
-from app.streams.partitions import _first_id
+from app.streams.partitions import first_id
 from app.streams.replicas import Fenced
 from tests.streams.engine import engine
 from tests.wire import wire_to_postgres
@@ -71,7 +71,7 @@ async def test_a_flush_carries_a_bounded_number_of_events(database: str) -> None
 async def test_a_stream_without_a_partition_is_lost_alone(database: str) -> None:
     async with engine(database, lane=False) as parts:
         good = await parts.writer()
-        far = UUID(int=_first_id(datetime.now(UTC) + timedelta(days=300)).int + uuid4().int % 2**80)
+        far = UUID(int=first_id(datetime.now(UTC) + timedelta(days=300)).int + uuid4().int % 2**80)
         bad = parts.log.open(far, last_id=0)
         say(bad, 1)
         say(good, 3)

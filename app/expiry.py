@@ -1,0 +1,67 @@
+"""Rows that have outlived their time: counted for a look ahead, and deleted in bounded pieces.
+
+Ages are measured by the database's clock alone.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from app.postgres import Pool
+
+_COUNT = """
+select count(*) as rows, extract(epoch from parley_now() - min(age))::float8 as age_s from (
+    select {age} as age from {table}
+    where {age} < parley_now() - make_interval(secs => $1) and {only} order by {age} limit $2) expired
+"""
+_DELETE = """
+delete from {table} where ctid = any(array(
+    select ctid from {table}
+    where {age} < parley_now() - make_interval(secs => $1) and {only} order by {age} limit $2 for update skip locked))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """Rows to go, counted up to a limit, and for how long the oldest of them has been due, in seconds."""
+
+    rows: int
+    late_s: float = 0
+
+
+class Expiring(Protocol):
+    """What goes after a time. `table` is where, `keep_s` the time in seconds."""
+
+    @property
+    def table(self) -> str: ...
+
+    @property
+    def keep_s(self) -> float: ...
+
+    async def expired(self, pool: Pool, most: int) -> Expired:
+        """Count what would go, at most up to `most` rows."""
+
+    async def clean(self, pool: Pool, most: int) -> int:
+        """Delete one piece of at most so many rows; 0 when nothing is left to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one table by a column with their age, which must lead an index; `only` is a condition in SQL."""
+
+    table: str
+    age: str
+    keep_s: float
+    only: str = "true"
+
+    @property
+    def _parts(self) -> dict[str, str]:
+        return {"table": self.table, "age": self.age, "only": self.only}
+
+    async def expired(self, pool: Pool, most: int) -> Expired:
+        row = await pool.fetchrow(_COUNT.format(**self._parts), self.keep_s, most)
+        assert row is not None
+        return Expired(row["rows"], row["age_s"] - self.keep_s) if row["rows"] else Expired(0)
+
+    async def clean(self, pool: Pool, most: int) -> int:
+        done = await pool.execute(_DELETE.format(**self._parts), self.keep_s, most)
+        return int(done.removeprefix("DELETE "))

@@ -1,0 +1,79 @@
+"""What is done in the background, how often, and how it is bounded: one table."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cronsim import CronSim
+
+from app.chats.images import images_expiring
+from app.expiry import Expiring
+from app.flows.chatbots import Chatbots
+from app.flows.idempotency import keys_expiring
+from app.flows.sessions import Sessions
+from app.flows.turns import Forgotten, Turns
+from app.jobs.retention import Retention
+from app.journal import errors_expiring, figures_expiring
+from app.settings import Settings
+from app.streams.partitions import Partitions
+from app.streams.replicas import Replica
+from app.streams.retention import Events
+from app.streams.stream import streams_expiring
+
+_HOUR_S = 3600.0
+_DAY_S = 24 * _HOUR_S
+
+
+# Name, when (cron, UTC), and what bounds a pass.
+SCHEDULE = {
+    "partitions": "7 * * * *",  # PARLEY_PARTITION_DAYS days ahead
+    "retention": "*/10 * * * *",  # seconds per pass, rows per statement
+    "replicas": "17 * * * *",  # one row for each start in a week
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Periodic work. `run_once` is bounded in time and rows, and returns how much it did."""
+
+    name: str
+    run_once: Callable[[], Awaitable[object]]
+    # Whether ENABLE_BACKGROUND_JOBS=false leaves it running: what keeps tables from growing does.
+    always: bool = True
+
+    def after(self, moment: datetime) -> datetime:
+        """When it is due next."""
+        return next(CronSim(SCHEDULE[self.name], moment.astimezone(UTC)))
+
+
+def interval(name: str, moment: datetime) -> timedelta:
+    """Between the next two slots of a job."""
+    slots = CronSim(SCHEDULE[name], moment.astimezone(UTC))
+    first = next(slots)
+    return next(slots) - first
+
+
+def jobs(replica: Replica, *, partitions: Partitions, retention: Retention, enabled: bool) -> list[Job]:
+    """What runs here: everything, or what always does."""
+    every = [
+        Job("partitions", partitions.run_once),
+        Job("retention", retention.run_once),
+        Job("replicas", replica.forget_dead),
+    ]
+    return [job for job in every if enabled or job.always]
+
+
+def expiring(settings: Settings, *, chatbots: Chatbots, turns: Turns | None = None) -> Sequence[Expiring]:
+    """Everything that goes after a time. Waiting messages only with `turns`: their streams are ended by a replica."""
+    assert settings.database_url is not None
+    waiting = [Forgotten(turns, settings.keep_streams_days * _DAY_S)] if turns else []
+    return [
+        *waiting,
+        Sessions(chatbots, settings.keep_sessions_days * _DAY_S),
+        Events(settings.database_url, settings.keep_events_hours * _HOUR_S),
+        streams_expiring(settings.keep_streams_days * _DAY_S),
+        keys_expiring(settings.idempotency_hours * _HOUR_S),
+        errors_expiring(settings.keep_errors_days * _DAY_S),
+        figures_expiring(settings.keep_metrics_days * _DAY_S),
+        images_expiring(settings.keep_images_days * _DAY_S),
+    ]
