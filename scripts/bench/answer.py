@@ -7,7 +7,7 @@ from typing import Any, Literal
 import httptools
 import orjson
 
-Subject = Literal["provider", "relay", "passthrough", "parley"]
+Subject = Literal["provider", "relay", "passthrough", "parley", "elsewhere"]
 Piece = tuple[int, bytes]
 
 # The demo provider's tokens are the time of their sending, this many digits long.
@@ -111,4 +111,5 @@ _READERS: dict[Subject, Callable[[_Events], Iterator[tuple[int, str]]]] = {
     "relay": _of_provider,
     "passthrough": _of_passthrough,
     "parley": _of_parley,
+    "elsewhere": _of_parley,
 }

@@ -7,7 +7,8 @@ import asyncio
 import gc
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from time import monotonic_ns
 from typing import Any
@@ -25,7 +26,8 @@ _HEAD = "{method} {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nConnection: {connection}
 class Job:
     """`lanes` readers that each ask `rounds` times in turn, beginning at random moments of `ramp_s` from `start`.
 
-    `start` is in monotonic nanoseconds. Without `reading` an accepted message is left to itself.
+    `start` is in monotonic nanoseconds. Without `reading` an accepted message is left to itself; with a `reading_port`
+    it is read there.
     """
 
     subject: Subject
@@ -39,6 +41,7 @@ class Job:
     rounds: int = 1
     timeout_s: float = 60
     reading: bool = True
+    reading_port: int | None = None
 
 
 class _Connection(asyncio.Protocol):
@@ -101,29 +104,47 @@ async def _outcome(job: Job, number: int) -> tuple[int, _Outcome]:
     asked = monotonic_ns()
     try:
         async with asyncio.timeout(job.timeout_s):
-            _, connection = await asyncio.get_running_loop().create_connection(_Connection, _HOST, job.port)
-            try:
+            async with _connected(job.port) as connection:
                 asked = monotonic_ns()
-                await (_converse if job.subject == "parley" else _ask)(job, connection, number)
-            finally:
-                connection.abort()
+                if job.subject not in ("parley", "elsewhere"):
+                    await _ask(job, connection)
+                    return asked, connection.pieces
+                path = await _message(job, connection, number)
+                if job.reading_port is None:
+                    await _read(path, connection)
+                    return asked, connection.pieces
+                async with _connected(job.reading_port) as reading:
+                    await _read(path, reading)
+                    return asked, reading.pieces
     except (OSError, TimeoutError, RuntimeError) as error:
         return asked, f"{type(error).__name__}: {error}"
-    return asked, connection.pieces
 
 
-async def _ask(job: Job, connection: _Connection, number: int) -> None:
+@asynccontextmanager
+async def _connected(port: int) -> AsyncIterator[_Connection]:
+    _, connection = await asyncio.get_running_loop().create_connection(_Connection, _HOST, port)
+    try:
+        yield connection
+    finally:
+        connection.abort()
+
+
+async def _ask(job: Job, connection: _Connection) -> None:
     connection.write(_post(job, "close", job.body))
     await connection.closed
 
 
-async def _converse(job: Job, connection: _Connection, number: int) -> None:
-    """As a browser does: the message, and on the same connection the events of its answer."""
+async def _message(job: Job, connection: _Connection, number: int) -> str:
+    """Send the message; where its answer streams, nowhere if nobody reads it."""
     accepted = await connection.reply(_post(job, "keep-alive", {**job.body, "user_id": f"reader-{number}"}))
     if accepted.status != 200:
         raise RuntimeError(f"status {accepted.status}: {accepted.body[:200].decode()}")
-    if job.reading:
-        path = orjson.loads(accepted.body)["streaming_url"]
+    return str(orjson.loads(accepted.body)["streaming_url"]) if job.reading else ""
+
+
+async def _read(path: str, connection: _Connection) -> None:
+    """As a browser does: the events of the answer, often on the connection that the message took."""
+    if path:
         connection.write(_head("GET", path, "close", "Accept: text/event-stream\r\n"))
         await connection.closed
 

@@ -32,12 +32,17 @@ class Measurement:
 
 @dataclass(frozen=True, slots=True)
 class _Target:
-    """Where the load goes; `pid` is the Python process whose cost counts, none for the provider alone."""
+    """Where the load goes; `pid` is the Python process whose cost counts, none for the provider alone.
+
+    `reader` is another one where answers are read, at `reading_port`.
+    """
 
     subject: Subject
     port: int
     path: str
     pid: int | None = None
+    reader: int | None = None
+    reading_port: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +50,7 @@ class _Weights:
     at: int
     python_s: float
     postgres_s: float
+    reader_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +98,26 @@ class Bench:
         if subject == "provider":
             yield _Target(subject, urlsplit(self.provider).port or 80, "/v1/chat/completions")
         elif subject == "parley":
-            environment = {"DATABASE_URL": self.dsn, "PARLEY_PORT": str(port)}
-            async with processes.running("app", "serve", log=log, environment=environment) as process:
-                await processes.answered(f"http://127.0.0.1:{port}/readyz", process)
-                yield _Target(subject, port, "/api/process-message", process.pid)
+            async with self._gateway(subject) as (port, pid):
+                yield _Target(subject, port, "/api/process-message", pid)
+        elif subject == "elsewhere":
+            async with self._gateway("parley") as (port, pid), self._gateway(subject) as (reading_port, reader):
+                yield _Target(subject, port, "/api/process-message", pid, reader, reading_port)
         else:
             arguments = ("scripts.bench.passthrough", str(port), self.provider)
             async with processes.running(*arguments, log=log) as process:
                 await processes.first_line(process)
                 yield _Target(subject, port, _PASSTHROUGHS[subject], process.pid)
+
+    @asynccontextmanager
+    async def _gateway(self, name: str) -> AsyncIterator[tuple[int, int]]:
+        """The port and the pid of a gateway that is ready."""
+        port = processes.free_port()
+        environment = {"DATABASE_URL": self.dsn, "PARLEY_PORT": str(port)}
+        log = self.folder / f"{name}.log"
+        async with processes.running("app", "serve", log=log, environment=environment) as process:
+            await processes.answered(f"http://127.0.0.1:{port}/readyz", process)
+            yield port, process.pid
 
     async def _load(self, target: _Target, scenario: Scenario, start: int | None = None) -> list[Answer]:
         job = Job(
@@ -114,6 +131,7 @@ class Bench:
             ramp_s=scenario.ramp_s,
             rounds=scenario.rounds,
             timeout_s=60 + 2 * scenario.seconds,
+            reading_port=target.reading_port,
         )
         return await _played(job)
 
@@ -139,7 +157,8 @@ class Bench:
 
     def _weights(self, target: _Target) -> _Weights:
         python_s = processes.cpu_s(target.pid) if target.pid else 0
-        return _Weights(monotonic_ns(), python_s, processes.cpu_s(self.postgres))
+        reader_s = processes.cpu_s(target.reader) if target.reader else 0
+        return _Weights(monotonic_ns(), python_s, processes.cpu_s(self.postgres), reader_s)
 
 
 def _start() -> int:
@@ -151,7 +170,7 @@ async def _until(moment: float) -> None:
 
 
 def _body(subject: Subject, scenario: Scenario) -> dict[str, object]:
-    if subject == "parley":
+    if subject in ("parley", "elsewhere"):
         return {"chatbot_id": scenario.name, "message_text": "Hello."}
     return {"model": scenario.model, "stream": True, "messages": [{"role": "user", "content": "Hello."}]}
 
@@ -199,8 +218,9 @@ def _costs(answers: list[Answer], before: _Weights, after: _Weights) -> dict[str
     """Microseconds of CPU per token that arrived between the two weighings."""
     arrived = sum(before.at <= at < after.at for answer in answers for at in answer.arrived)
     python, postgres = after.python_s - before.python_s, after.postgres_s - before.postgres_s
-    per_token = 1e6 / max(arrived, 1)
-    return {"python": python * per_token, "postgres": postgres * per_token, "cpu": (python + postgres) * per_token}
+    reader = after.reader_s - before.reader_s
+    spent = {"python": python, "reader": reader, "postgres": postgres, "cpu": python + reader + postgres}
+    return {name: seconds / max(arrived, 1) * 1e6 for name, seconds in spent.items() if seconds or name != "reader"}
 
 
 async def import_cpu_s() -> float:

@@ -14,6 +14,7 @@ _COLUMNS: Mapping[Subject, str] = {
     "relay": "blind relay",
     "passthrough": "pass-through",
     "parley": "Parley",
+    "elsewhere": "Parley, read elsewhere",
 }
 _LABELS: Mapping[str, tuple[str, str]] = {
     "first_p50": ("first token, p50", "ms"),
@@ -22,6 +23,7 @@ _LABELS: Mapping[str, tuple[str, str]] = {
     "event_p99": ("per event, p99", "ms"),
     "rate": ("tokens per second", ""),
     "python": ("Python CPU per event", "µs"),
+    "reader": ("Python CPU per event, the readers' replica", "µs"),
     "postgres": ("PostgreSQL CPU per event", "µs"),
     "ratio": ("CPU per event, Python and PostgreSQL, to the pass-through's", "x"),
     "memory": ("memory per open stream", "KiB"),
@@ -33,6 +35,8 @@ _SHOWN: Mapping[str, tuple[str, ...]] = {
     "single": ("rate", "python", "postgres", "ratio", "errors"),
     "pace": ("event_p50", "event_p99", "python", "postgres", "ratio", "errors"),
     "many": ("event_p50", "event_p99", "python", "postgres", "memory", "errors"),
+    "replicas": ("first_p50", "first_p99", "event_p50", "event_p99", "python", "reader", "postgres", "errors"),
+    "crowd": ("first_p50", "first_p99", "event_p50", "event_p99", "python", "reader", "postgres", "errors"),
 }
 # At most this much, by scenario and figure.
 _TARGETS: Mapping[tuple[str, str], float] = {
@@ -45,6 +49,7 @@ _TARGETS: Mapping[tuple[str, str], float] = {
     ("pace", "postgres"): 40,
     ("many", "memory"): 100,
     ("many", "errors"): 0,
+    ("crowd", "event_p99"): 15,
     ("accept", "cpu"): 3,
     ("start", "import"): 1,
 }
@@ -66,9 +71,9 @@ class Report:
 
     def compare(self, scenario: Scenario) -> None:
         """Add the ratios to the pass-through of the same run; call once, when all runs are in."""
-        yardstick = self.values[scenario.name, "passthrough", "python"]
+        yardstick = self.values.get((scenario.name, "passthrough", "python"), [])
         for subject in scenario.subjects:
-            if costs := self.values.get((scenario.name, subject, "cpu")):
+            if yardstick and (costs := self.values.get((scenario.name, subject, "cpu"))):
                 ratios = [cost / base for cost, base in zip(costs, yardstick, strict=True) if base]
                 self.values[scenario.name, subject, "ratio"] = ratios
 

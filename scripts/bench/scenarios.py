@@ -59,6 +59,12 @@ SCENARIOS = (
     Scenario(
         "many", "1,000 streams at 5 events/s", 1000, 210, 200, ramp_s=10, subjects=("provider", "passthrough", "parley")
     ),
+    Scenario(
+        "replicas", "25 streams at 20 events/s, two replicas", 25, 200, 50, ramp_s=1, subjects=("parley", "elsewhere")
+    ),
+    Scenario(
+        "crowd", "250 streams at 20 events/s, two replicas", 250, 200, 50, ramp_s=3, subjects=("parley", "elsewhere")
+    ),
 )
 
 # Messages to a provider that thinks long enough for none of its answers to fall into the measuring.
