@@ -1,10 +1,11 @@
 """What an event costs from the append to the socket: one process that writes as fast as it is told, and readers that
 only count.
 
-    .venv/bin/python -m scripts.bench.firehose [--rates 5000,20000] [--gaps 2,5,8] [--streams 100] [--seconds 10]
+    .venv/bin/python -m scripts.bench.firehose [--rates 5000,20000] [--gaps 2,5,8] [--streams 100] [--elsewhere]
 
 No provider and no flows: the log, its lane, the hub and the server-sent events of one replica, over a PostgreSQL of
-its own (with fsync). Events are stored as they are appended, none merged. Linux only.
+its own (with fsync). Events are stored as they are appended, none merged. With `--elsewhere` the readers are on another
+replica, which hears of the events by the bus; its Python counts apart. Linux only.
 """
 
 import argparse
@@ -28,6 +29,8 @@ import uvloop
 from scripts.bench import processes
 
 _TICK_S = 0.002
+# After the last event, before its readers are sent away.
+_ON_ITS_WAY_S = 1
 _SAID = b'"token":"'
 _MARK = b"\nevent: "
 
@@ -36,6 +39,8 @@ def main() -> None:
     match sys.argv[1:]:
         case ["serve", dsn, job]:
             uvloop.run(_serve(dsn, **json.loads(job)))
+        case ["mirror", dsn]:
+            uvloop.run(_mirror(dsn))
         case ["read"]:
             uvloop.run(_count(json.loads(sys.stdin.read())))
         case _:
@@ -49,6 +54,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--streams", default="100", help="streams with a reader each (100)")
     parser.add_argument("--seconds", type=float, default=10)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--elsewhere", action="store_true", help="readers on another replica")
     return parser.parse_args()
 
 
@@ -60,12 +66,13 @@ async def _measure(args: argparse.Namespace) -> None:
             await processes.output("-m", "app", "migrate", environment={"DATABASE_URL": server.dsn})
             print(f"A reader for each stream, {args.seconds:g} s, medians of {args.runs} runs (least-most)")
             print(
-                "\n| events/s | streams | gap, ms | Python, µs | PostgreSQL, µs"
+                "\n| events/s | streams | gap, ms | Python, µs | Python there, µs | PostgreSQL, µs"
                 " | p50, ms | p99, ms | delivered/s | lost | WAL, B |"
             )
-            print("| ---: |" + " ---: |" * 9)
+            print("| ---: |" + " ---: |" * 10)
             for rate, streams, gap in _cases(args):
                 job = {"rate": rate, "count": streams, "gap_ms": gap, "seconds": args.seconds}
+                job |= {"elsewhere": args.elsewhere}
                 runs = [await _run(server.dsn, postgres, folder, job) for _ in range(args.runs)]
                 cells = map(_cell, zip(*runs, strict=True))
                 print(f"| {rate:,} | {streams:,} | {gap:g} | " + " | ".join(cells) + " |", flush=True)
@@ -89,22 +96,36 @@ def _shown(value: float) -> str:
 
 
 async def _run(dsn: str, postgres: int, folder: Path, job: dict[str, float]) -> tuple[float, ...]:
-    """Python and PostgreSQL CPU per event in microseconds, latency p50 and p99 in ms, events/s, events lost, WAL in
-    bytes per event."""
+    """Python (of the other replica, too) and PostgreSQL CPU per event in microseconds, latency p50 and p99 in ms,
+    events/s, events lost, WAL in bytes per event."""
     told = json.dumps({**job, "ids": str(folder / "ids.json")})
-    arguments = ("scripts.bench.firehose", "serve", dsn, told)
-    async with processes.running(*arguments, log=folder / "firehose.log") as process:
+    arguments, log = ("scripts.bench.firehose", "serve", dsn, told), folder / "firehose.log"
+    async with AsyncExitStack() as stack:
+        process = await stack.enter_async_context(processes.running(*arguments, log=log))
         where = json.loads(await processes.first_line(process))
+        mirror = None
+        if job["elsewhere"]:
+            mirror = await stack.enter_async_context(
+                processes.running("scripts.bench.firehose", "mirror", dsn, log=log)
+            )
+            where["port"] = int(await processes.first_line(mirror))
         given = json.dumps(where).encode()
         reading = asyncio.create_task(processes.output("-m", "scripts.bench.firehose", "read", given=given))
         await _said(process, "begun")
-        before, wal = processes.cpu_s(postgres), await _wal(dsn)
+        before, there, wal = processes.cpu_s(postgres), _cpu_s(mirror), await _wal(dsn)
         done = json.loads(await _said(process, "done"))
-        postgres_s, wal = processes.cpu_s(postgres) - before, await _wal(dsn) - wal
+        postgres_s, there, wal = processes.cpu_s(postgres) - before, _cpu_s(mirror) - there, await _wal(dsn) - wal
+        if mirror is not None:
+            await asyncio.sleep(_ON_ITS_WAY_S)
+            mirror.terminate()
         seen = json.loads(await reading)
     events = done["events"]
-    costs = done["python_s"] / events * 1e6, postgres_s / events * 1e6
+    costs = (seconds / events * 1e6 for seconds in (done["python_s"], there, postgres_s))
     return (*costs, seen["p50"], seen["p99"], seen["events"] / done["took_s"], events - seen["events"], wal / events)
+
+
+def _cpu_s(process: Process | None) -> float:
+    return processes.cpu_s(process.pid) if process is not None else 0
 
 
 async def _wal(dsn: str) -> int:
@@ -124,11 +145,11 @@ async def _said(process: Process, word: str) -> str:
 # -- the replica
 
 
-async def _serve(dsn: str, *, rate: int, count: int, gap_ms: float, seconds: float, ids: str) -> None:
-    async with _replica(dsn, count, gap_ms) as (hub, writers, url):
+async def _serve(dsn: str, *, rate: int, count: int, gap_ms: float, seconds: float, ids: str, elsewhere: bool) -> None:
+    async with _replica(dsn, count, gap_ms) as (hub, bus, writers, url):
         Path(ids).write_text(json.dumps([str(writer.stream_id) for writer in writers]))
         print(json.dumps({"port": int(url.rpartition(":")[2]), "ids": ids}), flush=True)
-        while hub.readers < len(writers):
+        while (bus.state()["followed_elsewhere"] if elsewhere else hub.readers) < len(writers):
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
         print("begun", flush=True)
@@ -139,6 +160,15 @@ async def _serve(dsn: str, *, rate: int, count: int, gap_ms: float, seconds: flo
         took, python = time.perf_counter() - began, time.process_time() - spent
         print("done" + json.dumps({"events": events, "python_s": python, "took_s": took}), flush=True)
         await asyncio.sleep(2)
+
+
+async def _mirror(dsn: str) -> None:
+    """A replica that writes nothing: it has readers, until it is told to go."""
+    from app.server import signals
+
+    async with _replica(dsn, 0, 8) as (_, _, _, url):
+        print(url.rpartition(":")[2], flush=True)
+        await signals().wait()
 
 
 async def _write(writers: list[Any], rate: int, seconds: float) -> int:
@@ -154,8 +184,8 @@ async def _write(writers: list[Any], rate: int, seconds: float) -> int:
 
 
 @asynccontextmanager
-async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[Any, list[Any], str]]:
-    """The log and its readers, wired as the gateway wires them."""
+async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[Any, Any, list[Any], str]]:
+    """The log, its readers and the bus, wired as the gateway wires them."""
     from starlette.applications import Starlette
     from starlette.routing import Route
 
@@ -163,6 +193,7 @@ async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[A
     from app.server import serving
     from app.settings import load
     from app.streams import endpoints
+    from app.streams.bus import NotifyBus
     from app.streams.hub import Hub
     from app.streams.log import Limits, Log
     from app.streams.partitions import Partitions
@@ -176,6 +207,7 @@ async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[A
     replica = Replica(pool)
     hub = Hub(max_events=settings.reader_events, max_bytes=settings.reader_bytes)
     log = Log(dsn, replica, hub, limits=Limits(flush_gap_s=gap_ms / 1000), metrics=metrics)
+    bus = NotifyBus(dsn, pool=pool, hub=hub, event_log=log, metrics=metrics, failing=set())
     await Partitions(pool, days_ahead=1).run_once()
     await replica.register()
     streams, writers = Streams(pool, replica), []
@@ -191,10 +223,11 @@ async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[A
         yield state
 
     app = Starlette(routes=[Route("/api/stream-events/{stream_id}", endpoints.stream_events)], lifespan=lifespan)
-    lane = asyncio.create_task(log.run())
+    loops = [asyncio.create_task(log.run()), asyncio.create_task(bus.run())]
     async with AsyncExitStack() as stack:
-        stack.callback(lane.cancel)
-        yield hub, writers, await stack.enter_async_context(serving(app, "127.0.0.1", 0))
+        for loop in loops:
+            stack.callback(loop.cancel)
+        yield hub, bus, writers, await stack.enter_async_context(serving(app, "127.0.0.1", 0))
         hub.close()
 
 
