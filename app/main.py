@@ -22,14 +22,15 @@ from app.errors import Misconfigured, Unavailable
 from app.flows import configuration
 from app.flows import endpoints as flow_endpoints
 from app.flows.abandonment import Abandonment
-from app.flows.beginning import Beginning, Incoming, Memory
+from app.flows.beginning import Beginning, Memory
 from app.flows.call import Means
 from app.flows.chatbots import Chatbots
 from app.flows.ending import Ending
+from app.flows.incoming import Incoming
 from app.flows.intake import Intake
 from app.flows.runner import Bounds, Runner
 from app.flows.stopping import Stopping
-from app.flows.takeover import Takeover
+from app.flows.takeover import Patience, Takeover
 from app.flows.turns import Turns
 from app.jobs.retention import Retention
 from app.jobs.schedule import expiring, jobs
@@ -45,6 +46,7 @@ from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
 from app.streams.bus import Bus, NotifyBus, PollBus
 from app.streams.hub import Hub
+from app.streams.lifeline import Lifeline
 from app.streams.log import Limits, Log
 from app.streams.partitions import Partitions
 from app.streams.replicas import Fenced, Replica
@@ -59,6 +61,8 @@ log = structlog.get_logger(__name__)
 # How often somebody looks whether a periodic job is due.
 _JOBS_S = 10
 _LEADER = 0x7061_726C_6579_0003
+# How long telling the others that this replica leaves may take, in seconds.
+_GOODBYE_S = 1
 # Bodies of uploads in memory at once, in largest ones. Each is there twice while it is read and parsed.
 _UPLOADS = 3
 # How long a stopping server waits for accepts that were under way, in seconds; longer than one waits for locks.
@@ -197,12 +201,12 @@ class Gateway:
         self._pool = pool
         self._metrics = metrics = Metrics()
         self._journal = journal = Journal(pool, metrics)
-        self._replica = replica = Replica(pool)
+        self._replica = replica = Replica(pool, lease_s=settings.lease_s)
         self._hub = hub = Hub(max_events=settings.reader_events, max_bytes=settings.reader_bytes)
         self._log = event_log = Log(self._dsn, replica, hub, limits=_limits(settings), metrics=metrics)
         self._bus = bus = self._open_bus()
         self._partitions = Partitions(pool, days_ahead=settings.partition_days)
-        streams = Streams(pool, replica)
+        self._streams = streams = Streams(pool, replica)
         tail = Tail(pool, hub, event_log, at_once=_share(settings))
         ending = Ending(streams, metrics)
         self._runner = runner = Runner(
@@ -213,19 +217,24 @@ class Gateway:
             bounds=Bounds(settings.max_runs, settings.run_timeout_s),
         )
         tail.user_of = runner.user_of
-        self._takeover = Takeover(
-            replica,
-            streams,
-            event_log=event_log,
-            tail=tail,
-            ending=ending,
-            journal=journal,
-            lease_s=settings.lease_s,
-        )
         chatbots = Chatbots(pool)
         images = Images(pool, decoders)
         memory = Memory(settings.history_limit, settings.history_bytes)
         beginning = Beginning(streams, chatbots=chatbots, images=images, memory=memory)
+        self._takeover = Takeover(
+            pool,
+            replica,
+            streams,
+            hub=hub,
+            event_log=event_log,
+            tail=tail,
+            beginning=beginning,
+            runner=runner,
+            ending=ending,
+            journal=journal,
+            patience=Patience(settings.owners, settings.restart_age_s),
+        )
+        self._lifeline = Lifeline(self._dsn, replica, on_gone=bus.gone.set)
         self._intake = intake = Intake(
             replica,
             streams,
@@ -327,6 +336,8 @@ class Gateway:
                 every(_JOBS_S, self._scheduler.run_once, name="jobs", failing=failing),
             ):
                 tasks.create_task(loop)
+            if self._settings.suspect:
+                tasks.create_task(self._lifeline.run(failing))
 
     async def _usable(self) -> bool:
         try:
@@ -367,21 +378,24 @@ class Gateway:
         log.warning("replica_renewed", replica=str(self._replica.id))
 
     async def drain_when_asked(self) -> None:
-        """Refuse new work, let answers end, send the readers away at a frame boundary, say goodbye to the others."""
+        """Refuse new work, let answers end, leave the others to whoever lives, send the readers away at a frame
+        boundary.
+        """
         await self._life.leave.wait()
         self._replica.refusal = Unavailable("draining", "The server is stopping; ask another one.", retry_after=1)
         try:
             await self._intake.close(_ACCEPTS_S)
             await self._runner.drain(self._settings.drain_s)
-            self._hub.close()
-            async with asyncio.timeout(2):
-                await self._journal.run_once()
+            async with asyncio.timeout(_GOODBYE_S):
+                await self._streams.let_go()
                 await self._replica.retire()
                 await self._bus.tell_gone()
+                await self._journal.run_once()
         except (*AWAY, asyncpg.PostgresError) as error:
             log.warning("goodbye_failed", error=type(error).__name__)
         finally:
             self._leadership.give_up()
+            self._hub.close()
             self._life.drained.set()
 
 

@@ -94,6 +94,17 @@ class Settings(BaseSettings):
     lease_s: float = Field(6, gt=0, description="A replica silent for this long may be declared dead, in seconds.")
     beat_s: float = Field(2, gt=0, description="Interval of a replica's heartbeat, in seconds.")
     scan_s: float = Field(1, gt=0, description="Interval of looking for streams of dead replicas, in seconds.")
+    suspect: bool = Field(
+        True,
+        description="Whether replicas hold a session lock, so that a killed one is noticed within a second. Turn it "
+        "off behind a pooler that shares sessions.",
+    )
+    owners: int = Field(
+        3, ge=1, description="Replicas that may own an answer one after the other; then it ends as failed."
+    )
+    restart_age_s: float = Field(
+        3600, ge=0, description="An answer that was begun longer ago is not begun again by another replica, in seconds."
+    )
 
     keep_events_hours: float = Field(
         48, ge=1, le=24 * 3650, description="How long events are kept after their day has ended, in hours."

@@ -46,6 +46,8 @@ def test_every_setting_is_read_from_the_variable_in_the_table(name: str, monkeyp
     given |= {"database_url": "postgresql://x", "enable_background_jobs": "false"}
     value = given.get(name) or ("other" if name == "host" else "60")
     monkeypatch.setenv(_FIXED.get(name, f"PARLEY_{name.upper()}"), value)
+    if name == "suspect":
+        monkeypatch.setenv("PARLEY_SUSPECT", value := "false")
     if name in ("provider_retries", "pool_size"):
         monkeypatch.setenv(f"PARLEY_{name.upper()}", value := "3")
     if name.endswith(("_limit", "_buffer", "_bytes")):

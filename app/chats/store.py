@@ -1,13 +1,17 @@
 """The tables `chats` and `messages`. Keys are per user, because ids may come from users' devices."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 
 from app.chats.chat import Message, MessageStatus, title_from
 from app.errors import Conflict
-from app.postgres import Connection
+from app.postgres import Connection, Pool
+
+# Behind every message of a chat.
+_NO_POSITION = (1 << 31) - 1
 
 # What belongs to a message besides its text: {"type": "image", "id"}, or {"type": "marker", "name", "content",
 # "offset"}.
@@ -31,9 +35,10 @@ values ($1, $2, $3, $4, 'assistant', $5, $6,
         (select coalesce(max(position), 0) + 1 from messages where user_id = $1 and chat_id = $2))
 on conflict (user_id, id) do nothing
 """
+_QUESTION = "select content, position from messages where user_id = $1 and id = $2 and role = 'user' and not is_deleted"
 _HISTORY = """
 select role, content from messages
-where user_id = $1 and chat_id = $2 and not is_deleted and status <> 'failed'
+where user_id = $1 and chat_id = $2 and not is_deleted and status <> 'failed' and position < $4
 order by position desc limit $3
 """
 
@@ -71,7 +76,23 @@ async def save_answer(
     await connection.execute(_SAVE_ANSWER, user_id, chat_id, message_id, content, status, kept)
 
 
-async def history(connection: Connection, *, user_id: str, chat_id: str, limit: int) -> list[Message]:
-    """The last `limit` messages of a chat, oldest first."""
-    rows = await connection.fetch(_HISTORY, user_id, chat_id, limit)
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A user's message; `position` counts in its chat."""
+
+    content: str
+    position: int
+
+
+async def question(connection: Connection | Pool, *, user_id: str, message_id: str) -> Question | None:
+    """A user's message as it is stored; None where there is none, or none any more."""
+    row = await connection.fetchrow(_QUESTION, user_id, message_id)
+    return None if row is None else Question(**row)
+
+
+async def history(
+    connection: Connection | Pool, *, user_id: str, chat_id: str, limit: int, before: int | None = None
+) -> list[Message]:
+    """The last `limit` messages of a chat, or of what stands before a position of it, oldest first."""
+    rows = await connection.fetch(_HISTORY, user_id, chat_id, limit, _NO_POSITION if before is None else before)
     return [Message(row["role"], row["content"]) for row in reversed(rows)]

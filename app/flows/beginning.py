@@ -1,8 +1,8 @@
 """How every run begins, when its message is accepted or when its turn in the queue has come."""
 
 import uuid
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 from uuid import UUID
@@ -11,36 +11,17 @@ from app.chats import store
 from app.chats.chat import Message, most_recent
 from app.chats.images import Images
 from app.chats.picture import Picture
-from app.errors import Invalid
-from app.flows import idempotency
+from app.errors import Invalid, NotFound
 from app.flows.chatbots import Chatbots
 from app.flows.conditions import Ask
 from app.flows.config import Chatbot, Flow
+from app.flows.incoming import Incoming, decode, encode
 from app.flows.plan import Plan, plan
 from app.flows.run import Inputs, Run
 from app.flows.wishes import Wishes, allowed
-from app.postgres import Connection
+from app.postgres import Connection, Pool
 from app.providers.provider import Image
-from app.streams.stream import Stream, Streams
-
-
-@dataclass(frozen=True, slots=True)
-class Incoming:
-    """A validated message. `history` of None means: what is stored; `on_busy` of None: as the chatbot has it."""
-
-    user_id: str
-    chatbot_id: str
-    text: str
-    session_id: str | None = None
-    message_id: str | None = None
-    history: Sequence[Message] | None = None
-    configuration: dict[str, Any] = field(default_factory=dict)
-    on_busy: str | None = None
-    image_data: Mapping[str, Any] | None = None
-    image_id: str | None = None
-    key: idempotency.Key | None = None
-    request_id: str | None = None
-    received: float = field(default_factory=perf_counter)
+from app.streams.stream import Orphan, Stream, Streams
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +68,9 @@ class Beginning:
         A picture inside the message is stored by this, and named by its id from here on.
         """
         version, chatbot = await self._chatbots.newest(incoming.chatbot_id)
+        return await self._prepared(incoming, version, chatbot)
+
+    async def _prepared(self, incoming: Incoming, version: int, chatbot: Chatbot) -> Prepared:
         wishes = allowed(incoming.configuration, chatbot)
         incoming, picture = await self._seen(incoming, chatbot)
         ask = Ask(incoming.text, picture is not None, wishes.language, wishes.flow_type)
@@ -110,7 +94,8 @@ class Beginning:
 
         Raises Conflict where the message's id is taken.
         """
-        incoming = prepared.incoming
+        message_id = prepared.incoming.message_id or str(uuid.uuid4())
+        incoming = replace(prepared.incoming, message_id=message_id)
         history = incoming.history
         if history is None:
             history = () if new else await self._stored(connection, incoming.user_id, session_id)
@@ -118,7 +103,7 @@ class Beginning:
             connection,
             user_id=incoming.user_id,
             chat_id=session_id,
-            message_id=incoming.message_id or str(uuid.uuid4()),
+            message_id=message_id,
             content=incoming.text,
             attachments=[{"type": "image", "id": incoming.image_id}] if incoming.image_id else [],
         )
@@ -131,12 +116,36 @@ class Beginning:
             _start(stream, prepared.plan),
             queued=queued,
             abandon_s=prepared.chatbot.cancel_when_abandoned_s,
+            request=encode(incoming),
         )
         inputs = _inputs(prepared, history)
         return Run(stream, prepared.chatbot, prepared.plan, inputs, incoming.request_id, incoming.received)
 
-    async def _stored(self, connection: Connection, user_id: str, chat_id: str) -> list[Message]:
-        stored = await store.history(connection, user_id=user_id, chat_id=chat_id, limit=self._memory.messages)
+    async def again(self, pool: Pool, orphan: Orphan) -> Run:
+        """The run of a stream that another replica had begun, with everything the first owner had.
+
+        Raises NotFound or Invalid where its question, its picture or its chatbot's version has gone since.
+        """
+        stream = orphan.stream
+        assert orphan.request is not None
+        chatbot = await self._chatbots.version(stream.chatbot_id, stream.chatbot_version)
+        names = {"user_id": stream.user_id, "session_id": stream.session_id}
+        incoming = decode(orphan.request, **names, chatbot_id=stream.chatbot_id)
+        asked = await store.question(pool, user_id=stream.user_id, message_id=incoming.message_id or "")
+        if asked is None:
+            raise NotFound("question_gone", "The message that is to be answered has been deleted.")
+        prepared = await self._prepared(replace(incoming, text=asked.content), stream.chatbot_version, chatbot)
+        history = incoming.history
+        if history is None:
+            history = await self._stored(pool, stream.user_id, stream.session_id, before=asked.position)
+        started = perf_counter() - orphan.age_s
+        return Run(stream, chatbot, prepared.plan, _inputs(prepared, history), incoming.request_id, started)
+
+    async def _stored(
+        self, connection: Connection | Pool, user_id: str, chat_id: str, *, before: int | None = None
+    ) -> list[Message]:
+        names = {"user_id": user_id, "chat_id": chat_id}
+        stored = await store.history(connection, **names, limit=self._memory.messages, before=before)
         return most_recent(stored, limit=self._memory.messages, max_bytes=self._memory.bytes)
 
 

@@ -48,9 +48,10 @@ class Means:
 class Call:
     """`progress` holds what came of it: the answer is whole when `run` has returned and `progress.failure` is None."""
 
-    def __init__(self, run: Run, name: str, *, voice: Voice, means: Means) -> None:
+    def __init__(self, run: Run, name: str, *, voice: Voice, means: Means, progress: Progress | None = None) -> None:
         self.voice = voice
-        self.progress = Progress(name)
+        # With what an owner before us has left: its attempts, and the text that readers still see.
+        self.progress = progress or Progress(name)
         self._run = run
         self._flow: Flow = run.chatbot.flows[name]
         self._means = means
@@ -145,8 +146,10 @@ class Call:
         return max(backoff, min(asked_for or 0, effort.longest_wait_s))
 
     async def _attempt(self, choice: Choice, said: Asked) -> None:
-        attempt = Attempt(len(self.progress.attempts) + 1, choice.endpoint.name, choice.model)
-        self.progress.attempts.append(attempt)
+        attempts = self.progress.attempts
+        number = attempts[-1].number + 1 if attempts else 1
+        attempt = Attempt(number, choice.endpoint.name, choice.model)
+        attempts.append(attempt)
         self._spoke = False
         try:
             if attempt.number == 1:

@@ -74,9 +74,14 @@ class Chatbots:
             return await all_newest(connection)
 
     async def version(self, chatbot_id: str, version: int) -> Chatbot:
+        """Raises NotFound for a version that is not there."""
         key = (chatbot_id, version)
         if key not in self._parsed:
             text = await self._pool.fetchval(_READ, chatbot_id, version)
+            if text is None:
+                raise NotFound(
+                    "chatbot_version_gone", "The version of the chatbot that was asked is not stored any more."
+                )
             self._parsed[key] = Chatbot.from_json(orjson.loads(text))
             if len(self._parsed) > _KEPT:
                 self._parsed.popitem(last=False)

@@ -12,8 +12,8 @@ from starlette.responses import Response
 from app.chats.chat import Message
 from app.errors import Invalid
 from app.flows import queue as waiting
-from app.flows.beginning import Incoming
 from app.flows.idempotency import Key
+from app.flows.incoming import Incoming
 from app.flows.intake import Accepted, Intake
 from app.flows.stopping import Stopping
 from app.flows.turns import Turns

@@ -9,7 +9,8 @@ import structlog
 from app.flows.call import Call, Means
 from app.flows.conditions import outputs_hold
 from app.flows.config import ANSWER, Step
-from app.flows.plan import Decision, routed
+from app.flows.past import OWNER_LOST, Past
+from app.flows.plan import Decision, heard, routed
 from app.flows.run import Failure, Progress, Result, Run
 from app.flows.voice import Voice
 from app.streams.log import StreamLost, Writer
@@ -21,16 +22,28 @@ _DROPPED = Failure("dropped", "The router decided for another flow.", outcome="c
 
 
 class Execution:
-    """Bounded by the steps of the plan; the runner bounds its time. `save` stores the answer with its event."""
+    """Bounded by the steps of the plan; the runner bounds its time. `save` stores the answer with its event.
 
-    def __init__(self, run: Run, writer: Writer, *, means: Means, save: Callable[[Progress], Awaitable[None]]) -> None:
+    With a `past` it goes on where another owner was lost: what is over stays so, the rest is asked again.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        writer: Writer,
+        *,
+        means: Means,
+        save: Callable[[Progress], Awaitable[None]],
+        past: Past | None = None,
+    ) -> None:
         self._run = run
         self._plan = run.plan
         self._writer = writer
         self._means = means
         self._save = save
-        self._decision = run.plan.decision
-        self._answer = Progress(self._decision.flow)
+        self._past = past or Past()
+        self._decision = self._past.decision or run.plan.decision
+        self._answer = self._past.answer(self._decision.flow)
         self._settled = {name: asyncio.Event() for name in run.plan.needs}
         self._calls: dict[str, Call] = {}
         self._started: list[Progress] = []
@@ -82,31 +95,30 @@ class Execution:
                 await self._settled[needed].wait()
             if step.flow == ANSWER:
                 await self._perform_answer()
-            elif self._stopped is None:
+            elif self._stopped is None or step.flow in self._past.flows:
                 await self._perform_side(step)
         finally:
             self._settled[step.flow].set()
 
     async def _perform_side(self, step: Step) -> None:
-        if outputs_hold(step.when, self._outputs):
-            progress = await self._perform(self._call(step.flow))
+        if step.flow in self._past.flows or outputs_hold(step.when, self._outputs):
+            progress = await self._flow(step.flow)
             if progress.failure is None:
                 self._outputs[step.flow] = progress.text
             elif step.on_failure == "fail":
                 self.stop(progress.failure)
-        if step.flow == self._plan.router and self._stopped is None:
-            image = bool(self._run.inputs.images)
-            self._select(routed(self._run.chatbot, self._outputs.get(step.flow), image=image))
+        if step.flow == self._plan.router:
+            self._route(step.flow)
 
     async def _perform_answer(self) -> None:
-        if self._plan.speculative:
+        if self._plan.speculative and self._past.decision is None:
             self._answer = await self._speculate()
-        elif self._stopped is None:
-            self._answer = await self._perform(self._call(self._decision.flow))
+        elif self._stopped is None or self._answer.attempts:
+            self._answer = await self._flow(self._decision.flow)
         if self._stopped is not None and not self._answer.attempts:
             self._answer.failure = self._stopped
         self._outputs[ANSWER] = self._answer.text
-        if self._answer.shown:
+        if self._answer.shown and not self._past.saved:
             await self._save(self._answer)
 
     async def _speculate(self) -> Progress:
@@ -124,13 +136,32 @@ class Execution:
             return likely.progress
         return await self._perform(self._call(self._decision.flow))
 
+    async def _flow(self, name: str) -> Progress:
+        """What came of a flow: it is asked, unless it was over before us."""
+        progress = self._past.flows.get(name)
+        undecided = name == self._plan.router and self._past.decision is None
+        if progress is None or name not in self._past.over or undecided:
+            return await self._perform(self._call(name))
+        self._started.append(progress)
+        return progress
+
+    def _route(self, router: str) -> None:
+        if (decision := self._past.decision) is not None:
+            self._outputs[router] = heard(self._run.chatbot, decision)
+        elif self._stopped is None:
+            image = bool(self._run.inputs.images)
+            self._select(routed(self._run.chatbot, self._outputs.get(router), image=image))
+
     def _select(self, decision: Decision) -> None:
         self._decision = decision
         told = {"flow": decision.flow, "by": decision.by, "reason": decision.reason}
         self._writer.append("flow_selected", told)
 
     def _call(self, flow: str, *, held: bool = False) -> Call:
-        call = Call(self._run, flow, voice=Voice(self._writer, held=held), means=self._means)
+        past, voice = self._past.flows.get(flow), Voice(self._writer, held=held)
+        call = Call(self._run, flow, voice=voice, means=self._means, progress=past)
+        if past is not None and past.shown and self._run.chatbot.flows[flow].on_break == "fail":
+            call.stop(OWNER_LOST)
         self._started.append(call.progress)
         return call
 

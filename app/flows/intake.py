@@ -11,7 +11,8 @@ import structlog
 
 from app.errors import Conflict, Unavailable
 from app.flows import idempotency, queue, sessions
-from app.flows.beginning import Beginning, Incoming, Prepared
+from app.flows.beginning import Beginning, Prepared
+from app.flows.incoming import Incoming
 from app.flows.run import CANCELLED, Run
 from app.flows.runner import Runner
 from app.postgres import Connection, retry_conflicts

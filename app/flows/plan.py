@@ -117,6 +117,14 @@ def routed(chatbot: Chatbot, output: str | None, *, image: bool = False) -> Deci
     return Decision(router.default, "default", f"{router.flow} said none of its outcomes")
 
 
+def heard(chatbot: Chatbot, decision: Decision) -> str:
+    """What the router had said, as far as the decision still tells: one of its outcomes, or nothing."""
+    router = chatbot.router
+    assert router is not None
+    said = f"{router.flow} said "
+    return decision.reason.removeprefix(said) if decision.by == "router" else ""
+
+
 # -- who waits for whom
 
 

@@ -3,19 +3,15 @@
 Every statement runs under the lock of the session's row. Bounded per session when a message is added.
 """
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
-import orjson
 
-from app.chats.chat import Message
 from app.errors import Conflict, NotFound, TooMany
 from app.expiry import Expired
-from app.flows.beginning import Incoming
+from app.flows.incoming import Incoming, decode, encode
 from app.postgres import Connection, Pool
 
 _COUNT = "select count(*) from queued_messages where user_id = $1 and session_id = $2"
@@ -96,7 +92,7 @@ async def add(
     try:
         if await connection.fetchval(_IS_STORED, incoming.user_id, message_id):
             raise _exists()
-        await connection.execute(_ADD, *values, _request(incoming), first)
+        await connection.execute(_ADD, *values, encode(incoming), first)
     except asyncpg.UniqueViolationError:
         raise _exists() from None
 
@@ -105,37 +101,13 @@ def _exists() -> Conflict:
     return Conflict("message_exists", "A message with this client_message_id was stored before; choose a new id.")
 
 
-def _request(incoming: Incoming) -> str:
-    """What a message brings besides its text and ids."""
-    history = None if incoming.history is None else [asdict(message) for message in incoming.history]
-    request = {
-        "configuration": incoming.configuration,
-        "history": history,
-        "image_id": incoming.image_id,
-        "request_id": incoming.request_id,
-    }
-    return orjson.dumps(request).decode()
-
-
 async def first(connection: Connection | Pool, *, user_id: str, session_id: str) -> Turn | None:
     """The message whose turn comes next."""
     row = await connection.fetchrow(_FIRST, user_id, session_id)
     if row is None:
         return None
-    request: Mapping[str, Any] = orjson.loads(row["request"])
-    history = request["history"]
-    incoming = Incoming(
-        user_id,
-        row["chatbot_id"],
-        row["text"],
-        session_id=session_id,
-        message_id=row["message_id"],
-        history=None if history is None else [Message(**message) for message in history],
-        configuration=request["configuration"],
-        image_id=request["image_id"],
-        request_id=request["request_id"],
-        received=0,
-    )
+    names = {"user_id": user_id, "chatbot_id": row["chatbot_id"], "session_id": session_id}
+    incoming = replace(decode(row["request"], **names, text=row["text"]), message_id=row["message_id"])
     return Turn(row["stream_id"], incoming)
 
 

@@ -4,6 +4,7 @@ Bounded by `max_runs`; each run by its deadline, its plan, the length of an answ
 """
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from uuid import UUID
@@ -15,6 +16,7 @@ from app.flows.call import Call, Means
 from app.flows.config import Choice, Flow
 from app.flows.ending import Ending
 from app.flows.execution import Execution
+from app.flows.past import Past
 from app.flows.run import Failure, Progress, Result, Run
 from app.streams.log import Log, StreamLost, Writer
 from app.streams.replicas import Fenced
@@ -22,10 +24,9 @@ from app.streams.stream import Stream
 
 log = structlog.get_logger(__name__)
 
-# How long the ends of stopped answers may take to be saved when the server stops.
-_END_S = 5
+# How long what a released answer has said may take to be saved when the server stops, in seconds.
+_RELEASE_S = 1.5
 
-_STOPPED = Failure("replica_stopped", "The server was stopped before the answer was complete.", retryable=True)
 _UNSAVED = Failure("log_unavailable", "The answer could not be saved in time: the database was away.", retryable=True)
 _LOST = Failure("log_lost", "The database has lost a part of this answer's events; its text was kept.", retryable=True)
 _LATE = Failure("run_timeout", "The answer took longer than a run may take.", retryable=True)
@@ -58,7 +59,7 @@ class Runner:
         self._bounds = bounds
         self._running: dict[UUID, asyncio.Task[None]] = {}
         self._executions: dict[UUID, Execution] = {}
-        self._stopping = self._closed = False
+        self._closed = False
         self.on_end: Callable[[Stream], Awaitable[object]] = _nothing
         event_log.on_fenced = self._cancel_all
         event_log.on_lost = lambda stream_id: self._end(stream_id, _LOST)
@@ -68,9 +69,14 @@ class Runner:
     def active(self) -> int:
         return len(self._running)
 
+    @property
+    def room(self) -> int:
+        """How many runs more there may be."""
+        return max(0, self._bounds.max_runs - len(self._running))
+
     def admit(self, flow: Flow) -> None:
         """Raises Unavailable when this replica or every provider of the flow is full; asked before a row is written."""
-        if len(self._running) >= self._bounds.max_runs:
+        if not self.room:
             raise Unavailable("overloaded", "Too many answers are under way; try again soon.", retry_after=2)
         if all(self._full(choice) for choice in flow.choices):
             raise Unavailable("upstream_busy", "The AI provider is at capacity; try again soon.", retry_after=1)
@@ -81,26 +87,26 @@ class Runner:
         except Misconfigured:  # the run tells it, with an error_id
             return False
 
-    def start(self, run: Run) -> None:
-        """Take over a stream whose accepting transaction has committed.
+    def start(self, run: Run, past: Past | None = None) -> None:
+        """Run a stream whose accepting, or claiming, transaction has committed; with its `past` if it has begun.
 
-        Raises Unavailable when the server has stopped meanwhile; a successor ends the stream then.
+        Nothing happens where the server has stopped meanwhile: the stream is durable, and its next owner runs it.
         """
-        if self._closed:
-            raise Unavailable("draining", "The server is stopping; send it again.", retry_after=1)
         stream = run.stream
-        writer = self._log.open(stream.id, last_id=1)
+        if self._closed or stream.id in self._running:
+            return
+        writer = self._log.open(stream.id, last_id=past.last_id if past else 1)
 
         async def save(answer: Progress) -> None:
             await self._ending.save_answer(stream, writer, answer)
 
-        execution = self._executions[stream.id] = Execution(run, writer, means=self._means, save=save)
-        if self._stopping:
-            execution.stop(_STOPPED)
+        execution = self._executions[stream.id] = Execution(run, writer, means=self._means, save=save, past=past)
+        for kind, data in past.unsaid if past else ():
+            writer.append(kind, data)
         task = self._tasks.create_task(self._run(run, writer, execution), name=f"run {stream.id}")
         self._running[stream.id] = task
         self._means.metrics.active_streams.set(len(self._running))
-        task.add_done_callback(lambda _: self._done(stream.id))
+        task.add_done_callback(lambda _: self._done(writer))
 
     def stop(self, stream_id: UUID, why: Failure, flow: str | None = None) -> list[Call]:
         """End a run, or one flow of it, if it is under way here; the calls that are ended by it."""
@@ -129,16 +135,14 @@ class Runner:
             await asyncio.wait([task], timeout=within_s)
 
     async def drain(self, grace_s: float) -> None:
-        """Let answers finish for `grace_s`, then end the rest as failed with what they have.
+        """Let answers finish for `grace_s`, then stop the rest without an end and save what they have said.
 
-        An end that cannot be saved in time is left to the takeover by another replica.
+        Whoever owns them next begins them again; nothing is started here any more.
         """
         await self._settle(grace_s)
-        self._stopping = True
-        for execution in self._executions.values():
-            execution.stop(_STOPPED)
-        await self._settle(_END_S)
         self._closed = True
+        self._cancel_all()
+        await self._settle(_RELEASE_S)
         self._cancel_all()
         await self._settle(None)
 
@@ -149,8 +153,9 @@ class Runner:
         while self._running and (until is None or until > loop.time()):
             await asyncio.wait(self._running.values(), timeout=None if until is None else until - loop.time())
 
-    def _done(self, stream_id: UUID) -> None:
-        del self._running[stream_id], self._executions[stream_id]
+    def _done(self, writer: Writer) -> None:
+        del self._running[writer.stream_id], self._executions[writer.stream_id]
+        self._log.close(writer)
         self._means.metrics.active_streams.set(len(self._running))
 
     def _cancel_all(self) -> None:
@@ -175,13 +180,19 @@ class Runner:
                 log.warning("run_lost", reason="StreamLost")
                 await self._lose(stream, writer, execution.answer)
             except asyncio.CancelledError:
-                log.warning("run_abandoned")
+                await self._let_go(writer)
             except Exception:  # around one run: its end is left unwritten, and the takeover tries again
                 log.exception("run_crashed")
                 self._ending.leave(stream)
             finally:
                 late.cancel()
-                self._log.close(writer)
+
+    async def _let_go(self, writer: Writer) -> None:
+        """Stopped from outside, its providers' connections closed: drained, or not ours any more."""
+        log.warning("run_abandoned")
+        if self._closed:
+            with contextlib.suppress(Fenced, StreamLost):
+                await writer.saved()
 
     async def _lose(self, stream: Stream, writer: Writer, answer: Progress) -> None:
         """End a stream that the log has lost; its readers are told with 410."""

@@ -1,17 +1,23 @@
-"""Streams of dead replicas: declare the silent ones dead, claim what they left, and end it with the text it has.
+"""Streams of dead replicas: declare the silent ones dead, claim what they left, and begin it again or end it.
 
-The two steps are separate commits (G6, G7). Restarting an answer instead of ending it comes with the flows.
+The two steps are separate commits (G6, G7). What the log says of a run is read back, so that nothing that has ended
+is paid for twice and nothing is shown twice without a word (G8).
 """
 
-from typing import Any
+import asyncio
+from dataclasses import dataclass
 
-import orjson
 import structlog
 
+from app.errors import Invalid, NotFound
+from app.flows.beginning import Beginning
 from app.flows.ending import Ending
-from app.flows.run import CANCELLED, Attempt, Failure, Progress, Result
+from app.flows.past import OWNER_LOST, Past
+from app.flows.run import CANCELLED, Failure, Progress, Result, Run
+from app.flows.runner import Runner
 from app.journal import About, Journal
-from app.streams.event import data_of, kind_of
+from app.postgres import Pool
+from app.streams.hub import Hub
 from app.streams.log import Log, StreamLost, Writer
 from app.streams.replicas import Fenced, Replica
 from app.streams.stream import Orphan, Stream, Streams
@@ -19,134 +25,153 @@ from app.streams.tail import Tail
 
 log = structlog.get_logger(__name__)
 
-# Streams claimed per pass, and events read at once.
+# Streams claimed per pass, how many of them are seen to at once, and events read at once.
 _CLAIMED = 50
+_AT_ONCE = 4
 _PAGE = 1000
 
-_OF_A_FLOW = ("flow_start", "flow_restart", "token", "flow_output", "flow_error", "flow_end", "message")
 
-_OWNER_LOST = Failure(
-    "owner_lost", "The server that wrote this answer is gone; the text so far is kept.", retryable=True
-)
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How many replicas may own an answer one after the other, and until which age in seconds it is begun again."""
+
+    owners: int = 3
+    age_s: float = 3600
 
 
 class Takeover:
-    """One pass looks for silent replicas and claims a bounded number of their streams."""
+    """A pass looks for silent replicas and claims this one's share of their streams, as many as it can run."""
 
     def __init__(
         self,
+        pool: Pool,
         replica: Replica,
         streams: Streams,
         *,
+        hub: Hub,
         event_log: Log,
         tail: Tail,
+        beginning: Beginning,
+        runner: Runner,
         ending: Ending,
         journal: Journal,
-        lease_s: float,
+        patience: Patience,
     ) -> None:
+        self._pool = pool
         self._replica = replica
         self._streams = streams
+        self._hub = hub
         self._log = event_log
         self._tail = tail
+        self._beginning = beginning
+        self._runner = runner
         self._ending = ending
         self._journal = journal
-        self._lease_s = lease_s
+        self._patience = patience
+        self._places = asyncio.Semaphore(_AT_ONCE)
 
     async def run_once(self) -> int:
-        """Returns how many streams were ended."""
-        if self._replica.may_fence(self._lease_s):
-            for replica_id in await self._replica.fence_silent(self._lease_s):
-                log.warning("replica_declared_dead", replica=str(replica_id))
-        orphans = await self._streams.claim(_CLAIMED)
-        for orphan in orphans:
-            await self._end(orphan)
-        return len(orphans)
+        """Returns how many streams were taken over. Nothing happens on a replica that is leaving."""
+        if self._serving and self._replica.may_fence():
+            for replica_id in await self._replica.fence_silent():
+                log.warning("replica_declared_dead", replica=str(replica_id), because="it is silent")
+        taken = 0
+        while self._serving and (orphans := await self._claim()):
+            async with asyncio.TaskGroup() as tasks:
+                for orphan in orphans:
+                    tasks.create_task(self._take(orphan))
+            taken += len(orphans)
+        return taken
 
-    async def _end(self, orphan: Orphan) -> None:
+    @property
+    def _serving(self) -> bool:
+        return self._replica.refusal is None
+
+    async def _claim(self) -> list[Orphan]:
+        owners = self._patience.owners
+        if room := self._runner.room:
+            return await self._streams.claim(min(_CLAIMED, room), owners=owners)
+        return await self._streams.claim(_CLAIMED, owners=owners, ends_only=True)
+
+    async def _take(self, orphan: Orphan) -> None:
         stream = orphan.stream
-        writer = self._log.open(stream.id, last_id=orphan.last_id)
+        async with self._places:
+            try:
+                # What is stopping here still, under the fence of an earlier incarnation, is found by a later pass.
+                if not self._runner.runs(stream.id):
+                    await self._go_on(orphan)
+                    self._streams.settle(stream.id)
+            except (Fenced, StreamLost) as lost:
+                log.warning("run_lost", streaming_session_id=str(stream.id), reason=type(lost).__name__)
+            except Exception:  # around one stream: the others of this pass must be seen to all the same
+                log.exception("takeover_failed", streaming_session_id=str(stream.id))
+
+    async def _go_on(self, orphan: Orphan) -> None:
+        stream, past = orphan.stream, await self._recall(orphan.stream)
+        outcome = self._end_of(orphan) or await self._run(orphan)
+        if isinstance(outcome, Run):
+            self._runner.start(outcome, past)
+            for flow in orphan.stop or ():
+                self._runner.stop(stream.id, CANCELLED, flow)
+            # What was committed before it was ours was not published here.
+            self._hub.stir(stream.id)
+        else:
+            await self._end(stream, past, outcome)
+        how = "begun again" if isinstance(outcome, Run) else f"ended: {outcome.code}"
+        log.info("stream_taken_over", streaming_session_id=str(stream.id), owner=orphan.attempt, how=how)
+
+    def _end_of(self, orphan: Orphan) -> Failure | None:
+        """Why it is not begun again."""
+        if orphan.stop == []:
+            return CANCELLED
+        lost = orphan.attempt > self._patience.owners or orphan.age_s > self._patience.age_s
+        return OWNER_LOST if lost or orphan.request is None else None
+
+    async def _run(self, orphan: Orphan) -> Run | Failure:
         try:
-            memory = await self._recall(orphan)
-            answer = memory.answer
-            # flow_end in the log: the provider had finished, only the saving is left to do.
-            answer.failure = memory.failure or (None if answer.finish_reason else _end_of(orphan))
-            if answer.failure is not None and answer.attempts:
-                answer.attempts[-1].end(answer.failure)
-            if answer.failure is _OWNER_LOST:
-                self._report(stream, writer, answer)
-            if answer.shown and not memory.saved:
+            return await self._beginning.again(self._pool, orphan)
+        except (NotFound, Invalid) as gone:
+            return Failure(gone.code, gone.detail)
+
+    async def _recall(self, stream: Stream) -> Past:
+        """What the log holds of it."""
+        past = Past(last_id=0)
+        while payloads := await self._tail.read(stream.id, past.last_id, _PAGE):
+            for payload in payloads:
+                past.recall(payload)
+        past.close()
+        return past
+
+    async def _end(self, stream: Stream, past: Past, failure: Failure) -> None:
+        """Without asking anybody: with what is there, and as completed where the answer is whole."""
+        answer = past.answer(stream.flow_type)
+        writer = self._log.open(stream.id, last_id=past.last_id)
+        try:
+            for kind, data in past.unsaid:
+                writer.append(kind, data)
+            for progress in past.begun():
+                self._report(stream, writer, progress, failure)
+            if answer.flow not in past.over | past.flows.keys():
+                self._report(stream, writer, answer, failure)
+            if answer.shown and not past.saved:
                 await self._ending.save_answer(stream, writer, answer)
-            await self._ending.conclude(stream, writer, Result(answer, [answer]))
-            log.info("stream_taken_over", streaming_session_id=str(stream.id))
-            self._streams.settle(stream.id)
-        except (Fenced, StreamLost) as lost:
-            log.warning("run_lost", streaming_session_id=str(stream.id), reason=type(lost).__name__)
-        except Exception:  # around one stream: the others of this pass must be ended all the same
-            log.exception("takeover_failed", streaming_session_id=str(stream.id))
+            flows = past.flows | {answer.flow: answer}
+            await self._ending.conclude(stream, writer, Result(answer, [*flows.values()]))
         finally:
             self._log.close(writer)
 
-    def _report(self, stream: Stream, writer: Writer, answer: Progress) -> None:
-        about = About(None, stream.id, stream.session_id, stream.chatbot_id, answer.flow, len(answer.attempts))
-        answer.error_id = self._journal.record(_OWNER_LOST.code, _OWNER_LOST.message, about=about)
-        told = {"code": _OWNER_LOST.code, "message": _OWNER_LOST.message, "retryable": _OWNER_LOST.retryable}
-        writer.append("flow_error", {"flow": answer.flow, **told, "error_id": answer.error_id})
+    def _report(self, stream: Stream, writer: Writer, progress: Progress, failure: Failure) -> None:
+        progress.failure = failure
+        if failure.outcome == "cancelled":
+            self._report_stop(writer, progress)
+            return
+        about = About(None, stream.id, stream.session_id, stream.chatbot_id, progress.flow, len(progress.attempts))
+        progress.error_id = self._journal.record(failure.code, failure.message, about=about)
+        told = {"code": failure.code, "message": failure.message, "retryable": failure.retryable}
+        writer.append("flow_error", {"flow": progress.flow, **told, "error_id": progress.error_id})
 
-    async def _recall(self, orphan: Orphan) -> "_Memory":
-        """Read back what the log holds of the answer."""
-        memory, cursor = _Memory(Progress(orphan.stream.flow_type)), 0
-        while payloads := await self._tail.read(orphan.stream.id, cursor, _PAGE):
-            cursor += len(payloads)
-            for payload in payloads:
-                memory.recall(payload)
-        return memory
-
-
-class _Memory:
-    """What the log says of the answer flow, whichever flow that turned out to be."""
-
-    def __init__(self, answer: Progress) -> None:
-        self.answer = answer
-        self.saved = False
-        self.failure: Failure | None = None
-
-    def recall(self, payload: str) -> None:
-        kind = kind_of(payload)
-        if kind == "flow_selected" and (chosen := data_of(payload)["flow"]) != self.answer.flow:
-            self.answer = Progress(chosen)
-        elif kind in _OF_A_FLOW and (data := data_of(payload))["flow"] == self.answer.flow:
-            self._recall(kind, data)
-
-    def _recall(self, kind: str, data: dict[str, Any]) -> None:
-        answer = self.answer
-        match kind:
-            case "flow_start":
-                answer.attempts.append(Attempt(data["attempt"], data["provider"], data["model"]))
-            case "flow_restart":
-                answer.clear()
-            case "token":
-                answer.pieces.append(data["token"])
-                answer.length += len(data["token"])
-                for name, contents in data["markers"].items():
-                    answer.markers += [(name, content, answer.length) for content in contents]
-            case "flow_output":
-                answer.pieces.append(text_of(data["output"]))
-            case "flow_error":
-                self.failure = Failure(data["code"], data["message"], data["retryable"])
-                answer.error_id = data["error_id"]
-            case "flow_end":
-                answer.finish_reason = data["finish_reason"]
-                answer.first_token_ms, answer.duration_ms = data["ttft_ms"], data["duration_ms"]
-                if data["finish_reason"] == "cancelled":
-                    self.failure = CANCELLED
-            case "message":
-                self.saved = True
-
-
-def _end_of(orphan: Orphan) -> Failure:
-    return CANCELLED if orphan.cancelled else _OWNER_LOST
-
-
-def text_of(output: Any) -> str:
-    """A flow's output as text: what a model wrote as JSON is kept as JSON."""
-    return output if isinstance(output, str) else orjson.dumps(output).decode()
+    def _report_stop(self, writer: Writer, progress: Progress) -> None:
+        if progress.attempts:
+            times = {"ttft_ms": progress.first_token_ms, "duration_ms": progress.duration_ms}
+            told = {"finish_reason": "cancelled", "usage": progress.usage_json(), **times}
+            writer.append("flow_end", {"flow": progress.flow, **told})

@@ -95,11 +95,14 @@ class Writer:
         "_size",
         "_taken",
         "_waiters",
+        "owner",
         "stream_id",
     )
 
-    def __init__(self, log: "Log", stream_id: UUID, last_id: int) -> None:
+    def __init__(self, log: "Log", stream_id: UUID, last_id: int, owner: UUID) -> None:
         self.stream_id = stream_id
+        # The incarnation that opened it: a later one of this process may not write here.
+        self.owner = owner
         self._log = log
         self._last = last_id
         self._pending: list[str] = []
@@ -259,7 +262,7 @@ class Log:
 
     def open(self, stream_id: UUID, *, last_id: int) -> Writer:
         """The writer of a stream whose row names this replica as its owner. `close` must follow."""
-        writer = self._writers[stream_id] = Writer(self, stream_id, last_id)
+        writer = self._writers[stream_id] = Writer(self, stream_id, last_id, self._replica.id)
         return writer
 
     def close(self, writer: Writer) -> None:

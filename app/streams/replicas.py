@@ -8,6 +8,8 @@ and ends all further ones.
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import datetime
 from time import monotonic
 from uuid import UUID, uuid4
 
@@ -30,6 +32,25 @@ select r.id from replicas r left join replica_beats b on b.replica_id = r.id
 where r.alive and r.id <> $1 and coalesce(b.beat_at, r.started_at) < clock_timestamp() - make_interval(secs => $2)
 limit 100
 """
+# A replica's lock is named by the first half of its id. Others look at it and never try it: that would get in its
+# owner's way.
+_KEY = "('x' || translate(left(r.id::text, 18), '-', ''))::bit(64)::bigint"
+_LOCK = "select pg_try_advisory_lock($1)"
+_HELD = """
+select classid::bigint << 32 | objid::bigint as key from pg_locks
+where locktype = 'advisory' and objsubid = 1 and granted
+  and database = (select oid from pg_database where datname = current_database())
+"""
+_LOOK = f"""
+select r.id, h.key is not null as held, clock_timestamp() as now
+from replicas r left join ({_HELD}) h on h.key = {_KEY}
+where r.alive
+"""
+_FENCE_SUSPECT = f"""
+update replicas r set alive = false
+where r.id = $1 and r.alive and {_KEY} not in ({_HELD})
+  and not exists (select from replica_beats b where b.replica_id = r.id and b.beat_at > $2)
+"""
 
 # Rows of the dead, once nothing unfinished names them. The log unit's tables may be asked about each other by key.
 _FORGET_DEAD = """
@@ -47,11 +68,21 @@ class Fenced(Exception):
     """This replica was declared dead: it must stop everything it was doing and write nothing more."""
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """A living replica as the database shows it: whether anybody holds its lock, at what time by the database."""
+
+    id: UUID
+    held: bool
+    at: datetime
+
+
 class Replica:
     """The current incarnation. After `renew` the process goes on as another replica, owning nothing."""
 
-    def __init__(self, pool: Pool, *, url: str | None = None) -> None:
+    def __init__(self, pool: Pool, *, url: str | None = None, lease_s: float = 6) -> None:
         self._pool = pool
+        self._lease_s = lease_s
         self._url = url
         self.id: UUID = uuid4()
         # Why new work is refused: still starting, draining; None while serving.
@@ -59,6 +90,8 @@ class Replica:
             "starting", "The server is starting: it waits for its database.", retry_after=2
         )
         self._beating_since: float | None = None
+        self._beat_at = 0.0
+        self._retired = False
 
     def admit(self) -> None:
         """Raises Unavailable where no new work is taken. Nobody waits for a database that is known to be away."""
@@ -71,7 +104,7 @@ class Replica:
         async with self._pool.acquire(timeout=ACQUIRE_S) as connection, connection.transaction():
             await connection.execute(_REGISTER, self.id, self._url, __version__)
             await connection.execute(_BEAT, self.id)
-        self._beating_since = monotonic()
+        self._beating_since = self._beat_at = monotonic()
 
     async def renew(self) -> None:
         """Become a new incarnation, after a fence."""
@@ -80,6 +113,8 @@ class Replica:
 
     async def beat(self) -> None:
         """Raises Fenced where this replica has been declared dead, which it may not have noticed otherwise."""
+        if self._retired:
+            return
         try:
             async with prompt_connection(self._pool, _BEAT_S) as connection:
                 if await connection.execute(_BEAT, self.id) == "INSERT 0 0":
@@ -90,20 +125,32 @@ class Replica:
                 # Whatever the others of the pool wait for will not come, either.
                 await self._pool.expire_connections()
             raise
-        if self._beating_since is None:
-            self._beating_since = monotonic()
+        now = monotonic()
+        if self._beating_since is None or self._was_away(now):
+            self._beating_since = now
+        self._beat_at = now
 
     @property
     def beating(self) -> bool:
         """Whether the last heartbeat reached the database."""
         return self._beating_since is not None
 
-    def may_fence(self, lease_s: float) -> bool:
-        """Only after a full lease of one's own beats: the first one back after an outage must not fence them all."""
-        return self._beating_since is not None and monotonic() - self._beating_since >= lease_s
+    def may_fence(self) -> bool:
+        """Only after a full lease of one's own beats: the first one back after an outage must not fence them all.
+
+        A beat that is late by half a lease counts as an outage, too: then those of the others may be as late.
+        """
+        now = monotonic()
+        if self._beating_since is None or self._was_away(now):
+            return False
+        return now - self._beating_since >= self._lease_s
+
+    def _was_away(self, now: float) -> bool:
+        return now - self._beat_at > self._lease_s / 2
 
     async def retire(self) -> None:
         """The last word of a drained replica: successors may claim what it left at once."""
+        self._retired = True
         await self._pool.execute(_RETIRE, self.id)
 
     async def forget_dead(self) -> None:
@@ -111,21 +158,36 @@ class Replica:
         await self._pool.execute(_FORGET_DEAD)
         await self._pool.execute(_FORGET_BEATS)
 
-    async def fence_silent(self, lease_s: float) -> list[UUID]:
+    async def fence_silent(self) -> list[UUID]:
         """Declare every other replica dead that has been silent for the lease. By the database's clock alone."""
         fenced = []
-        for row in await self._pool.fetch(_SILENT, self.id, lease_s):
+        for row in await self._pool.fetch(_SILENT, self.id, self._lease_s):
             if await self._pool.execute(_RETIRE, row["id"]) == "UPDATE 1":
                 fenced.append(row["id"])
         return fenced
 
+    async def hold(self, connection: Connection) -> bool:
+        """Take this replica's lock for as long as the connection lives: its release tells others of a sudden death."""
+        key = int.from_bytes(self.id.bytes[:8], "big", signed=True)
+        held: bool = await connection.fetchval(_LOCK, key)
+        return held
+
+    async def look(self, connection: Connection) -> list[Seen]:
+        """Every living replica, this one too."""
+        return [Seen(*row) for row in await connection.fetch(_LOOK)]
+
+    async def fence_suspect(self, replica_id: UUID, since: datetime) -> bool:
+        """Declare a replica dead whose lock is free and that has not beaten since; false where it lives after all."""
+        return await self._pool.execute(_FENCE_SUSPECT, replica_id, since) == "UPDATE 1"
+
     @asynccontextmanager
-    async def transaction(self) -> AsyncGenerator[Connection, None]:
+    async def transaction(self, owner: UUID | None = None) -> AsyncGenerator[Connection, None]:
         """A transaction of this replica: the fence is taken last, in one round trip with COMMIT.
 
-        Raises Fenced, and nothing was written, where this replica is no longer alive.
+        With `owner` it is one of that incarnation only. Raises Fenced, and nothing was written, where that is no
+        longer alive.
         """
-        owner = self.id
+        owner = owner or self.id
         async with self._pool.acquire(timeout=ACQUIRE_S) as connection:
             await _begin(connection)
             try:

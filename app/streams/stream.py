@@ -28,14 +28,14 @@ NEW_ID = "(lpad(to_hex((extract(epoch from parley_now()) * 1000)::bigint), 12, '
 _BEGIN = """
 with s as (
     insert into streaming_sessions
-        (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status, replica_id, abandon_s)
-    values ($1, $2, $3, $4, $5, $6, 'active', $7, $9))
+        (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status, replica_id, abandon_s, request)
+    values ($1, $2, $3, $4, $5, $6, 'active', $7, $9, $10))
 insert into streaming_events (stream_id, id, payload) values ($1, 1, $8)
 """
 _BEGIN_QUEUED = """
 with s as (
     update streaming_sessions
-    set status = 'active', chatbot_version = $5, flow_type = $6, replica_id = $7, abandon_s = $9
+    set status = 'active', chatbot_version = $5, flow_type = $6, replica_id = $7, abandon_s = $9, request = $10
     where id = $1 and user_id = $2 and session_id = $3 and chatbot_id = $4 and status = 'queued' returning id)
 insert into streaming_events (stream_id, id, payload) select id, 1, $8 from s
 """
@@ -70,30 +70,45 @@ select id from streaming_sessions
 where id = any($1::uuid[]) and (read_at is null or read_at < now() - make_interval(secs => abandon_s))
 """
 _END = """
-update streaming_sessions set status = $2, last_event_id = $3, ended_at = now()
+update streaming_sessions set status = $2, last_event_id = $3, ended_at = now(), request = null
 where id = $1 and status in ('queued', 'active')
 """
 # No event: the log cannot take one. Its end lies beyond every id that anybody was given, so all readers get 410.
 _LOSE = """
-update streaming_sessions set status = 'failed', ended_at = now(),
+update streaming_sessions set status = 'failed', ended_at = now(), request = null,
     last_event_id = greatest($2, (select max(id) from streaming_events where stream_id = $1)) + 1
 where id = $1 and status in ('queued', 'active')
 returning 1
 """
 _IS_OVER = "select status not in ('queued', 'active') from streaming_sessions where id = $1"
-# Runs after the fencing of dead owners has committed: in one statement its snapshot would be older than that.
-_CLAIM = """
+# Nobody lives who runs it, or it is in doubt. With $4 only what cannot be begun again and is merely to be ended.
+_IS_ORPHAN = """
+s.status = 'active'
+and (not exists (select from replicas r where r.id = s.replica_id and r.alive) or s.id = any($3::uuid[]))
+and (not $4 or s.cancel_flows = '{}' or s.request is null or s.attempt >= $5)
+"""
+# Runs after the fencing of dead owners has committed: in one statement its snapshot would be older than that. Each
+# living replica takes its share, so that several take over what one has left.
+_CLAIM = f"""
 with o as materialized (select 1 from replicas where id = $1 and alive for share),
+     share as materialized (
+        select least($2, ceil(count(*)::float8 / (select greatest(count(*), 1) from replicas where alive))) as most
+        from streaming_sessions s where {_IS_ORPHAN}),
      orphans as (
-        select s.id from streaming_sessions s
-        where s.status = 'active' and exists (select from o)
-          and (not exists (select from replicas r where r.id = s.replica_id and r.alive) or s.id = any($3::uuid[]))
-        order by s.id limit $2 for update of s skip locked)
+        select s.id from streaming_sessions s where {_IS_ORPHAN} and exists (select from o)
+        order by s.id limit (select most::int from share) for update of s skip locked)
 update streaming_sessions s set replica_id = $1, attempt = s.attempt + 1
 from orphans where s.id = orphans.id
-returning s.id, s.user_id, s.session_id, s.chatbot_id, s.chatbot_version, s.flow_type, s.attempt, s.cancel_flows
+returning s.id, s.user_id, s.session_id, s.chatbot_id, s.chatbot_version, s.flow_type, s.attempt, s.cancel_flows,
+          s.request
 """
-_LAST_ID = "select coalesce(max(id), 0) from streaming_events where stream_id = $1"
+_LET_GO = """
+update streaming_sessions s set attempt = s.attempt - 1
+where s.replica_id = $1 and s.status = 'active' and exists (select from replicas where id = $1 and alive for share)
+"""
+_AGE = """
+select extract(epoch from clock_timestamp() - created_at)::float8 from streaming_events where stream_id = $1 and id = 1
+"""
 _PAYLOAD = "select payload from streaming_events where stream_id = $1 and id = $2"
 
 # How long a stream in doubt is left alone before it is claimed, and how long one that cannot be found is looked for
@@ -118,12 +133,17 @@ class Stream:
 
 @dataclass(frozen=True, slots=True)
 class Orphan:
-    """A claimed stream: this replica owns it now and nobody else will write it any more."""
+    """A claimed stream: this replica owns it now and nobody else will write it any more.
+
+    `attempt` counts its owners. `stop` names the flows that somebody wanted to stop; none: the whole run; None:
+    nothing. `request` is what it was begun with, where that was kept; `age_s` by the database's clock.
+    """
 
     stream: Stream
-    last_id: int
     attempt: int
-    cancelled: bool
+    stop: Sequence[str] | None
+    request: str | None
+    age_s: float
 
 
 class _Over(Exception):
@@ -146,16 +166,18 @@ class Streams:
         *,
         queued: bool = False,
         abandon_s: float | None = None,
+        request: str | None = None,
     ) -> None:
         """Make an active stream of this replica with its first event `stream_start`, in the caller's transaction.
 
         Its id must be a `NEW_ID`, or that of a stream that was `queued`; the transaction `Replica.transaction`. With
-        `abandon_s`, replicas note for each other that somebody reads it.
+        `abandon_s`, replicas note for each other that somebody reads it; with `request`, what it needs besides its
+        rows, it can be begun again by another one.
         """
         # Until the caller confirms: a COMMIT without an answer may leave a stream that nobody runs.
         self.doubt(stream.id)
         fields = (getattr(stream, field) for field in Stream.__slots__)
-        values = (*fields, self._replica.id, encode("stream_start", start), abandon_s)
+        values = (*fields, self._replica.id, encode("stream_start", start), abandon_s, request)
         await connection.execute(_BEGIN_QUEUED if queued else _BEGIN, *values)
 
     async def enqueue(
@@ -216,7 +238,7 @@ class Streams:
         async with writer.alone() as event_id:
 
             async def transaction() -> None:
-                async with self._replica.transaction() as connection:
+                async with self._replica.transaction(writer.owner) as connection:
                     await work(connection)
                     if status is not None:
                         await connection.execute(_END, writer.stream_id, status, event_id)
@@ -270,11 +292,15 @@ class Streams:
     async def _is_over(self, stream_id: UUID) -> bool:
         return bool(await self._pool.fetchval(_IS_OVER, stream_id))
 
-    async def claim(self, most: int) -> list[Orphan]:
-        """Up to `most` unfinished streams whose owner is dead, or whose accept was left in doubt, now ours."""
+    async def claim(self, most: int, *, owners: int, ends_only: bool = False) -> list[Orphan]:
+        """This replica's share of the unfinished streams whose owner is dead or whose accept was left in doubt.
+
+        They are ours then, `most` of them at most. With `ends_only` those that are not to be begun again: stopped, too
+        old for that, or left by `owners` replicas already.
+        """
         now = monotonic()
         looked_for = [stream_id for stream_id, since in self._doubtful.items() if since < now - _LEFT_ALONE_S]
-        rows = await self._pool.fetch(_CLAIM, self._replica.id, most, looked_for)
+        rows = await self._pool.fetch(_CLAIM, self._replica.id, most, looked_for, ends_only, owners)
         for stream_id in looked_for:
             if self._doubtful[stream_id] < now - _LOOKED_FOR_S:
                 self.settle(stream_id)
@@ -285,8 +311,12 @@ class Streams:
 
     async def _orphan(self, row: asyncpg.Record) -> Orphan:
         stream = Stream(*(row[field] for field in Stream.__slots__))
-        last_id = await self._pool.fetchval(_LAST_ID, stream.id)
-        return Orphan(stream, last_id, row["attempt"], row["cancel_flows"] == [])
+        age_s = await self._pool.fetchval(_AGE, stream.id)
+        return Orphan(stream, row["attempt"], row["cancel_flows"], row["request"], age_s or 0)
+
+    async def let_go(self) -> None:
+        """What a drained replica leaves behind was not broken by it: it does not count as an owner of that."""
+        await self._pool.execute(_LET_GO, self._replica.id)
 
 
 def random_part() -> str:

@@ -8,6 +8,8 @@ down_revision = "0003"
 # What a message brought besides its rows, while its stream has not ended: as in queued_messages.request.
 TAKEOVER = [
     "alter table streaming_sessions add column request text",
+    # A long history: PostgreSQL's compression would cost more time than it saves room, for so short a life.
+    "alter table streaming_sessions alter column request set storage external",
 ]
 
 

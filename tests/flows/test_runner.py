@@ -231,17 +231,26 @@ async def until_event(home: House, url: str, number: int) -> None:
 
 
 async def test_a_fenced_server_goes_on_as_a_new_replica(house: Open) -> None:
-    async with house({"slow": "demo?delay_ms=5&tokens=5000"}, beat_s=0.1, scan_s=0.1) as home:
+    async with house({"slow": "demo?delay_ms=5&tokens=100"}, beat_s=0.1, scan_s=0.1) as home:
         lost = (await home.post("slow")).json()
         await until_event(home, lost["streaming_url"], 5)
         await home.database.execute("update replicas set alive = false")
         frames = await asyncio.wait_for(read_stream(home.client, lost["streaming_url"]), 20)
-        assert frames[-1].data["data"]["error"]["code"] == "owner_lost"
+        assert frames[-1].data["data"]["status"] == "completed"
+        assert [frame.event for frame in frames].count("flow_restart") == 1
         assert [frame.number for frame in frames] == list(range(1, len(frames) + 1))
         async with asyncio.timeout(5):
             while (await home.post()).status_code != 200:
                 pass
         assert await home.database.fetchval("select count(*) from replicas where alive") == 1
+
+
+async def test_a_fenced_server_that_has_nothing_to_write_finds_out_too(house: Open) -> None:
+    async with house(beat_s=0.1) as home:
+        await home.database.execute("update replicas set alive = false")
+        async with asyncio.timeout(5):
+            while (await home.post()).status_code != 200:
+                pass
 
 
 async def test_p14_two_servers_in_one_process_stop_for_themselves(house: Open, database: str) -> None:

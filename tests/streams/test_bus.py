@@ -156,9 +156,9 @@ async def test_a_stream_that_goes_on_elsewhere_is_heard_from_there(database: str
         for reader in readers:
             await reader.has(3)
         await first.parts.replica.retire()
-        (orphan,) = await second.parts.streams.claim(10)
+        (orphan,) = await second.parts.streams.claim(10, owners=3)
         first.parts.log.close(writer)
-        successor = second.parts.log.open(orphan.stream.id, last_id=orphan.last_id)
+        successor = second.parts.log.open(orphan.stream.id, last_id=3)
         await until(lambda: len(second.bus._interests.channels.get(writer.stream_id, {})) == 2)
         say(successor, 2)
         for reader in readers:

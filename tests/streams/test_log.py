@@ -11,7 +11,8 @@ from app.errors import Unavailable
 from app.streams.log import Limits, StreamLost, Writer
 from app.streams.partitions import first_id
 from app.streams.replicas import Fenced
-from tests.streams.engine import engine
+from app.streams.stream import Orphan
+from tests.streams.engine import Engine, engine
 from tests.wire import wire_to_postgres
 
 
@@ -295,6 +296,10 @@ async def _append_for_ever(writers: list[Writer]) -> None:
 # -- takeover
 
 
+async def claim(parts: Engine, most: int = 50, *, ends_only: bool = False) -> list[Orphan]:
+    return await parts.streams.claim(most, owners=3, ends_only=ends_only)
+
+
 async def test_only_streams_of_dead_owners_are_claimed_each_by_one(database: str) -> None:
     async with engine(database) as dead, engine(database) as one, engine(database) as two:
         lost = [await dead.writer() for _ in range(6)]
@@ -303,38 +308,64 @@ async def test_only_streams_of_dead_owners_are_claimed_each_by_one(database: str
             await writer.saved()
         living = await one.writer()
         await dead.replica.retire()
-        claimed = await asyncio.gather(one.streams.claim(4), two.streams.claim(50))
+        claimed = await asyncio.gather(claim(one), claim(two))
+        assert all(len(part) <= 3 for part in claimed), "each takes its share"
         orphans = [orphan for part in claimed for orphan in part]
-        assert len({orphan.stream.id for orphan in orphans}) == len(orphans)
-        orphans += await one.streams.claim(50)
+        while more := await claim(one):
+            orphans += more
+        assert len(orphans) == len({orphan.stream.id for orphan in orphans})
         assert {orphan.stream.id for orphan in orphans} == {writer.stream_id for writer in lost}
-        assert {orphan.last_id for orphan in orphans} == {3}
+        assert {orphan.attempt for orphan in orphans} == {2}
         assert living.stream_id not in {orphan.stream.id for orphan in orphans}
+
+
+async def test_a_replica_without_room_claims_only_what_is_merely_to_be_ended(database: str) -> None:
+    async with engine(database) as dead, engine(database) as one:
+        begun, stopped, exhausted, old = [await dead.begin() for _ in range(4)]
+        update = "update streaming_sessions set {} where id = $1"
+        for stream in (begun, stopped, exhausted):
+            await one.pool.execute(update.format("request = '{}'"), stream.id)
+        await one.streams.ask_to_stop(one.pool, stopped.id)
+        await one.pool.execute(update.format("attempt = 3"), exhausted.id)
+        await dead.replica.retire()
+        ends = {orphan.stream.id for orphan in await claim(one, ends_only=True)}
+        assert ends == {stopped.id, exhausted.id, old.id}
+        assert [orphan.stream.id for orphan in await claim(one)] == [begun.id]
+
+
+async def test_what_a_drained_replica_leaves_has_had_one_owner_less(database: str) -> None:
+    async with engine(database) as drained, engine(database) as one:
+        await drained.begin()
+        await drained.streams.let_go()
+        await drained.replica.retire()
+        [orphan] = await claim(one)
+        assert orphan.attempt == 1
+        assert 0 <= orphan.age_s < 60
 
 
 async def test_silence_is_measured_by_the_databases_clock(database: str) -> None:
     async with engine(database) as silent, engine(database) as one:
         await one.replica.beat()
-        assert await one.replica.fence_silent(60) == []
+        assert await one.replica.fence_silent() == []
         await one.pool.execute("update replica_beats set beat_at = beat_at - interval '2 minutes'")
-        assert await one.replica.fence_silent(60) == [silent.replica.id]
-        assert await one.replica.fence_silent(60) == []
+        assert await one.replica.fence_silent() == [silent.replica.id]
+        assert await one.replica.fence_silent() == []
 
 
 async def test_an_accept_left_in_doubt_is_claimed_later(database: str) -> None:
     async with engine(database) as parts:
         stream = await parts.begin()
-        assert await parts.streams.claim(50) == []
+        assert await claim(parts) == []
         parts.streams._doubtful[stream.id] -= 10
-        assert [orphan.stream for orphan in await parts.streams.claim(50)] == [stream]
+        assert [orphan.stream for orphan in await claim(parts)] == [stream]
 
 
 async def test_a_confirmed_stream_is_never_claimed_from_its_living_owner(database: str) -> None:
     async with engine(database) as parts, engine(database) as other:
         stream = await parts.begin()
         parts.streams.settle(stream.id)
-        assert await parts.streams.claim(50) == []
-        assert await other.streams.claim(50) == []
+        assert await claim(parts) == []
+        assert await claim(other) == []
 
 
 async def test_partitions_are_made_once_whoever_asks(database: str) -> None:
