@@ -101,4 +101,16 @@ def assert_whole(events: list[Event], status: str, *, error: str | None = None) 
 
 
 def text_of(events: list[Event]) -> str:
-    return "".join(event["data"]["token"] for event in events if event["event"] == "token")
+    """What a reader that obeys flow_restart has on its screen, of an answer of one flow."""
+    pieces: list[str] = []
+    for event in events:
+        if event["event"] == "flow_restart":
+            pieces.clear()
+        elif event["event"] == "token":
+            pieces.append(event["data"]["token"])
+    return "".join(pieces)
+
+
+def restarts(events: list[Event]) -> list[str]:
+    """Why flows were begun again."""
+    return [event["data"]["reason"] for event in events if event["event"] == "flow_restart"]
