@@ -78,9 +78,7 @@ async def look(database: str, demo: str) -> AsyncGenerator[Connection, None]:
     await connection.close()
 
 
-async def assert_kept(
-    look: Connection, accepted: dict[str, Any], events: list[Any], status: str = "completed"
-) -> None:
+async def assert_kept(look: Connection, accepted: dict[str, Any], events: list[Any], status: str = "completed") -> None:
     """The rows of an answer: its end once, what readers see of it as its message, its session free."""
     stream = accepted["streaming_session_id"]
     assert await look.fetchval("select max(id) from streaming_events where stream_id = $1", stream) == len(events)
