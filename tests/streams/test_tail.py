@@ -251,8 +251,8 @@ async def test_a_replica_that_was_declared_dead_does_not_contradict_its_successo
     async with engine(database) as zombie, engine(database) as heir:
         writer = await zombie.writer()
         await zombie.replica.retire()
-        (orphan,) = await heir.streams.claim(50)
-        successor = heir.log.open(writer.stream_id, last_id=orphan.last_id)
+        await heir.streams.claim(50, owners=3)
+        successor = heir.log.open(writer.stream_id, last_id=writer.last_id)
         successor.append("token", {"token": "x", "markers": {}, "flow": "main"})
         last = await successor.saved()
         assert zombie.log.last_id(writer.stream_id) == last - 1
