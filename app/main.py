@@ -28,6 +28,7 @@ from app.flows.chatbots import Chatbots
 from app.flows.ending import Ending
 from app.flows.incoming import Incoming
 from app.flows.intake import Intake
+from app.flows.queue import Room
 from app.flows.runner import Bounds, Runner
 from app.flows.stopping import Stopping
 from app.flows.takeover import Patience, Takeover
@@ -236,13 +237,15 @@ class Gateway:
         )
         self._lifeline = Lifeline(self._dsn, replica, on_gone=bus.gone.set)
         self._intake = intake = Intake(
+            pool,
             replica,
             streams,
             bus=bus,
             beginning=beginning,
             runner=runner,
             key_s=self._key_s,
-            waiting=settings.queue_limit,
+            user_runs=settings.user_runs,
+            room=Room(settings.queue_limit, settings.user_queue),
             at_once=_share(settings),
         )
         self._turns = turns = Turns(
@@ -285,6 +288,7 @@ class Gateway:
             images=images,
             uploads=Allowance(_UPLOADS * settings.upload_limit, of="uploads"),
             admit_upload=replica.admit,
+            admit_question=intake.admit,
             analyse=partial(_analyse, intake),
         )
 

@@ -117,7 +117,7 @@ _PROCESS_MESSAGE = Operation(
         400: ["invalid_json", "bad_request"],
         404: ["chatbot_unknown", "image_unknown"],
         409: ["session_busy", "message_exists"],
-        429: ["queue_full"],
+        429: ["queue_full", "too_many_runs"],
         413: ["body_too_large"],
         422: [
             "invalid_request",
@@ -177,6 +177,7 @@ _UPLOAD_IMAGE = Operation(
         404: ["chatbot_unknown"],
         408: ["upload_too_slow"],
         413: ["body_too_large"],
+        429: ["too_many_runs"],
         422: [
             "invalid_request",
             "message_too_long",

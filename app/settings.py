@@ -62,6 +62,10 @@ class Settings(BaseSettings):
     history_limit: int = Field(200, ge=0, description="Most messages in conversation_history, or read from the chat.")
     history_bytes: int = Field(256 * KIB, ge=0, description="Most UTF-8 bytes of conversation_history.")
     queue_limit: int = Field(20, ge=0, description="Messages that may wait in one session while an answer runs.")
+    user_runs: int = Field(
+        100, ge=1, description="Answers of one user under way on all replicas; more are refused with 429."
+    )
+    user_queue: int = Field(200, ge=0, description="Messages of one user that may wait in all sessions together.")
     max_runs: int = Field(2000, ge=1, description="Answers under way on this replica; more are refused with 503.")
     idempotency_hours: float = Field(24, gt=0, description="How long an Idempotency-Key is remembered, in hours.")
 

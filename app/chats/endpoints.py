@@ -82,6 +82,8 @@ class Needs(TypedDict):
     uploads: Allowance
     # Raises Unavailable where nothing may be stored now.
     admit_upload: Callable[[], None]
+    # Raises TooMany where this user may not ask anything more now.
+    admit_question: Callable[[str], Awaitable[None]]
     # The chatbot's image flow. None: a question is not answered.
     analyse: Callable[[Question], Awaitable[Analysis]] | None
 
@@ -92,6 +94,8 @@ async def upload_image(request: Request[Needs]) -> Response:
     # Before the body is read: what waits here waits at its sender.
     async with request.state["uploads"].take(_size(request)):
         upload = await _received(request)
+        if upload.message_text:
+            await request.state["admit_question"](upload.user_id or "")
         image = await request.state["images"].accept(upload_of(upload.image_data), user_id=upload.user_id or "")
     analysis = await _analysis(request, upload, image)
     answer = UploadAnswer(

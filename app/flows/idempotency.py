@@ -18,6 +18,9 @@ on conflict (principal, route, key) do update
 returning 1
 """
 _FIND = "select fingerprint, answer from idempotency_keys where principal = $1 and route = $2 and key = $3"
+_IS_KNOWN = """
+select exists (select from idempotency_keys where principal = $1 and route = $2 and key = $3)
+"""
 _ANSWER = "update idempotency_keys set answer = $4 where principal = $1 and route = $2 and key = $3"
 
 
@@ -45,6 +48,12 @@ async def claim(connection: Connection, key: Key, *, remember_s: float) -> dict[
         raise Invalid("idempotency_mismatch", "This idempotency key was used with another body; choose a new one.")
     answer: dict[str, Any] = orjson.loads(row["answer"])
     return answer
+
+
+async def is_known(connection: Connection, key: Key) -> bool:
+    """Whether the request was answered before, perhaps; only `claim` knows for certain."""
+    known: bool = await connection.fetchval(_IS_KNOWN, key.principal, key.route, key.key)
+    return known
 
 
 async def remember(connection: Connection, key: Key, answer: dict[str, Any]) -> None:

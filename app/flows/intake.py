@@ -9,13 +9,13 @@ from typing import Literal
 
 import structlog
 
-from app.errors import Conflict, Unavailable
+from app.errors import Conflict, TooMany, Unavailable
 from app.flows import idempotency, queue, sessions
 from app.flows.beginning import Beginning, Prepared
 from app.flows.incoming import Incoming
 from app.flows.run import CANCELLED, Run
 from app.flows.runner import Runner
-from app.postgres import Connection, retry_conflicts
+from app.postgres import Connection, Pool, prompt_connection, retry_conflicts
 from app.streams.bus import Bus
 from app.streams.replicas import Fenced, Replica
 from app.streams.stream import Stream, Streams
@@ -38,14 +38,16 @@ class Accepted:
 
 
 class Intake:
-    """The accepting transaction. Its locks, in order: idempotency key, session, chat, message, stream, fence.
+    """The accepting transaction. Its locks, in order: idempotency key, session, user, chat, message, stream, fence.
 
-    At most `at_once` of them are under way, so that a burst of messages leaves connections to readers and health.
-    `key_s`: how long an idempotency key is remembered; `waiting`: the most messages that wait in one session.
+    At most `at_once` of them are under way, so that a burst of messages leaves connections to everybody else.
+    `key_s`: how long an idempotency key is remembered; `user_runs`: the most answers of a user under way, on all
+    replicas together; `room`: the most messages that wait. Nobody in particular (no user) is not counted.
     """
 
     def __init__(
         self,
+        pool: Pool,
         replica: Replica,
         streams: Streams,
         *,
@@ -53,18 +55,21 @@ class Intake:
         beginning: Beginning,
         runner: Runner,
         key_s: float,
-        waiting: int,
+        user_runs: int,
+        room: queue.Room,
         at_once: int,
     ) -> None:
         self._turns = asyncio.Semaphore(at_once)
         self._at_once = at_once
+        self._pool = pool
         self._replica = replica
         self._streams = streams
         self._bus = bus
         self._beginning = beginning
         self._runner = runner
         self._key_s = key_s
-        self._waiting = waiting
+        self._user_runs = user_runs
+        self._room = room
 
     async def accept(self, incoming: Incoming) -> Accepted:
         """Make the message durable, start its run or queue it, and say where the answer streams.
@@ -72,12 +77,33 @@ class Intake:
         Raises NotFound, Conflict, Invalid, TooMany or Unavailable; then nothing was written.
         """
         self._replica.admit()
+        # Its picture is stored before the transaction begins, so it is refused before that.
+        if incoming.image_data is not None and not await self._is_repeated(incoming):
+            await self.admit(incoming.user_id, incoming.session_id)
         prepared = await retry_conflicts(lambda: self._beginning.prepare(incoming))
         try:
             async with self._turn():
                 return await retry_conflicts(lambda: self._accept(prepared))
         except Fenced:
             raise Unavailable("replica_lost", "The server is recovering; send it again.", retry_after=2) from None
+
+    async def admit(self, user_id: str, session_id: str | None = None) -> None:
+        """Raises TooMany where a message would be refused, as far as that can be known before it is accepted."""
+        async with prompt_connection(self._pool) as connection:
+            await self._require_place(connection, user_id, session_id)
+
+    async def _require_place(self, connection: Connection, user_id: str, session_id: str | None) -> None:
+        if not user_id:
+            return
+        if await sessions.active_elsewhere(connection, user_id=user_id, session_id=session_id) >= self._user_runs:
+            detail = f"{self._user_runs} answers of this user are under way; let one of them end."
+            raise TooMany("too_many_runs", detail, retry_after=5)
+
+    async def _is_repeated(self, incoming: Incoming) -> bool:
+        if incoming.key is None:
+            return False
+        async with prompt_connection(self._pool) as connection:
+            return await idempotency.is_known(connection, incoming.key)
 
     async def close(self, within_s: float) -> None:
         """Wait until no accept is under way, after the replica has begun to refuse them; none follows."""
@@ -135,6 +161,7 @@ class Intake:
         )
         if stream_id is None:
             return await self._enqueue(connection, prepared, session_id)
+        await self._require_place(connection, incoming.user_id, session_id)
         # Not whether the session's row is new: that of an old chat is made anew after it was forgotten.
         new = incoming.session_id is None
         return await self._beginning.write(
@@ -148,13 +175,12 @@ class Intake:
             raise Conflict(
                 "session_busy", "An answer is under way in this session; wait for its stream_end, then send again."
             )
+        await sessions.one_at_a_time(connection, user_id=incoming.user_id)
         interrupts = None
         first = on_busy == "interrupt"
         fields = (incoming.user_id, session_id, incoming.chatbot_id, prepared.version, prepared.flow_type)
         stream = await self._streams.enqueue(connection, *fields)
-        await queue.add(
-            connection, incoming, session_id=session_id, stream_id=stream.id, most=self._waiting, first=first
-        )
+        await queue.add(connection, incoming, session_id=session_id, stream_id=stream.id, room=self._room, first=first)
         if first:
             interrupts = await sessions.lock(connection, user_id=incoming.user_id, session_id=session_id)
             if interrupts is not None:

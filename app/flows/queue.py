@@ -1,6 +1,6 @@
 """queued_messages: what a user sent while an answer was under way, in the order in which it will have its turn.
 
-Every statement runs under the lock of the session's row. Bounded per session when a message is added.
+Every statement runs under the lock of the session's row. Bounded per session and per user when a message is added.
 """
 
 from dataclasses import dataclass, replace
@@ -14,7 +14,9 @@ from app.expiry import Expired
 from app.flows.incoming import Incoming, decode, encode
 from app.postgres import Connection, Pool
 
-_COUNT = "select count(*) from queued_messages where user_id = $1 and session_id = $2"
+_COUNT = """
+select count(*) as everywhere, count(*) filter (where session_id = $2) as here from queued_messages where user_id = $1
+"""
 _IS_STORED = "select exists (select from messages where user_id = $1 and id = $2)"
 _ADD = """
 insert into queued_messages (user_id, session_id, message_id, stream_id, chatbot_id, text, request, place)
@@ -61,6 +63,14 @@ where s.status = 'idle' limit $1
 
 
 @dataclass(frozen=True, slots=True)
+class Room:
+    """The most messages that wait in a session, and of a user."""
+
+    session: int
+    user: int
+
+
+@dataclass(frozen=True, slots=True)
 class Waiting:
     """A queued message as its user sees it."""
 
@@ -81,12 +91,14 @@ class Turn:
 
 
 async def add(
-    connection: Connection, incoming: Incoming, *, session_id: str, stream_id: UUID, most: int, first: bool
+    connection: Connection, incoming: Incoming, *, session_id: str, stream_id: UUID, room: Room, first: bool
 ) -> None:
     """At the end of the queue, or at its front. Raises TooMany when it is full and Conflict for a used message id."""
-    waiting = await connection.fetchval(_COUNT, incoming.user_id, session_id)
-    if waiting >= most:
-        raise TooMany("queue_full", f"{most} messages wait in this session already; let them be answered first.")
+    ((everywhere, here),) = await connection.fetch(_COUNT, incoming.user_id, session_id)
+    if here >= room.session:
+        raise _full(f"{room.session} messages wait in this session")
+    if incoming.user_id and everywhere >= room.user:
+        raise _full(f"{room.user} messages of this user wait")
     message_id = incoming.message_id or str(uuid4())
     values = (incoming.user_id, session_id, message_id, stream_id, incoming.chatbot_id, incoming.text)
     try:
@@ -95,6 +107,10 @@ async def add(
         await connection.execute(_ADD, *values, encode(incoming), first)
     except asyncpg.UniqueViolationError:
         raise _exists() from None
+
+
+def _full(why: str) -> TooMany:
+    return TooMany("queue_full", f"{why} already; let them be answered first.", retry_after=5)
 
 
 def _exists() -> Conflict:

@@ -9,6 +9,9 @@ from app.flows.chatbots import Chatbots
 from app.postgres import Connection, Pool
 from app.streams.stream import NEW_ID, random_part
 
+# Held to the end of the transaction by whoever adds to what a user has under way, so that those who come at once are
+# counted one after the other. PostgreSQL knows it by a number only.
+_USER_LOCK = "pg_advisory_xact_lock(hashtextextended({user_id}, 0))"
 # The stream's id is drawn here, so that the row names its stream from the first moment.
 _OCCUPY = f"""
 insert into conversation_sessions (user_id, id, chatbot_id, status, streaming_session_id)
@@ -18,7 +21,10 @@ on conflict (user_id, id) do update set
     streaming_session_id = excluded.streaming_session_id, updated_at = now()
 where conversation_sessions.status = 'idle' and not exists (
     select from queued_messages q where q.user_id = excluded.user_id and q.session_id = excluded.id)
-returning streaming_session_id
+returning streaming_session_id, {_USER_LOCK.format(user_id="$1")}
+"""
+_ACTIVE_ELSEWHERE = """
+select count(*) from conversation_sessions where user_id = $1 and status = 'active' and id is distinct from $2
 """
 _REOCCUPY = """
 update conversation_sessions set status = 'active', streaming_session_id = $3, updated_at = now()
@@ -52,6 +58,17 @@ async def occupy(connection: Connection, *, user_id: str, session_id: str, chatb
     """
     stream_id: UUID | None = await connection.fetchval(_OCCUPY, user_id, session_id, chatbot_id, random_part())
     return stream_id
+
+
+async def active_elsewhere(connection: Connection, *, user_id: str, session_id: str | None) -> int:
+    """The user's other sessions with an answer under way. Exact behind `occupy`, else perhaps out of date."""
+    count: int = await connection.fetchval(_ACTIVE_ELSEWHERE, user_id, session_id)
+    return count
+
+
+async def one_at_a_time(connection: Connection, *, user_id: str) -> None:
+    """Have everybody else wait who accepts something of this user, until the transaction ends."""
+    await connection.execute(f"select {_USER_LOCK.format(user_id='$1')}", user_id)
 
 
 async def reoccupy(connection: Connection, *, user_id: str, session_id: str, stream_id: UUID) -> bool:

@@ -12,9 +12,14 @@ TAKEOVER = [
     "alter table streaming_sessions alter column request set storage external",
 ]
 
+# How many answers of a user are under way, asked by every accept.
+ADMISSION = [
+    "create index conversation_sessions_active on conversation_sessions (user_id) where status = 'active'",
+]
+
 
 def upgrade() -> None:
-    for statement in TAKEOVER:
+    for statement in [*TAKEOVER, *ADMISSION]:
         op.execute(statement)
 
 

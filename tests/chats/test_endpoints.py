@@ -184,6 +184,9 @@ async def _alone(database: str, asked: list[Question], total: int) -> AsyncGener
         asked.append(question)
         return Analysis("A picture.", "stream-1")
 
+    async def welcome(user_id: str) -> None:
+        assert user_id in ("ann", "")
+
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[Needs, None]:
         pool, decoders = await open_pool(database, 2), Decoders(Limits(), processes=1)
@@ -192,6 +195,7 @@ async def _alone(database: str, asked: list[Question], total: int) -> AsyncGener
             images=Images(pool, decoders),
             uploads=Allowance(total, of="uploads", wait_s=0.05),
             admit_upload=lambda: None,
+            admit_question=welcome,
             analyse=analyse,
         )
         await decoders.aclose()
