@@ -13,7 +13,7 @@ from app.flows import chatbots
 from app.jobs import runs
 from app.jobs.schedule import SCHEDULE
 from app.jobs.scheduler import complaint
-from app.postgres import AWAY, OLDEST, Connection, open_connection, why
+from app.postgres import AWAY, OLDEST, Connection, open_connection, refuse_pooler, why
 from app.providers.provider import Deadlines, Endpoint
 from app.providers.registry import Providers
 from app.schema import require_current
@@ -50,22 +50,25 @@ async def examine(settings: Settings) -> AsyncGenerator[Finding, None]:
         yield Finding("database", False, why(error))
         return
     try:
-        async with aclosing(_examine_database(connection)) as findings:
+        async with aclosing(_examine_database(settings.database_url, connection)) as findings:
             async for finding in findings:
                 yield finding
+    except Misconfigured as error:
+        yield Finding("database", False, error.detail)
     except (*AWAY, asyncpg.PostgresError) as error:
         yield Finding("database", False, why(error))
     finally:
         await connection.close()
 
 
-async def _examine_database(connection: Connection) -> AsyncGenerator[Finding, None]:
+async def _examine_database(dsn: str, connection: Connection) -> AsyncGenerator[Finding, None]:
     version = connection.get_server_version()
     # asyncpg counts as before PostgreSQL 10: the second number of today's versions is its third.
     name = f"PostgreSQL {version.major}.{version.micro}"
     if version.major < OLDEST:
         yield Finding("database", False, f"{name} is too old: {OLDEST} or newer is needed.")
         return
+    await refuse_pooler(dsn, connection)
     yield Finding("database", True, f"{name} answers")
     try:
         await require_current(connection)

@@ -111,14 +111,56 @@ async def _not_ready(dsn: str) -> str | None:
     except (*AWAY, asyncpg.PostgresError, ValueError) as error:
         if isinstance(error, ValueError):
             raise Misconfigured("database_url", f"DATABASE_URL is not a PostgreSQL URL: {error}") from None
+        if isinstance(error, asyncpg.ProtocolViolationError) and "startup parameter" in str(error):
+            raise _pooler() from None
         return why(error)
     try:
         major = connection.get_server_version().major
+        if major < OLDEST:
+            raise Misconfigured("database_old", f"PostgreSQL {major} is too old: Parley needs {OLDEST} or newer.")
+        await refuse_pooler(dsn, connection)
+    except (*AWAY, asyncpg.PostgresError) as error:
+        return why(error)
     finally:
-        await connection.close()
-    if major < OLDEST:
-        raise Misconfigured("database_old", f"PostgreSQL {major} is too old: Parley needs {OLDEST} or newer.")
+        connection.terminate()
     return None
+
+
+async def refuse_pooler(dsn: str, connection: Connection) -> None:
+    """Raises Misconfigured where a pooler stands before PostgreSQL and a session is not ours alone (D12).
+
+    It drops the settings that bound how long we wait for locks, or gives one server process to two of our connections:
+    then session locks and LISTEN are nobody's.
+    """
+    try:
+        kept = await _keeps_session(dsn, connection)
+    except (asyncpg.DuplicatePreparedStatementError, asyncpg.InvalidSQLStatementNameError):
+        kept = False  # somebody else prepared statements on what we took for ours
+    if not kept:
+        raise _pooler()
+
+
+async def _keeps_session(dsn: str, connection: Connection) -> bool:
+    if await connection.fetchval("show lock_timeout") != _SESSION["lock_timeout"]:
+        return False
+    backend = await connection.fetchval("select pg_backend_pid()")
+    if backend == connection.get_server_pid():
+        return True
+    # A pooler answers with a number of its own where PostgreSQL names its process. This connection is idle now: in
+    # transaction mode the next one is given its process.
+    other = await open_connection(dsn)
+    try:
+        return bool(await other.fetchval("select pg_backend_pid()") != backend)
+    finally:
+        other.terminate()
+
+
+def _pooler() -> Misconfigured:
+    return Misconfigured(
+        "database_pooler",
+        "A connection pooler (PgBouncer?) stands between here and PostgreSQL and keeps no session of ours. Name the "
+        "host and port of PostgreSQL itself in DATABASE_URL: a replica holds PARLEY_POOL_SIZE and three connections.",
+    )
 
 
 def why(error: Exception) -> str:
