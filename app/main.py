@@ -5,6 +5,7 @@ from collections.abc import AsyncGenerator, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from time import monotonic
 
 import asyncpg
 import structlog
@@ -388,8 +389,9 @@ class Gateway:
         await self._life.leave.wait()
         self._replica.refusal = Unavailable("draining", "The server is stopping; ask another one.", retry_after=1)
         try:
+            began = monotonic()
             await self._intake.close(_ACCEPTS_S)
-            await self._runner.drain(self._settings.drain_s)
+            await self._runner.drain(max(0, self._settings.drain_s - (monotonic() - began)))
             async with asyncio.timeout(_GOODBYE_S):
                 await self._streams.let_go()
                 await self._replica.retire()

@@ -60,6 +60,10 @@ class FlowFailed(Exception):
 
 # Somebody asked for it: an end of its own, and no error.
 CANCELLED = Failure("cancelled", "The answer was stopped on request.", outcome="cancelled")
+# The log cannot go on with it: a server that lost commits took over, or its next id holds something else.
+LOG_LOST = Failure(
+    "log_lost", "The database has lost a part of this answer's events; its text was kept.", retryable=True
+)
 
 
 @dataclass(slots=True)

@@ -17,7 +17,7 @@ from app.flows.config import Choice, Flow
 from app.flows.ending import Ending
 from app.flows.execution import Execution
 from app.flows.past import Past
-from app.flows.run import Failure, Progress, Result, Run
+from app.flows.run import LOG_LOST, Failure, Progress, Result, Run
 from app.streams.log import Log, StreamLost, Writer
 from app.streams.replicas import Fenced
 from app.streams.stream import Stream
@@ -28,7 +28,6 @@ log = structlog.get_logger(__name__)
 _RELEASE_S = 1.5
 
 _UNSAVED = Failure("log_unavailable", "The answer could not be saved in time: the database was away.", retryable=True)
-_LOST = Failure("log_lost", "The database has lost a part of this answer's events; its text was kept.", retryable=True)
 _LATE = Failure("run_timeout", "The answer took longer than a run may take.", retryable=True)
 
 
@@ -62,7 +61,7 @@ class Runner:
         self._closed = False
         self.on_end: Callable[[Stream], Awaitable[object]] = _nothing
         event_log.on_fenced = self._cancel_all
-        event_log.on_lost = lambda stream_id: self._end(stream_id, _LOST)
+        event_log.on_lost = lambda stream_id: self._end(stream_id, LOG_LOST)
         event_log.on_unsaved = lambda stream_id: self._end(stream_id, _UNSAVED)
 
     @property
@@ -115,6 +114,11 @@ class Runner:
 
     def _end(self, stream_id: UUID, why: Failure) -> None:
         self.stop(stream_id, why)
+
+    @property
+    def under_way(self) -> set[UUID]:
+        """The streams of all runs here."""
+        return set(self._running)
 
     def runs(self, stream_id: UUID) -> bool:
         return stream_id in self._executions
@@ -196,7 +200,7 @@ class Runner:
 
     async def _lose(self, stream: Stream, writer: Writer, answer: Progress) -> None:
         """End a stream that the log has lost; its readers are told with 410."""
-        answer.failure = _LOST
+        answer.failure = LOG_LOST
         try:
             await self._ending.lose(stream, writer.last_id, answer)
         except Fenced:

@@ -13,7 +13,7 @@ from app.errors import Invalid, NotFound
 from app.flows.beginning import Beginning
 from app.flows.ending import Ending
 from app.flows.past import OWNER_LOST, Past
-from app.flows.run import CANCELLED, Failure, Progress, Result, Run
+from app.flows.run import CANCELLED, LOG_LOST, Failure, Progress, Result, Run
 from app.flows.runner import Runner
 from app.journal import About, Journal
 from app.postgres import Pool
@@ -69,6 +69,8 @@ class Takeover:
         self._journal = journal
         self._patience = patience
         self._places = asyncio.Semaphore(_AT_ONCE)
+        # A claim got no answer: there may be streams of ours that nobody runs.
+        self._unsure = False
 
     async def run_once(self) -> int:
         """Returns how many streams were taken over. Nothing happens on a replica that is leaving."""
@@ -88,10 +90,16 @@ class Takeover:
         return self._replica.refusal is None
 
     async def _claim(self) -> list[Orphan]:
-        owners = self._patience.owners
-        if room := self._runner.room:
-            return await self._streams.claim(min(_CLAIMED, room), owners=owners)
-        return await self._streams.claim(_CLAIMED, owners=owners, ends_only=True)
+        under_way = self._runner.under_way
+        if self._unsure:
+            await self._streams.doubt_all_but(under_way)
+        room = self._runner.room
+        self._unsure = True
+        orphans = await self._streams.claim(
+            min(_CLAIMED, room) or _CLAIMED, owners=self._patience.owners, ends_only=not room, under_way=under_way
+        )
+        self._unsure = False
+        return orphans
 
     async def _take(self, orphan: Orphan) -> None:
         stream = orphan.stream
@@ -101,8 +109,8 @@ class Takeover:
                 if not self._runner.runs(stream.id):
                     await self._go_on(orphan)
                     self._streams.settle(stream.id)
-            except (Fenced, StreamLost) as lost:
-                log.warning("run_lost", streaming_session_id=str(stream.id), reason=type(lost).__name__)
+            except Fenced:
+                log.warning("run_lost", streaming_session_id=str(stream.id), reason="Fenced")
             except Exception:  # around one stream: the others of this pass must be seen to all the same
                 log.exception("takeover_failed", streaming_session_id=str(stream.id))
 
@@ -157,6 +165,9 @@ class Takeover:
                 await self._ending.save_answer(stream, writer, answer)
             flows = past.flows | {answer.flow: answer}
             await self._ending.conclude(stream, writer, Result(answer, [*flows.values()]))
+        except StreamLost:
+            answer.failure = LOG_LOST
+            await self._ending.lose(stream, writer.last_id, answer)
         finally:
             self._log.close(writer)
 

@@ -2,7 +2,7 @@
 
 import asyncio
 import secrets
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
@@ -106,6 +106,7 @@ _LET_GO = """
 update streaming_sessions s set attempt = s.attempt - 1
 where s.replica_id = $1 and s.status = 'active' and exists (select from replicas where id = $1 and alive for share)
 """
+_OURS = "select id from streaming_sessions where replica_id = $1 and status = 'active' and id <> all($2::uuid[])"
 _AGE = """
 select extract(epoch from clock_timestamp() - created_at)::float8 from streaming_events where stream_id = $1 and id = 1
 """
@@ -292,14 +293,17 @@ class Streams:
     async def _is_over(self, stream_id: UUID) -> bool:
         return bool(await self._pool.fetchval(_IS_OVER, stream_id))
 
-    async def claim(self, most: int, *, owners: int, ends_only: bool = False) -> list[Orphan]:
+    async def claim(
+        self, most: int, *, owners: int, ends_only: bool = False, under_way: Collection[UUID] = ()
+    ) -> list[Orphan]:
         """This replica's share of the unfinished streams whose owner is dead or whose accept was left in doubt.
 
         They are ours then, `most` of them at most. With `ends_only` those that are not to be begun again: stopped, too
-        old for that, or left by `owners` replicas already.
+        old for that, or left by `owners` replicas already. What is `under_way` here is in no doubt.
         """
         now = monotonic()
-        looked_for = [stream_id for stream_id, since in self._doubtful.items() if since < now - _LEFT_ALONE_S]
+        old = [stream_id for stream_id, since in self._doubtful.items() if since < now - _LEFT_ALONE_S]
+        looked_for = [stream_id for stream_id in old if stream_id not in under_way]
         rows = await self._pool.fetch(_CLAIM, self._replica.id, most, looked_for, ends_only, owners)
         for stream_id in looked_for:
             if self._doubtful[stream_id] < now - _LOOKED_FOR_S:
@@ -308,6 +312,11 @@ class Streams:
         for row in rows:
             self.doubt(row["id"])
         return [await self._orphan(row) for row in rows]
+
+    async def doubt_all_but(self, under_way: Collection[UUID]) -> None:
+        """After a claim that got no answer: what is ours in the table, and is not under way, was claimed by it."""
+        for row in await self._pool.fetch(_OURS, self._replica.id, list(under_way)):
+            self._doubtful.setdefault(row["id"], monotonic())
 
     async def _orphan(self, row: asyncpg.Record) -> Orphan:
         stream = Stream(*(row[field] for field in Stream.__slots__))
