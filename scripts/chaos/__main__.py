@@ -22,6 +22,8 @@ from scripts.chaos.site import Site, running_site
 from scripts.chaos.trial import trying
 
 _TRIAL_S = 180
+# After a death, in seconds.
+_AGAIN_S = 2.5
 
 
 def main() -> None:
@@ -74,10 +76,12 @@ async def _run(folder: Path, arguments: argparse.Namespace) -> bool:
     for fault in FAULTS:
         if counts[fault.name]:
             print(line(fault.name, counts[fault.name], found[fault.name]))
-    everything = Findings()
-    for findings in found.values():
-        everything.add(findings)
-    print(totals(sum(counts.values()), everything))
+    everything, kills = Findings(), Findings()
+    for fault in FAULTS:
+        everything.add(found[fault.name])
+        if fault.family == "kill":
+            kills.add(found[fault.name])
+    print(totals(sum(counts.values()), everything, kills))
     return everything.fine
 
 
@@ -102,10 +106,18 @@ async def _try(site: Site, fault: Fault, chance: random.Random, browser: Browser
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(fault.inject(trial))
                 tasks.create_task(trial.go_on())
-            await trial.end()
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(trial.end())
+                tasks.create_task(_recover(site))
             return await look_at(trial, fault)
     except Exception as error:  # noqa: BLE001  one trial; the next ones are worth having all the same
         return Findings(wrong=[f"the trial broke: {_first(error)!r}"])
+
+
+async def _recover(site: Site) -> None:
+    """Somebody starts again what has died, when the others have dealt with it."""
+    await asyncio.sleep(_AGAIN_S)
+    await site.heal()
 
 
 def _first(error: BaseException) -> BaseException:

@@ -18,11 +18,11 @@ def line(name: str, trials: int, found: Findings) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def totals(trials: int, found: Findings) -> str:
+def totals(trials: int, found: Findings, kills: Findings) -> str:
     return (
         f"{trials} trials, {found.answers} answers: lost {found.lost}, doubled {found.doubled}, "
         f"reordered {found.reordered}, wrong {len(found.wrong)}, zombie writes {found.zombie}; "
-        f"takeover p50 / p99 {_times(found.takeovers)} s ({len(found.takeovers)})"
+        f"takeover after kill -9, p50 / p99: {_times(kills.takeovers)} s ({len(kills.takeovers)})"
     )
 
 

@@ -27,7 +27,7 @@ _READY_S = 40
 _STOP_S = 40
 
 # Lengths of answers, in tokens of 20 ms.
-LENGTHS = (30, 60, 100)
+LENGTHS = (20, 40, 70)
 # Readers notice a silent replica soon, and come back soon; everything else is as it comes.
 _READERS = {"PARLEY_SSE_HEARTBEAT_S": "1", "PARLEY_SSE_RETRY_MS": "200", "PARLEY_DRAIN_S": "1"}
 _QUICK = {"PARLEY_LEASE_S": "1", "PARLEY_BEAT_S": "0.2", "PARLEY_SCAN_S": "0.2", "PARLEY_POLL_S": "0.2"}

@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from time import monotonic
@@ -14,7 +14,7 @@ import pytest
 
 from app.demo import demo_provider
 from app.postgres import Connection
-from tests.command import Command, answered, running, silent_port, through
+from tests.command import PARLEY, Command, answered, running, silent_port, through
 from tests.reader import ask, assert_whole, poll, reading, restarts, text_of
 from tests.serving import apply_demo, client_of, until_ready
 
@@ -41,12 +41,14 @@ class Replica:
 
 
 @asynccontextmanager
-async def listening(database: str, **variables: str) -> AsyncGenerator[Replica, None]:
+async def listening(
+    database: str, *, command: Sequence[str] = PARLEY, **variables: str
+) -> AsyncGenerator[Replica, None]:
     environment = {**TIMES, "PARLEY_PORT": "0", "PARLEY_LOG_FORMAT": "text", "DATABASE_URL": database, **variables}
-    async with running("serve", **environment) as command:
-        url = (await command.says("listening")).rpartition("url=")[2]
+    async with running("serve", command=command, **environment) as process:
+        url = (await process.says("listening")).rpartition("url=")[2]
         async with client_of(url) as client:
-            yield Replica(command, client)
+            yield Replica(process, client)
 
 
 @asynccontextmanager
