@@ -287,3 +287,24 @@ async def test_u16_a_provider_at_capacity_refuses_before_any_row_is_written(hous
         assert (refused.status_code, refused.json()["code"]) == (503, "upstream_busy")
         assert int(refused.headers["retry-after"]) >= 1
         assert await rows(home) == before
+
+
+async def test_k6_a_client_that_is_gone_before_the_answer_finds_its_run(house: Open) -> None:
+    async with house({"slow": "demo?delay_ms=10&tokens=40"}) as home:
+        body = b'{"user_id":"ann","chatbot_id":"slow","message_text":"Hello","client_message_id":"once"}'
+        url = home.client.base_url
+        _, writer = await asyncio.open_connection(url.host, url.port)
+        writer.write(
+            b"POST /api/process-message HTTP/1.1\r\nHost: x\r\nContent-Length: " + str(len(body)).encode() + b"\r\n\r\n"
+        )
+        writer.write(body)
+        await writer.drain()
+        writer.transport.abort()
+        async with asyncio.timeout(10):
+            while not await home.count("streaming_sessions"):
+                await asyncio.sleep(0.01)
+        again = await home.post("slow", client_message_id="once")
+        assert again.headers["idempotent-replayed"] == "true"
+        frames = await read_stream(home.client, again.json()["streaming_url"])
+        assert frames[-1].data["data"]["status"] == "completed"
+        assert await home.count("streaming_sessions") == 1

@@ -110,6 +110,39 @@ async def test_connections_broken_again_and_again_leave_no_gap(database: str) ->
         assert await parts.stored(writer.stream_id) == list(range(1, 102))
 
 
+async def test_d8_a_stream_that_the_server_has_lost_events_of_is_written_no_more(database: str) -> None:
+    async with wire_to_postgres(database) as (wire, dsn), engine(database, log_dsn=dsn) as parts:
+        kept, busy, silent = [await parts.writer() for _ in range(3)]
+        for writer in (kept, busy, silent):
+            say(writer, 5)
+            await writer.saved()
+        lost: list[UUID] = []
+        parts.log.on_lost = lost.append
+        for writer in (busy, silent):
+            await parts.pool.execute("delete from streaming_events where stream_id = $1 and id > 4", writer.stream_id)
+        wire.cut()
+        say(busy, 1)
+        say(kept, 1)
+        assert await kept.saved() == 7
+        assert sorted(lost) == sorted([busy.stream_id, silent.stream_id]), "also the one that had nothing to say"
+        for writer in (busy, silent):
+            with pytest.raises(StreamLost):
+                say(writer, 1)
+            assert await parts.stored(writer.stream_id) == [1, 2, 3, 4]
+        assert not parts.log.full
+
+
+async def test_d8_an_end_does_not_follow_on_what_is_not_there(database: str) -> None:
+    async with engine(database) as parts:
+        writer = await parts.writer()
+        say(writer, 3)
+        await writer.saved()
+        await parts.pool.execute("delete from streaming_events where stream_id = $1 and id = 4", writer.stream_id)
+        with pytest.raises(StreamLost):
+            await parts.end(writer)
+        assert await parts.stored(writer.stream_id) == [1, 2, 3]
+
+
 async def test_an_id_taken_by_somebody_else_loses_the_stream_instead_of_overwriting(database: str) -> None:
     async with wire_to_postgres(database) as (_, dsn), engine(database, log_dsn=dsn) as parts:
         writer = await parts.writer()
