@@ -16,7 +16,7 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from app.postgres import Pool
+from app.postgres import Pool, prompt_connection
 from app.streams import signals
 from app.streams.hub import SOMEWHERE, Hub
 from app.streams.interests import Interests
@@ -33,6 +33,8 @@ _MOST_INTERESTS = 50_000
 # A reader further behind reads the table by itself; and how many events are read at once for all of them.
 _FAR = 256
 _ROWS = 2000
+# How long such a read may take, in seconds; then its readers look for themselves.
+_READ_S = 3
 
 _RANGES = """
 select r.s, e.payload from unnest($1::uuid[], $2::int[], $3::int[]) as r(s, a, z)
@@ -337,7 +339,9 @@ class NotifyBus:
 
     async def _deliver(self, ranges: list[_Range]) -> None:
         payloads: dict[UUID, list[str]] = {stream_id: [] for stream_id, _, _ in ranges}
-        for stream_id, payload in await self._pool.fetch(_RANGES, *map(list, zip(*ranges, strict=True))):
+        async with prompt_connection(self._pool, _READ_S) as connection:
+            rows = await connection.fetch(_RANGES, *map(list, zip(*ranges, strict=True)))
+        for stream_id, payload in rows:
             payloads[stream_id].append(payload)
         for stream_id, start, last_id in ranges:
             # Ids are distinct, so as many as there should be are all of them.

@@ -198,6 +198,7 @@ async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[A
     from app.streams.log import Limits, Log
     from app.streams.partitions import Partitions
     from app.streams.replicas import Replica
+    from app.streams.seats import Seats
     from app.streams.stream import NEW_ID, Stream, Streams, random_part
     from app.streams.tail import Tail
     from app.telemetry import Metrics, configure_logging
@@ -210,13 +211,16 @@ async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[A
     bus = NotifyBus(dsn, pool=pool, hub=hub, event_log=log, metrics=metrics, failing=set())
     await Partitions(pool, days_ahead=1).run_once()
     await replica.register()
+    replica.refusal = None
     streams, writers = Streams(pool, replica), []
     for _ in range(count):
         async with replica.transaction() as connection:
             new_id = await connection.fetchval(f"select {NEW_ID.format(random_part='$1')}", random_part())
             await streams.begin(connection, Stream(new_id, "u", str(new_id), "c", 1, "main"), {})
         writers.append(log.open(new_id, last_id=1))
+    seats = Seats(most=settings.max_readers, per_user=settings.max_readers, per_stream=settings.stream_readers)
     state = {"tail": Tail(pool, hub, log), "hub": hub, "metrics": metrics, "settings": settings}
+    state |= {"replica": replica, "seats": seats}
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
