@@ -1,5 +1,6 @@
 """What operators read in the database: a row for every error a client was told of, and one for every answer."""
 
+import asyncio
 import hashlib
 import traceback
 from collections import deque
@@ -109,6 +110,8 @@ class Journal:
         self._pool = pool
         self._metrics = metrics
         self._rows: deque[tuple[Any, ...]] = deque()
+        # A stopping server writes what is left while its loop may be writing, too.
+        self._writing = asyncio.Lock()
 
     def record(
         self,
@@ -148,12 +151,13 @@ class Journal:
 
     async def run_once(self) -> int:
         """Write what waits, up to one pass; returns how many rows. On failure they wait for the next pass."""
-        rows = [self._rows[i] for i in range(min(_PER_PASS, len(self._rows)))]
-        if rows:
-            await self._pool.execute(_WRITE_ERRORS, *map(list, zip(*rows, strict=True)))
-            for _ in rows:
-                self._rows.popleft()
-        return len(rows)
+        async with self._writing:
+            rows = [self._rows[i] for i in range(min(_PER_PASS, len(self._rows)))]
+            if rows:
+                await self._pool.execute(_WRITE_ERRORS, *map(list, zip(*rows, strict=True)))
+                for _ in rows:
+                    self._rows.popleft()
+            return len(rows)
 
 
 def _stack(error: BaseException) -> str:

@@ -338,7 +338,7 @@ class Gateway:
                 every(scan_s, self._takeover.run_once, name="takeover", failing=failing, sooner=bus.gone),
                 every(scan_s, self._stopping.run_once, name="stopping", failing=failing, sooner=bus.stop),
                 every(scan_s, self._look_after, name="turns", failing=failing),
-                every(_JOBS_S, self._scheduler.run_once, name="jobs", failing=failing),
+                self._run_jobs(),
             ):
                 tasks.create_task(loop)
             if self._settings.suspect:
@@ -358,6 +358,12 @@ class Gateway:
             self._replica.refusal = Unavailable("starting", f"The server is starting: {detail}", retry_after=2)
             return False
         return True
+
+    async def _run_jobs(self) -> None:
+        try:
+            await every(_JOBS_S, self._scheduler.run_once, name="jobs", failing=self._failing)
+        finally:
+            self._leadership.give_up()
 
     async def _look_after(self) -> None:
         await self._turns.run_once()
@@ -400,7 +406,6 @@ class Gateway:
         except (*AWAY, asyncpg.PostgresError) as error:
             log.warning("goodbye_failed", error=type(error).__name__)
         finally:
-            self._leadership.give_up()
             self._hub.close()
             self._life.drained.set()
 

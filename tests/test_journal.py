@@ -1,5 +1,10 @@
 """What operators find in error_logs: one row per error, with what it happened to, and nothing that looks like a key."""
 
+import asyncio
+
+from app.journal import About, Journal
+from app.postgres import open_pool
+from app.telemetry import Metrics
 from tests.house import Open, flow
 
 KEY = "sk-canary-0123456789abcdef"
@@ -40,3 +45,14 @@ async def test_a_row_holds_no_key_and_is_small(house: Open) -> None:
         row = await home.row("select * from error_logs")
         assert KEY not in str(dict(row))
         assert len(row["context"]) + len(row["stack"] or "") <= 8192
+
+
+async def test_two_that_write_at_once_write_each_row_once(database: str) -> None:
+    """As a stopping server does, which writes what is left."""
+    pool = await open_pool(database, 3)
+    journal = Journal(pool, Metrics())
+    for number in range(5):
+        journal.record("x", f"number {number}", about=About())
+    assert sum(await asyncio.gather(*(journal.run_once() for _ in range(3)))) == 5
+    assert await pool.fetchval("select count(*) from error_logs") == 5
+    await pool.close()

@@ -117,7 +117,8 @@ class Replica:
             return
         try:
             async with prompt_connection(self._pool, _BEAT_S) as connection:
-                if await connection.execute(_BEAT, self.id) == "INSERT 0 0":
+                # Retired in this very moment, it knows of its death.
+                if await connection.execute(_BEAT, self.id) == "INSERT 0 0" and not self._retired:
                     raise Fenced(str(self.id))
         except Exception as error:
             self._beating_since = None
