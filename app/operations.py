@@ -472,7 +472,7 @@ _READYZ = Operation(
 )
 _METRICS = Operation(
     "Prometheus metrics",
-    "In Prometheus' text format; docs/operating.md says what each means.",
+    "In Prometheus' text format; docs/operations.md says what each means.",
     answers={
         200: Answer(
             "The metrics of this replica.",

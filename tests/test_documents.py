@@ -97,19 +97,19 @@ async def _run(script: str, url: str) -> str:
 def test_every_metric_is_documented() -> None:
     registered = Metrics().registry.collect()
     names = {metric.name + ("_total" if metric.type == "counter" else "") for metric in registered}
-    documented = _first_cells(_section(_document("operating.md"), "Metrics"))
+    documented = _first_cells(_section(_document("operations.md"), "Metrics"))
     assert len(documented) == len(set(documented))
     assert set(documented) == names
 
 
-@pytest.mark.parametrize("name", _first_cells(_section(_document("operating.md"), "Logs")))
+@pytest.mark.parametrize("name", _first_cells(_section(_document("operations.md"), "Logs")))
 def test_documented_log_events_are_logged(name: str) -> None:
     logged = re.compile(rf'(?:log\.\w+|level)\(\s*"{name}"')
     assert any(logged.search(path.read_text()) for path in (ROOT / "app").rglob("*.py"))
 
 
 async def test_documented_queries_run(database: str) -> None:
-    blocks = _fenced(_section(_document("operating.md"), "Looking into the database"), "sql")
+    blocks = _fenced(_section(_document("operations.md"), "Looking into the database"), "sql")
     queries = [query.strip() for block in blocks for query in block.split(";") if query.strip()]
     connection = await asyncpg.connect(database)
     try:
