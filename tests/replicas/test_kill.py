@@ -2,8 +2,8 @@
 
 import asyncio
 import signal
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from time import monotonic
 from typing import Any
@@ -15,6 +15,7 @@ import pytest
 from app.demo import demo_provider
 from app.postgres import Connection
 from tests.command import PARLEY, Command, answered, running, silent_port, through
+from tests.proxy import proxy_to_postgres
 from tests.reader import ask, assert_whole, poll, reading, restarts, text_of
 from tests.serving import apply_demo, client_of, until_ready
 
@@ -27,6 +28,7 @@ MODELS = {
 }
 # A takeover after one second instead of six, and readers of another replica's streams who look often.
 TIMES = {"PARLEY_LEASE_S": "1", "PARLEY_BEAT_S": "0.2", "PARLEY_SCAN_S": "0.2", "PARLEY_POLL_S": "0.2"}
+DEFAULTS = {"PARLEY_LEASE_S": "6", "PARLEY_BEAT_S": "2", "PARLEY_SCAN_S": "1", "PARLEY_POLL_S": "1"}
 # What G6 allows with a lease of six seconds; here it takes about two.
 TAKEOVER_S = 10
 
@@ -175,6 +177,62 @@ async def test_two_that_start_after_a_kill_share_the_orphans(database: str, look
         done = [await heir.command.stop() for heir in heirs]
     taken = [line for one in done for line in one.err if "stream_taken_over" in line]
     assert len(taken) == len(left), "each has one owner"
+
+
+async def test_g6_a_killed_replica_is_missed_within_two_seconds(database: str, look: Connection) -> None:
+    """With the lease and the intervals that are the defaults: its lock tells."""
+    async with replicas(database, 2, **DEFAULTS) as (victim, survivor):
+        accepted = await victim.ask("steady")
+        async with reading(survivor.client, accepted["streaming_url"]) as reader:
+            await reader.has(10)
+            victim.command.send(signal.SIGKILL)
+            killed = monotonic()
+            await survivor.command.says("stream_taken_over")
+            assert monotonic() - killed < 2
+            events = await reader.end()
+        assert_begun_again(events)
+        await assert_kept(look, accepted, events)
+
+
+async def test_without_the_lock_silence_tells(database: str, look: Connection) -> None:
+    async with replicas(database, 2, PARLEY_SUSPECT="false") as (victim, survivor):
+        accepted = await victim.ask("steady")
+        async with reading(survivor.client, accepted["streaming_url"]) as reader:
+            await reader.has(10)
+            victim.command.send(signal.SIGKILL)
+            assert "it is silent" in await survivor.command.says("replica_declared_dead", within_s=TAKEOVER_S)
+            assert_begun_again(await reader.end())
+
+
+async def test_a_server_alone_goes_on_with_what_it_had_when_it_was_told_to_go(database: str, look: Connection) -> None:
+    async with replicas(database, 1, PARLEY_DRAIN_S="0.2") as (first,):
+        accepted = await first.ask("steady")
+        async with reading(first.client, accepted["streaming_url"]) as reader:
+            await reader.has(10)
+            done = await first.command.stop()
+    assert done.code == 0
+    async with replicas(database, 1, PARLEY_LEASE_S="60") as (again,):
+        events = await poll(again.client, accepted["streaming_url"])
+    assert_begun_again(events)
+    await assert_kept(look, accepted, events)
+
+
+async def test_g12_an_outage_of_several_leases_costs_no_living_replica_its_answers(
+    database: str, look: Connection
+) -> None:
+    async with proxy_to_postgres(database) as (proxy, dsn), replicas(dsn, 2, PARLEY_LEASE_S="1") as both:
+        accepted = [await one.ask("steady") for one in both]
+        for one, answer in zip(both, accepted, strict=True):
+            async with reading(one.client, answer["streaming_url"]) as reader:
+                await reader.has(10)
+        proxy.close()
+        await asyncio.sleep(3)  # of the outage itself: nobody says that it has lasted long enough
+        proxy.open()
+        for one, answer in zip(both, accepted, strict=True):
+            assert_whole(await poll(one.client, answer["streaming_url"]), "completed")
+        assert {row["attempt"] for row in await look.fetch("select attempt from streaming_sessions")} == {1}
+        assert await look.fetchval("select count(*) from replicas where alive") == 2
+        assert not any("declared_dead" in line for one in both for line in one.command.err)
 
 
 # -- frozen
@@ -329,6 +387,89 @@ async def test_a_second_signal_ends_it_at_once_and_another_replica_begins_its_an
         assert done.code == -signal.SIGTERM
         assert_begun_again(events)
         await assert_kept(look, accepted, events)
+
+
+class Fleet:
+    """Replicas that come and go, and what their users do meanwhile."""
+
+    def __init__(self) -> None:
+        self.living: list[Replica] = []
+
+    async def get(self, send: Callable[[Replica], Awaitable[httpx2.Response]]) -> httpx2.Response:
+        """Ask one after the other, the oldest first, until one answers, as a balancer and a patient client do."""
+        async with asyncio.timeout(TAKEOVER_S):
+            while True:
+                for replica in [*self.living]:
+                    with suppress(httpx2.TransportError):
+                        response = await send(replica)
+                        if response.status_code != 503:
+                            return response
+
+    async def ask(self, number: int) -> dict[str, Any]:
+        body = {"user_id": "ann", "chatbot_id": "short", "message_text": "Hello", "session_id": f"chat-{number}"}
+        headers = {"Idempotency-Key": f"ask-{number}"}
+        response = await self.get(lambda one: one.client.post("/api/process-message", json=body, headers=headers))
+        assert response.status_code == 200, response.text
+        accepted: dict[str, Any] = response.json()
+        return accepted
+
+    async def read(self, url: str) -> list[Any]:
+        """Page by page, each from whoever is there."""
+        events: list[Any] = []
+        while True:
+            params = {"after": len(events), "wait": 1}
+            page = (await self.get(lambda one: one.client.get(url, params=params))).json()  # noqa: B023
+            events += page["events"]
+            if not page["has_more"]:
+                return events
+
+
+YOUNG = """
+select exists (
+    select from streaming_sessions s where status = 'active' and (
+        select count(*) from streaming_events e where e.stream_id = s.id) between 5 and 25)
+"""
+
+
+async def test_p8_a_rolling_restart_under_load_loses_and_doubles_nothing(database: str, look: Connection) -> None:
+    fleet, codes, answers = Fleet(), list[int](), list[tuple[dict[str, Any], list[Any]]]()
+    rolled = asyncio.Event()
+
+    async def talk(first: int) -> None:
+        for number in range(first, 1000, 3):
+            accepted = await fleet.ask(number)
+            answers.append((accepted, await fleet.read(accepted["streaming_url"])))
+            if rolled.is_set():
+                return
+
+    async with AsyncExitStack() as stack:
+
+        async def start() -> Replica:
+            [replica] = await stack.enter_async_context(replicas(database, 1, PARLEY_DRAIN_S="0.3"))
+            fleet.living.append(replica)
+            return replica
+
+        old = [await start(), await start()]
+        async with asyncio.TaskGroup() as users:
+            for user in range(3):
+                users.create_task(talk(user))
+            for leaving in old:
+                await start()
+                # Somebody has read the beginning of an answer, which has more to come than a drain takes.
+                while not await look.fetchval(YOUNG):
+                    pass
+                done = await leaving.command.stop()
+                codes.append(done.code)
+                fleet.living.remove(leaving)
+            rolled.set()
+    assert codes == [0, 0]
+    assert len(answers) >= 6
+    for accepted, events in answers:
+        assert_whole(events, "completed")
+        await assert_kept(look, accepted, events)
+    assert any(restarts(events) for _, events in answers), "some had to be begun again"
+    assert await look.fetchval("select count(*) from streaming_sessions") == len(answers)
+    assert await look.fetchval("select count(*) from messages") == 2 * len(answers)
 
 
 # -- started too early
