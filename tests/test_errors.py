@@ -17,7 +17,12 @@ ROOT = Path(__file__).parent.parent
 _EVERYWHERE = {"route_unknown", "method_not_allowed", "internal_error"}
 
 # Errors with an HTTP status that are never raised while a request is answered.
-_NO_ANSWER = {"log_unavailable": {"stream"}, "crashed": {"command"}}
+_NO_ANSWER = {
+    "log_unavailable": {"stream"},
+    "question_gone": {"stream"},
+    "chatbot_version_gone": {"stream"},
+    "crashed": {"command"},
+}
 
 
 def _subclasses(root: type[ParleyError]) -> Iterator[type[ParleyError]]:
