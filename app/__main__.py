@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from app import __version__
+from app.access.principal import SCOPES, Scope
 from app.errors import Misconfigured, ParleyError
 from app.settings import Settings, load
 
@@ -181,6 +182,45 @@ def plan(chatbot: str, message: str, file: Path | None, image: bool, language: s
     ask = Ask(message, image, language or found[chatbot].language, flow_type)
     for line in preview(found[chatbot], ask):
         click.echo(line)
+
+
+@main.group()
+def keys() -> None:
+    """Make, list and revoke the API keys that servers ask with."""
+
+
+@keys.command("create")
+@click.argument("name")
+@click.option("--scope", "scopes", multiple=True, required=True, type=click.Choice(SCOPES), help="May be repeated.")
+def create_key(name: str, scopes: tuple[Scope, ...]) -> None:
+    """Make a key and print it, this once. NAME is for you."""
+    if not (name.isprintable() and 0 < len(name) <= 100):
+        raise Misconfigured("key_name", "NAME must be 1 to 100 printable characters.")
+    from app.access.keys import create
+
+    click.echo(_connected(_with_database(), lambda connection: create(connection, name, scopes)))
+    click.echo("Keep it where only its user reads it: it is not shown again.", err=True)
+
+
+@keys.command("list")
+def list_keys() -> None:
+    """Print all keys by their ids, revoked ones too; a use shows within an hour."""
+    from app.access.keys import all_keys
+
+    for key in _connected(_with_database(), all_keys):
+        used = f"used {key.used_at:%Y-%m-%d %H:%M}" if key.used_at else "never used"
+        ended = f", revoked {key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
+        click.echo(f"{key.id}  {key.created_at:%Y-%m-%d}  {','.join(key.scopes)}  {used}{ended}  {key.name}")
+
+
+@keys.command("revoke")
+@click.argument("key_id", metavar="ID")
+def revoke_key(key_id: str) -> None:
+    """Refuse a key from now on: within ten seconds everywhere."""
+    from app.access.keys import revoke
+
+    _connected(_with_database(), lambda connection: revoke(connection, key_id))
+    click.echo("Revoked.")
 
 
 @main.command("demo-provider")

@@ -28,6 +28,13 @@ class BadRequest(ParleyError):
     title = "Bad request"
 
 
+class Unauthorized(ParleyError):
+    """Nobody known; the answer says in WWW-Authenticate how to become somebody."""
+
+    status = 401
+    title = "Unauthorized"
+
+
 class Forbidden(ParleyError):
     status = 403
     title = "Forbidden"

@@ -1,0 +1,49 @@
+"""Who asks, in one frozen value: everything behind the door sees this and no credentials."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from app.errors import Forbidden
+
+# What somebody may do: send messages and stop answers, read them, what each other room is for, and everything.
+Scope = Literal["process", "read", "index", "sync", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """`id` is for logs, limits and the scope of idempotency keys, and never a secret.
+
+    `user_id`: the one user whom this is; None where it acts for any user, as whoever runs a back end does.
+    """
+
+    kind: Literal["open", "key", "user"]
+    id: str
+    scopes: frozenset[Scope]
+    user_id: str | None = None
+
+    def may(self, scope: Scope) -> bool:
+        return scope in self.scopes or "admin" in self.scopes
+
+    def require(self, scope: Scope) -> None:
+        """Raises Forbidden naming the scope."""
+        if not self.may(scope):
+            raise Forbidden("scope_missing", f"This needs the scope {scope}: {_REMEDIES[self.kind]}.", scope=scope)
+
+    def acting_for(self, user_id: str | None) -> str | None:
+        """The user whom a request is about, given the one it names; None: nobody in particular.
+
+        Raises Forbidden where it names somebody else than the user who asks.
+        """
+        if self.user_id is None:
+            return user_id
+        if user_id is not None and user_id != self.user_id:
+            raise Forbidden("user_mismatch", "user_id is not the user who is signed in; leave it out.")
+        return self.user_id
+
+
+_REMEDIES = {
+    "open": "without authentication only who asks under a loopback address of the server's own machine is an admin",
+    "key": "make a key that has it with `parley keys create`",
+    "user": "ask whoever issues your token for it",
+}
