@@ -1,6 +1,9 @@
 """What load balancers and operators ask: is the process alive, is it ready, how is it."""
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
+from time import monotonic
 from typing import Any, TypedDict
 
 import orjson
@@ -17,10 +20,44 @@ from app.telemetry import Metrics
 
 # Health answers within this time even when the database hangs or the pool is exhausted.
 _PROBE_S = 1.0
+# How long an answer of the database is as good as a new one, in seconds.
+_FRESH_S = 0.1
+
+
+class Probe:
+    """Whether the database answers: asked once for all who want to know at the same time.
+
+    Over connections that are kept apart from the pool, so that nobody's work keeps health from answering. `on_silence`
+    is called when one of them has died without a word.
+    """
+
+    def __init__(self, reserve: Pool, *, on_silence: Callable[[], Awaitable[None]]) -> None:
+        self._reserve = reserve
+        self._on_silence = on_silence
+        self._turn = asyncio.Lock()
+        self._asked_at = 0.0
+        self._answers = False
+
+    async def answers(self) -> bool:
+        async with self._turn:
+            if monotonic() - self._asked_at > _FRESH_S:
+                self._answers = await self._ask()
+                self._asked_at = monotonic()
+            return self._answers
+
+    async def _ask(self) -> bool:
+        try:
+            async with prompt_connection(self._reserve, _PROBE_S) as connection:
+                await connection.fetchval("select 1")
+        except AWAY as error:
+            if self._answers and isinstance(error, TimeoutError):
+                await self._on_silence()
+            return False
+        return True
 
 
 class Needs(TypedDict):
-    pool: Pool
+    probe: Probe
     replica: Replica
     bus: Bus
     runner: Runner
@@ -74,12 +111,7 @@ async def metrics(request: Request[Needs]) -> Response:
 async def _connected(request: Request[Needs]) -> bool:
     """Whether the database answers, and takes this replica's heartbeats: a standby answers, too."""
     replica = request.state["replica"]
-    try:
-        async with prompt_connection(request.state["pool"], _PROBE_S) as connection:
-            await connection.fetchval("select 1")
-    except AWAY:
-        return False
-    return replica.beating or replica.refusal is not None
+    return await request.state["probe"].answers() and (replica.beating or replica.refusal is not None)
 
 
 def _json(answer: dict[str, Any], status: int = 200) -> Response:

@@ -65,6 +65,8 @@ _JOBS_S = 10
 _LEADER = 0x7061_726C_6579_0003
 # How long telling the others that this replica leaves may take, in seconds.
 _GOODBYE_S = 1
+# Connections for heartbeats and health alone, so that they never wait for anybody's work.
+_RESERVE = 2
 # Bodies of uploads in memory at once, in largest ones. Each is there twice while it is read and parsed.
 _UPLOADS = 3
 # How long a stopping server waits for accepts that were under way, in seconds; longer than one waits for locks.
@@ -148,7 +150,8 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
 @asynccontextmanager
 async def _lifespan(settings: Settings, life: Life, _: Starlette) -> AsyncGenerator[State, None]:
     async with AsyncExitStack() as stack:
-        pool = await stack.enter_async_context(_pool(settings))
+        pool = await stack.enter_async_context(_pool(settings, settings.pool_size))
+        reserve = await stack.enter_async_context(_pool(settings, _RESERVE))
         providers = Providers(
             deadlines=Deadlines(settings.connect_timeout_s, settings.first_token_timeout_s, settings.gap_timeout_s),
             concurrency=settings.provider_concurrency,
@@ -158,7 +161,9 @@ async def _lifespan(settings: Settings, life: Life, _: Starlette) -> AsyncGenera
         decoders = Decoders(_picture_limits(settings), processes=settings.image_decoders)
         stack.push_async_callback(decoders.aclose)
         async with asyncio.TaskGroup() as tasks:
-            gateway = Gateway(settings, life, pool=pool, providers=providers, decoders=decoders, tasks=tasks)
+            gateway = Gateway(
+                settings, life, pool=pool, reserve=reserve, providers=providers, decoders=decoders, tasks=tasks
+            )
             loops = [tasks.create_task(loop) for loop in gateway.loops()]
             leaving = tasks.create_task(gateway.drain_when_asked())
             yield gateway.state
@@ -172,9 +177,9 @@ async def _lifespan(settings: Settings, life: Life, _: Starlette) -> AsyncGenera
 
 
 @asynccontextmanager
-async def _pool(settings: Settings) -> AsyncGenerator[Pool, None]:
+async def _pool(settings: Settings, size: int) -> AsyncGenerator[Pool, None]:
     assert settings.database_url is not None
-    pool = await open_pool(settings.database_url, settings.pool_size)
+    pool = await open_pool(settings.database_url, size)
     try:
         yield pool
     finally:
@@ -191,6 +196,7 @@ class Gateway:
         life: Life,
         *,
         pool: Pool,
+        reserve: Pool,
         providers: Providers,
         decoders: Decoders,
         tasks: asyncio.TaskGroup,
@@ -200,10 +206,10 @@ class Gateway:
         self._settings = settings
         self._life = life
         self._dsn = settings.database_url
-        self._pool = pool
+        self._pool, self._reserve = pool, reserve
         self._metrics = metrics = Metrics()
         self._journal = journal = Journal(pool, metrics)
-        self._replica = replica = Replica(pool, lease_s=settings.lease_s)
+        self._replica = replica = Replica(pool, reserve=reserve, lease_s=settings.lease_s)
         self._hub = hub = Hub(max_events=settings.reader_events, max_bytes=settings.reader_bytes)
         self._log = event_log = Log(self._dsn, replica, hub, limits=_limits(settings), metrics=metrics)
         self._bus = bus = self._open_bus()
@@ -273,6 +279,7 @@ class Gateway:
         self.state = State(
             settings=settings,
             pool=pool,
+            probe=health.Probe(reserve, on_silence=self._distrust),
             failing=self._failing,
             metrics=metrics,
             journal=journal,
@@ -379,9 +386,14 @@ class Gateway:
             self._log.fence(fenced)
             await self._renew()
         except TimeoutError:
-            # A connection may be dead without a word; whoever waits on the log's own shall not wait for that.
-            self._log.disconnect()
+            await self._distrust()
             raise
+
+    async def _distrust(self) -> None:
+        """One connection is dead without a word: none of the others is used again, so that nobody waits in vain."""
+        for pool in (self._pool, self._reserve):
+            await pool.expire_connections()
+        self._log.disconnect()
 
     async def _renew(self) -> None:
         await self._replica.renew()

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.errors import BadRequest, NotFound, ParleyError, TooLarge, TooSlow, Unavailable, to_problem
 from app.journal import About, Journal
-from app.postgres import AWAY, why
+from app.postgres import AWAY, CONFLICT, why
 from app.telemetry import request_id
 
 log = structlog.get_logger(__name__)
@@ -95,6 +95,8 @@ def _translate(error: Exception) -> ParleyError:
             return error
         case HTTPException():
             return _of_http(error)
+        case _ if isinstance(error, CONFLICT):
+            return Unavailable("database_busy", "Others hold the rows this needs; try again.", retry_after=1)
         case _ if isinstance(error, AWAY):
             return Unavailable("database_unavailable", f"The database is away: {why(error)}", retry_after=2)
         case _:
@@ -120,6 +122,6 @@ def _respond(request: Request[Any], error: ParleyError, headers: dict[str, str],
 Handler = Callable[[Request[Any], Exception], Awaitable[Response]]
 
 HANDLERS: Mapping[Any, Handler] = {
-    **dict.fromkeys((ParleyError, HTTPException, ClientDisconnect, *AWAY), answer),
+    **dict.fromkeys((ParleyError, HTTPException, ClientDisconnect, *AWAY, *CONFLICT), answer),
     Exception: answer_crash,
 }

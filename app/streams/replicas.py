@@ -80,8 +80,10 @@ class Seen:
 class Replica:
     """The current incarnation. After `renew` the process goes on as another replica, owning nothing."""
 
-    def __init__(self, pool: Pool, *, url: str | None = None, lease_s: float = 6) -> None:
+    def __init__(self, pool: Pool, *, reserve: Pool | None = None, url: str | None = None, lease_s: float = 6) -> None:
         self._pool = pool
+        # Heartbeats do not wait for what else the pool is used for.
+        self._reserve = reserve or pool
         self._lease_s = lease_s
         self._url = url
         self.id: UUID = uuid4()
@@ -116,15 +118,12 @@ class Replica:
         if self._retired:
             return
         try:
-            async with prompt_connection(self._pool, _BEAT_S) as connection:
+            async with prompt_connection(self._reserve, _BEAT_S) as connection:
                 # Retired in this very moment, it knows of its death.
                 if await connection.execute(_BEAT, self.id) == "INSERT 0 0" and not self._retired:
                     raise Fenced(str(self.id))
-        except Exception as error:
+        except Exception:
             self._beating_since = None
-            if isinstance(error, TimeoutError):
-                # Whatever the others of the pool wait for will not come, either.
-                await self._pool.expire_connections()
             raise
         now = monotonic()
         if self._beating_since is None or self._was_away(now):

@@ -1,0 +1,135 @@
+"""Many at once, or too much for the database: everybody is served or told when to come back, and health answers."""
+
+import asyncio
+import gc
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from time import monotonic
+
+import asyncpg
+import httpx2
+import pytest
+
+from tests.house import House, Open
+from tests.serving import client_of
+
+SSE = b"GET %s HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
+MODELS = {"mute": "demo?fault=silent", "flood": "demo?delay_ms=0&tokens=20000"}
+UNKNOWN = "/api/stream-events/0197c1a2-7b3c-7def-8a01-23456789abcd"
+
+
+@asynccontextmanager
+async def watched(home: House, within_s: float) -> AsyncGenerator[list[float], None]:
+    """While the block runs health is asked all the time, and serves; yields how long each answer took."""
+    took: list[float] = []
+
+    async def ask(client: httpx2.AsyncClient) -> None:
+        while True:
+            for path in ("/api/conversation-health", "/readyz", "/livez"):
+                began = monotonic()
+                assert (await client.get(path)).status_code == 200, path
+                took.append(monotonic() - began)
+
+    # A client of its own: the connections of one are bounded, too.
+    async with client_of(str(home.client.base_url)) as client:
+        asking = asyncio.ensure_future(ask(client))
+        try:
+            yield took
+        finally:
+            asking.cancel()
+            await asyncio.wait([asking])
+    if not asking.cancelled():
+        asking.result()
+    assert took
+    assert max(took) < within_s
+
+
+async def test_health_answers_while_everybody_waits_for_locks(house: Open, database: str) -> None:
+    """Slow queries hold the whole pool: whoever needs it is told so, and this replica stays alive to the others."""
+    async with house(MODELS, pool_size=6) as home:
+        url = (await home.post("mute")).json()["streaming_url"]
+        counted = await home.count("streaming_sessions")
+        blocker = await asyncpg.connect(database)
+        async with watched(home, 3) as took, client_of(str(home.client.base_url)) as client:
+            await blocker.execute("begin; lock table streaming_sessions in access exclusive mode")
+            posts = [home.post("mute", session_id=f"s{n}") for n in range(30)]
+            pages = [client.get(UNKNOWN) for _ in range(30)]
+            streams = [client.get(UNKNOWN, headers={"Accept": "text/event-stream"}) for _ in range(30)]
+            answers = await asyncio.gather(*posts, *pages, *streams)
+            # What runs here is read without the table that is locked.
+            assert (await client.get(url)).json()["session_status"] == "active"
+            await blocker.execute("rollback")
+        await blocker.close()
+        for answer in answers[:60]:
+            assert answer.status_code == 503, answer.text
+            assert int(answer.headers["retry-after"]) >= 1
+        for answer in answers[60:]:
+            assert answer.status_code == 200
+            assert answer.text.startswith("retry: ")
+            assert answer.text.count("\n") == 1
+        assert len(took) > 10
+        assert await home.count("streaming_sessions") == counted
+        assert await home.count("replicas where alive") == await home.count("replicas") == 1
+        assert (await home.post("mute")).status_code == 200
+
+
+class Raw:
+    """One SSE connection without a client library in between."""
+
+    def __init__(self, home: House, url: str) -> None:
+        self._home = home
+        self._url = url
+
+    async def first_event(self) -> bytes:
+        """Connect; the first frame, or the line that says when to come back."""
+        reader, writer = await asyncio.open_connection(self._home.client.base_url.host, self._home.client.base_url.port)
+        self._writer = writer
+        writer.write(SSE % self._url.encode())
+        await reader.readuntil(b"\r\n\r\n")
+        return await reader.readuntil(b"data: ")
+
+    async def leave(self) -> None:
+        """Without a word."""
+        self._writer.transport.abort()
+        self._writer.close()
+        with suppress(ConnectionError):
+            await self._writer.wait_closed()
+
+
+async def test_k2_readers_who_come_back_all_at_once_are_all_served(house: Open) -> None:
+    async with house(MODELS, stream_readers=1000, user_readers=1000) as home:
+        urls = [(await home.post("mute")).json()["streaming_url"] for _ in range(5)]
+        _, finished = await home.ask()
+        urls.append(f"/api/stream-events/{finished[0].stream}")
+        readers = [Raw(home, url) for url in urls * 50]
+        async with watched(home, 3), asyncio.timeout(20):
+            frames = await asyncio.gather(*(reader.first_event() for reader in readers))
+        assert Counter(b"event: stream_start" in frame for frame in frames) == {True: 300}
+        for reader in readers:
+            await reader.leave()
+
+
+def _memory_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096 / (1 << 20)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the memory from /proc")
+async def test_g10_a_thousand_connects_and_disconnects_leave_nothing_behind(house: Open) -> None:
+    async with house(MODELS) as home:
+        urls = [(await home.post("mute")).json()["streaming_url"] for _ in range(5)]
+        several = f"/api/stream?streams={','.join(url[-36:] for url in urls)}"
+        memory = []
+        for _ in range(20):
+            readers = [Raw(home, url) for url in (*urls, several) * 8 + (several,) * 2]
+            await asyncio.gather(*(reader.first_event() for reader in readers))
+            for reader in readers:
+                await reader.leave()
+            async with asyncio.timeout(10):
+                while "parley_readers 0.0" not in (await home.client.get("/metrics")).text:
+                    pass
+            gc.collect()
+            memory.append(_memory_mb())
+        assert [task for task in asyncio.all_tasks() if "_pump" in repr(task) or "_left" in repr(task)] == []
+        assert memory[-1] - memory[len(memory) // 2] < 4
