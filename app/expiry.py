@@ -46,12 +46,16 @@ class Expiring(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of one table by a column with their age, which must lead an index; `only` is a condition in SQL."""
+    """Rows of one table by a column with their age, which must lead an index; `only` is a condition in SQL.
+
+    `piece` is how many rows one statement deletes at the most, where they are large.
+    """
 
     table: str
     age: str
     keep_s: float
     only: str = "true"
+    piece: int = 5_000
 
     @property
     def _parts(self) -> dict[str, str]:
@@ -63,5 +67,5 @@ class Rows:
         return Expired(row["rows"], row["age_s"] - self.keep_s) if row["rows"] else Expired(0)
 
     async def clean(self, pool: Pool, most: int) -> int:
-        done = await pool.execute(_DELETE.format(**self._parts), self.keep_s, most)
+        done = await pool.execute(_DELETE.format(**self._parts), self.keep_s, min(most, self.piece))
         return int(done.removeprefix("DELETE "))

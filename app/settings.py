@@ -127,7 +127,10 @@ class Settings(BaseSettings):
         90, gt=0, le=3650, description="How long rows of conversation_processing_metrics are kept, in days."
     )
     keep_images_days: float = Field(
-        90, gt=0, le=3650, description="How long pictures are kept after they were last sent, in days."
+        90,
+        gt=0,
+        le=3650,
+        description="How long pictures are kept that were uploaded and that no message names, in days.",
     )
     enable_background_jobs: bool = Field(
         True,

@@ -26,9 +26,13 @@ returning {_COLUMNS}
 """
 # One without a user is for whoever knows its id, which is random.
 _FIND = f"select {_COLUMNS} from images where id = $1 and user_id in ($2, '')"
+# In one statement with the mark, so that retention cannot take the picture away in between.
 _READ = """
-select mime, width, height, encode(sha256, 'hex') as sha256, data from images where id = $1 and user_id in ($2, '')
+update images set sent = true where id = $1 and user_id in ($2, '')
+returning mime, width, height, encode(sha256, 'hex') as sha256, data
 """
+# A piece of retention: with the largest pictures more would take too long for one statement.
+_PIECE = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +80,7 @@ class Images:
         return StoredImage(**await self._row(_FIND, image_id, user_id))
 
     async def read(self, image_id: str, *, user_id: str) -> Picture:
-        """The picture itself, for a prompt. Raises NotFound as `find`."""
+        """The picture itself, for the prompt of a message, which keeps it for good. Raises NotFound as `find`."""
         return Picture(**await self._row(_READ, image_id, user_id))
 
     async def _row(self, query: str, image_id: str, user_id: str) -> Mapping[str, Any]:
@@ -96,5 +100,5 @@ def _uuid(image_id: str) -> UUID:
 
 
 def images_expiring(keep_s: float) -> Rows:
-    """Pictures that nobody has sent for so long; a model sees one with its own message only, never in a history."""
-    return Rows("images", "updated_at", keep_s)
+    """Pictures that were uploaded so long ago, and that no message came to name since."""
+    return Rows("images", "updated_at", keep_s, "not sent", _PIECE)

@@ -12,7 +12,8 @@ from app.flows.chatbots import Change, Chatbots
 from app.flows.config import Allow, Assignment, Chatbot, Choice, Flow, Step
 from app.postgres import open_pool
 from app.providers.provider import Endpoint
-from app.schema import MIGRATIONS, migrate
+from app.schema import migrate
+from tests.migrating import migrate_to
 
 GOOD = """
 providers:
@@ -127,7 +128,7 @@ async def test_a_stored_text_that_does_not_work_here_is_told_with_its_line(conne
 
 
 async def test_the_first_format_is_migrated(empty_database: str) -> None:
-    await migrate_to_first(empty_database)
+    await migrate_to(empty_database, "0001")
     connection = await asyncpg.connect(empty_database)
     old = {
         "flow_type": "main",
@@ -179,26 +180,3 @@ MIGRATED = Chatbot(
     plan=((Step("answer"),),),
     allow=Allow(temperature=(0.0, 1.5)),
 )
-
-
-async def migrate_to_first(dsn: str) -> None:
-    """As `app.schema.migrate`, up to what version 0.1's first builds had."""
-    from alembic import command
-    from alembic.config import Config
-    from sqlalchemy import Connection
-    from sqlalchemy.ext.asyncio import create_async_engine
-    from sqlalchemy.pool import NullPool
-
-    def upgrade(connection: Connection) -> None:
-        config = Config()
-        config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
-
-    engine = create_async_engine(
-        "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(dsn), poolclass=NullPool
-    )
-    async with engine.connect() as connection:
-        await connection.run_sync(upgrade)
-        await connection.commit()
-    await engine.dispose()

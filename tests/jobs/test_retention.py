@@ -10,6 +10,9 @@ import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
+from app.chats.decoders import Decoders
+from app.chats.images import Images, images_expiring
+from app.chats.picture import Limits
 from app.errors import Gone
 from app.expiry import Rows
 from app.flows.chatbots import Chatbots
@@ -18,11 +21,13 @@ from app.jobs.cleaning import clean_up, look_ahead
 from app.jobs.retention import Retention
 from app.jobs.schedule import expiring
 from app.postgres import Pool, open_pool
+from app.schema import migrate
 from app.settings import load
 from app.streams.partitions import Partitions, first_id
 from app.streams.retention import Events
 from app.streams.tail import State
 from tests.house import Open
+from tests.migrating import migrate_to
 from tests.serving import client_of
 from tests.streams.engine import Engine, engine
 
@@ -255,6 +260,61 @@ async def test_d16_two_clean_ups_at_once(pool: Pool, database: str) -> None:
     await asyncio.gather(*passes)
     await Retention(pool, [events(database)]).run_once()
     assert await pool.fetch(_OLD_TABLES) == []
+
+
+# -- pictures
+
+
+async def picture_of(pool: Pool, *, days: float) -> UUID:
+    """A picture that was uploaded so long ago."""
+    image_id = uuid4()
+    await pool.execute(
+        "insert into images (id, user_id, sha256, mime, width, height, bytes, data, updated_at)"
+        " values ($1, 'ann', $2, 'image/png', 1, 1, 1, 'x', now() - make_interval(secs => $3))",
+        image_id,
+        image_id.bytes,
+        days * DAY_S,
+    )
+    return image_id
+
+
+async def kept_images(pool: Pool) -> set[UUID]:
+    return {row["id"] for row in await pool.fetch("select id from images")}
+
+
+async def test_pictures_that_no_message_named_go_and_others_stay(pool: Pool) -> None:
+    young, named = await picture_of(pool, days=89), await picture_of(pool, days=300)
+    await picture_of(pool, days=91)
+    await Images(pool, Decoders(Limits(), processes=1)).read(str(named), user_id="ann")
+    assert await Retention(pool, [images_expiring(90 * DAY_S)]).run_once() == 1
+    assert await kept_images(pool) == {young, named}
+
+
+async def test_large_rows_go_in_smaller_pieces(pool: Pool) -> None:
+    for _ in range(101):
+        await picture_of(pool, days=91)
+    assert [await images_expiring(90 * DAY_S).clean(pool, 5_000) for _ in range(3)] == [100, 1, 0]
+
+
+async def test_pictures_of_messages_from_before_the_migration_stay(empty_database: str) -> None:
+    await migrate_to(empty_database, "0006")
+    pool = await open_pool(empty_database, 1)
+    sent, waiting = await picture_of(pool, days=91), await picture_of(pool, days=91)
+    await picture_of(pool, days=91)
+    await pool.execute(
+        "insert into messages (user_id, id, chat_id, content, role, position, attachments)"
+        " values ('ann', 'm', 'c', '', 'user', 1, $1)",
+        f'[{{"type":"image","id":"{str(sent).upper()}"}}]',
+    )
+    await pool.execute(
+        "insert into queued_messages (user_id, session_id, message_id, stream_id, place, chatbot_id, text, request)"
+        " values ('ann', 's', 'n', gen_random_uuid(), 1, 'c', '', $1)",
+        f'{{"configuration":{{}},"history":null,"image_id":"{waiting.hex}","request_id":null}}',
+    )
+    await migrate(empty_database)
+    await Retention(pool, [images_expiring(90 * DAY_S)]).run_once()
+    assert await kept_images(pool) == {sent, waiting}
+    await pool.close()
 
 
 # -- sessions and waiting messages
