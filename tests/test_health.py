@@ -1,6 +1,7 @@
 """What load balancers are told: serving, without a database, and when it comes (P9)."""
 
 import asyncio
+import re
 import socket
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -73,6 +74,14 @@ async def _check_away(client: httpx2.AsyncClient) -> None:
     assert refused.status_code == 503
     assert refused.headers["content-type"] == "application/problem+json"
     assert int(refused.headers["retry-after"]) >= 1
+    stream = "0197c1a2-7b3c-7def-8a01-23456789abcd"
+    for url in (f"/api/stream-events/{stream}", f"/api/stream?streams={stream}"):
+        reader = await client.get(url, headers={"Accept": "text/event-stream"})
+        assert (reader.status_code, reader.headers["content-type"]) == (200, "text/event-stream; charset=utf-8")
+        assert re.fullmatch(r"retry: \d+\n", reader.text)
+    page = await client.get(f"/api/stream-events/{stream}")
+    assert page.status_code == 503
+    assert int(page.headers["retry-after"]) >= 1
 
 
 async def test_serving(database: str) -> None:

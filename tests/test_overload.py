@@ -2,6 +2,8 @@
 
 import asyncio
 import gc
+import re
+import socket
 from collections import Counter
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
@@ -12,8 +14,14 @@ import asyncpg
 import httpx2
 import pytest
 
+from app.demo import demo_provider
+from app.main import Life
+from app.server import gateway
+from app.settings import load
 from tests.house import House, Open
-from tests.serving import client_of
+from tests.reader import assert_whole
+from tests.serving import apply_demo, client_of, until_ready
+from tests.sse import read_stream
 
 SSE = b"GET %s HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
 MODELS = {"mute": "demo?fault=silent", "flood": "demo?delay_ms=0&tokens=20000"}
@@ -109,6 +117,49 @@ async def test_k2_readers_who_come_back_all_at_once_are_all_served(house: Open) 
         assert Counter(b"event: stream_start" in frame for frame in frames) == {True: 300}
         for reader in readers:
             await reader.leave()
+
+
+async def test_k4_a_slow_reader_of_loud_streams_gets_each_event_once(house: Open) -> None:
+    async with house({"flood": "demo?delay_ms=0&tokens=5000"}, reader_events=16, flush_events=50) as home:
+        streams = [(await home.post("flood")).json()["streaming_session_id"] for _ in range(2)]
+        narrow = socket.socket()
+        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        narrow.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(narrow, (home.client.base_url.host, home.client.base_url.port))
+        reader, writer = await asyncio.open_connection(sock=narrow, limit=2048)
+        writer.write(b"GET /api/stream?streams=%s HTTP/1.0\r\nHost: x\r\n\r\n" % ",".join(streams).encode())
+        got = b""
+        while data := await reader.read(1024):
+            got += data
+        writer.close()
+        for stream in streams:
+            ids = [int(number) for number in re.findall(rf"^id: {stream}:(\d+)".encode(), got, re.MULTILINE)]
+            assert ids == list(range(1, len(ids) + 1))
+            assert len(ids) > 5000
+        assert got.count(b"\nevent: stream_end\n") == 2
+        assert "parley_events_lost_total 0.0" in (await home.client.get("/metrics")).text
+
+
+async def test_g13_a_server_that_drains_is_read_from_and_takes_nothing_new(database: str) -> None:
+    life = Life()
+    async with demo_provider() as demo:
+        await apply_demo(database, demo, {"slow": "demo?delay_ms=20&tokens=50"})
+        async with gateway(load(database_url=database, port=0), life) as url, client_of(url) as client:
+            await until_ready(client)
+            body = {"user_id": "ann", "chatbot_id": "slow", "message_text": "Hello"}
+            stream = (await client.post("/api/process-message", json=body)).json()["streaming_session_id"]
+            life.leave.set()
+            while (await client.get("/readyz")).status_code == 200:
+                pass
+            refused = await client.post("/api/process-message", json=body)
+            assert (refused.status_code, refused.json()["code"]) == (503, "draining")
+            assert int(refused.headers["retry-after"]) >= 1
+            frames = await read_stream(client, f"/api/stream-events/{stream}")
+    assert_whole([frame.data for frame in frames], "completed")
+    connection = await asyncpg.connect(database)
+    assert await connection.fetchval("select count(*) from messages where role = 'user'") == 1
+    await connection.close()
 
 
 def _memory_mb() -> float:
