@@ -151,8 +151,7 @@ async def _sse(request: Request[Needs], cursors: Mapping[UUID, int]) -> Response
         _require_started(request)
         async with asyncio.timeout(_LOOK_S):
             states = await tail.states(cursors)
-            # Only of a stream that has ended may events have been cleaned up.
-            await tail.require_kept({old: at for old, at in cursors.items() if states[old].ended_behind(at)})
+            tail.require_kept(states)
     except (Unavailable, *AWAY, *CONFLICT):
         return come_back_later(settings.sse_retry_ms)
     if all(states[stream_id].ended_at(cursor) for stream_id, cursor in cursors.items()):

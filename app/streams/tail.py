@@ -16,13 +16,10 @@ from app.streams.log import Log
 
 _STATES = """
 select s.id, s.status, s.last_event_id, s.user_id,
-       coalesce(s.last_event_id, (select max(e.id) from streaming_events e where e.stream_id = s.id), 0) as tail
-from streaming_sessions s where s.id = any($1::uuid[])
-"""
-# Of several streams, those whose next event is gone.
-_CLEANED = """
-select u.s from unnest($1::uuid[], $2::int[]) as u(s, i)
-where not exists (select from streaming_events e where e.stream_id = u.s and e.id = u.i + 1)
+       coalesce(s.last_event_id, (select max(e.id) from streaming_events e where e.stream_id = s.id), 0) as tail,
+       s.last_event_id > u.i and not exists (
+           select from streaming_events e where e.stream_id = u.s and e.id = u.i + 1) as cleaned
+from unnest($1::uuid[], $2::bigint[]) as u(s, i) join streaming_sessions s on s.id = u.s
 """
 _EVENTS = "select id, payload from streaming_events where stream_id = $1 and id > $2 order by id limit $3"
 
@@ -36,20 +33,19 @@ _ANSWER_S = 3
 class State:
     """A stream as its row and the log's end say: `tail` is the last id written so far, of an ended stream the last.
 
-    `user_id` is whose stream it is, None where that is not known without asking the database.
+    `user_id` is whose stream it is, None where that is not known without asking the database; `cleaned` whether what
+    follows the reader's cursor is gone.
     """
 
     status: Status
     ended: bool
     tail: int
     user_id: str | None
+    cleaned: bool = False
 
     def ended_at(self, cursor: int) -> bool:
         """Whether nothing comes after the cursor any more."""
         return self.ended and cursor == self.tail
-
-    def ended_behind(self, cursor: int) -> bool:
-        return self.ended and cursor < self.tail
 
 
 class Tail:
@@ -74,8 +70,9 @@ class Tail:
         here = ((stream_id, self._state_here(stream_id, cursor)) for stream_id, cursor in cursors.items())
         states = {stream_id: state for stream_id, state in here if state is not None}
         if elsewhere := [stream_id for stream_id in cursors if stream_id not in states]:
-            for row in await self._fetch(_STATES, elsewhere):
-                states[row["id"]] = State(row["status"], row["last_event_id"] is not None, row["tail"], row["user_id"])
+            for row in await self._fetch(_STATES, elsewhere, [cursors[stream_id] for stream_id in elsewhere]):
+                ended, cleaned = row["last_event_id"] is not None, bool(row["cleaned"])
+                states[row["id"]] = State(row["status"], ended, row["tail"], row["user_id"], cleaned)
         for stream_id, cursor in cursors.items():
             if (state := states.get(stream_id)) is None:
                 raise NotFound("stream_unknown", f"There is no stream {stream_id}; POST /api/process-message says ids.")
@@ -89,10 +86,11 @@ class Tail:
         # Whoever is further than this has read what our successor wrote: we are dead and do not know it yet.
         return None if last_id is None or cursor > last_id else State("active", False, last_id, self.user_of(stream_id))
 
-    async def require_kept(self, cursors: Mapping[UUID, int]) -> None:
-        """Raises Gone naming a stream whose event after the cursor was cleaned up; each must have such an event."""
-        if cursors and (rows := await self._fetch(_CLEANED, [*cursors], [*cursors.values()])):
-            raise _gone(rows[0]["s"])
+    def require_kept(self, states: Mapping[UUID, State]) -> None:
+        """Raises Gone naming the first of them of which the next event was cleaned up."""
+        for stream_id, state in states.items():
+            if state.cleaned:
+                raise _gone(stream_id)
 
     async def _fetch(self, statement: str, *values: object) -> list[asyncpg.Record]:
         async with self._turns, prompt_connection(self._pool, _ANSWER_S) as connection:
