@@ -27,7 +27,7 @@ class Finding:
     sentence: str
 
     def line(self) -> str:
-        return f"{'ok  ' if self.fine else 'FAIL'}  {self.subject:<14} {self.sentence}"
+        return f"{'ok  ' if self.fine else 'FAIL'}  {self.subject:<15} {self.sentence}"
 
 
 async def examine(settings: Settings) -> AsyncGenerator[Finding, None]:
@@ -89,7 +89,8 @@ async def _examine_database(dsn: str, connection: Connection) -> AsyncGenerator[
 
 async def _examine_jobs(connection: Connection) -> AsyncGenerator[Finding, None]:
     now, known = await runs.now(connection), await runs.all_runs(connection)
-    wrong = [(name, said) for name in SCHEDULE if name in known and (said := complaint(name, known[name], now))]
+    since = await runs.serving_since(connection)
+    wrong = [(name, said) for name in SCHEDULE if (said := complaint(name, known.get(name), now, since=since))]
     for name, said in wrong:
         yield Finding(f"job {name}", False, said)
     if not wrong:

@@ -31,6 +31,9 @@ class Metrics:
         def counter(name: str, text: str, labels: Iterable[str] = ()) -> Counter:
             return Counter(name, text, labels, registry=registry)
 
+        def gauge(name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
+
         def histogram(name: str, text: str, buckets: tuple[float, ...] = _MILLISECONDS) -> Histogram:
             return Histogram(name, text, buckets=buckets, registry=registry)
 
@@ -41,8 +44,8 @@ class Metrics:
             "parley_event_added_latency_seconds", "From the arrival of a flush's oldest event to its commit."
         )
         self.tokens = counter("gen_ai_client_token_usage_tokens", "Tokens as providers count them.", ["kind"])
-        self.active_streams = Gauge("parley_active_streams", "Answers under way on this replica.", registry=registry)
-        self.readers = Gauge("parley_readers", "Connected SSE readers.", registry=registry)
+        self.active_streams = gauge("parley_active_streams", "Answers under way on this replica.")
+        self.readers = gauge("parley_readers", "Connected SSE readers.")
         self.flush_events = histogram("parley_flush_events", "Events per flush of the log.", _COUNTS)
         self.flush_seconds = histogram("parley_flush_seconds", "Time of a flush, commit included.")
         self.events_stored = self.events_delivered = self.events_lost = self.events_doubled = 0
@@ -60,7 +63,10 @@ class Metrics:
         )
         self.job_runs = counter("parley_job_runs", "Passes of periodic jobs, by outcome.", ["job", "outcome"])
         self.job_rows = counter("parley_job_rows", "What periodic jobs have done, in rows.", ["job"])
-        self.job_seconds = Gauge("parley_job_seconds", "Time of a job's last pass here.", ["job"], registry=registry)
+        self.job_seconds = gauge("parley_job_seconds", "Time of a job's last pass here.", ["job"])
+        self.job_due = gauge("parley_job_due_timestamp_seconds", "When a job is due next.", ["job"])
+        self.job_ended = gauge("parley_job_ended_timestamp_seconds", "When a job's last pass ended.", ["job"])
+        self.job_failures = gauge("parley_job_failures", "Failures of a job since it last went well.", ["job"])
         self.journal_dropped = counter("parley_journal_dropped", "Error rows dropped because too many came at once.")
 
 

@@ -255,6 +255,23 @@ async def test_doctor_sums_up_the_last_day(database: str, house: Open) -> None:
     assert found["errors"] == "ok most frequent: upstream_unavailable (1)"
 
 
+async def test_doctor_names_jobs_that_have_not_run(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.execute(
+        "insert into replicas (id, version, started_at) values (gen_random_uuid(), '1', now() - interval '3 hours')"
+    )
+    await connection.execute(
+        "insert into job_runs (name, next_at) values ('retention', now()), ('replicas', now() - interval '3 hours')"
+    )
+    await connection.close()
+    code, found = await diagnosis(DATABASE_URL=database)
+    assert code == 1
+    assert [(subject, said[:12]) for subject, said in found.items() if "job" in subject] == [
+        ("job partitions", "FAIL was due"),
+        ("job replicas", "FAIL was due"),
+    ]
+
+
 async def test_doctor_without_a_database() -> None:
     code, found = await diagnosis()
     assert code == 1

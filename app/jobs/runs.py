@@ -8,6 +8,7 @@ from uuid import UUID
 from app.postgres import Connection, Pool
 
 _NOW = "select parley_now()"
+_SERVING = "select min(started_at) from replicas where alive"
 _ALL = "select name, next_at, started_at, ended_at, done, failures, error from job_runs"
 _FIRST = """
 insert into job_runs (name, next_at, started_at, replica_id) values ($1, $2, parley_now(), $3)
@@ -39,6 +40,12 @@ class JobRun:
 async def now(connection: Connection | Pool) -> datetime:
     moment: datetime = await connection.fetchval(_NOW)
     return moment
+
+
+async def serving_since(connection: Connection | Pool) -> datetime | None:
+    """Since when somebody could have run them: the start of the oldest replica that has not been declared dead."""
+    since: datetime | None = await connection.fetchval(_SERVING)
+    return since
 
 
 async def all_runs(connection: Connection | Pool) -> Mapping[str, JobRun]:

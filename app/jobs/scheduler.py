@@ -3,8 +3,10 @@
 Every replica looks whether jobs are overdue; only one, under an advisory lock, runs them.
 """
 
+import asyncio
+from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from time import perf_counter
 
@@ -12,7 +14,7 @@ import structlog
 
 from app.jobs import runs
 from app.jobs.runs import JobRun
-from app.jobs.schedule import SCHEDULE, Job, interval
+from app.jobs.schedule import Job, interval
 from app.postgres import AWAY, Leadership, Pool
 from app.streams.replicas import Replica
 from app.telemetry import Metrics
@@ -23,6 +25,11 @@ log = structlog.get_logger(__name__)
 _SLOW_S = 30
 _FAILURES = 3
 _OVERDUE = timedelta(minutes=10)
+# And so large a share of failures among so many passes here, or fewer.
+_ERROR_RATE = 0.05
+_PASSES = (20, 100)
+# No job takes nearly as long: each is bounded by itself. One that hangs all the same must not keep the others waiting.
+_LIMIT_S = 300
 
 
 @dataclass(slots=True, kw_only=True)
@@ -35,12 +42,17 @@ class Scheduler:
     jobs: Sequence[Job]
     metrics: Metrics
     failing: set[str]
+    limit_s: float = _LIMIT_S
+    # Whether each of the last passes failed, by job.
+    _outcomes: defaultdict[str, deque[bool]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=_PASSES[1]))
+    )
 
     async def run_once(self) -> int:
         """Begin and end every job that is due, where this replica leads; returns how many."""
         now = await runs.now(self.pool)
         known = await runs.all_runs(self.pool)
-        self._watch(known, now)
+        self._watch(known, now, await runs.serving_since(self.pool))
         if not await self.leadership.held():
             return 0
         due = [job for job in self.jobs if job.name not in known or known[job.name].next_at <= now]
@@ -53,7 +65,8 @@ class Scheduler:
         began = perf_counter()
         done, failure = 0, None
         try:
-            result = await job.run_once()
+            async with asyncio.timeout(self.limit_s):
+                result = await job.run_once()
             done = result if isinstance(result, int) else len(result) if isinstance(result, list) else 0
         except Exception as error:  # noqa: BLE001  one pass of a job; the next may do better
             failure = f"{type(error).__name__}: {error}"[:300]
@@ -62,6 +75,7 @@ class Scheduler:
         self.metrics.job_seconds.labels(job.name).set(took)
         self.metrics.job_runs.labels(job.name, "failed" if failure else "done").inc()
         self.metrics.job_rows.labels(job.name).inc(done)
+        self._judge(job.name, failed=failure is not None)
         if took > _SLOW_S:
             log.warning("job_slow", job=job.name, seconds=round(took, 1))
         if done:
@@ -71,16 +85,35 @@ class Scheduler:
         except AWAY as error:
             log.warning("job_unrecorded", job=job.name, error=type(error).__name__)
 
-    def _watch(self, known: Mapping[str, JobRun], now: datetime) -> None:
-        for name, run in known.items():
-            wrong = name in SCHEDULE and complaint(name, run, now) is not None
+    def _judge(self, name: str, *, failed: bool) -> None:
+        """Single failures that never come in a row are found by their share."""
+        outcomes = self._outcomes[name]
+        outcomes.append(failed)
+        rate = sum(outcomes) / len(outcomes)
+        if failed and len(outcomes) >= _PASSES[0] and rate > _ERROR_RATE:
+            log.warning("job_unreliable", job=name, error_rate=round(rate, 2), passes=len(outcomes))
+
+    def _watch(self, known: Mapping[str, JobRun], now: datetime, since: datetime | None) -> None:
+        for name in (job.name for job in self.jobs):
+            run = known.get(name)
+            wrong = complaint(name, run, now, since=since) is not None
             (self.failing.add if wrong else self.failing.discard)(f"job {name}")
+            if run is not None:
+                self._tell(name, run)
+
+    def _tell(self, name: str, run: JobRun) -> None:
+        """Whichever replica ran it: all of them tell what the table says."""
+        self.metrics.job_due.labels(name).set(run.next_at.timestamp())
+        self.metrics.job_failures.labels(name).set(run.failures)
+        if run.ended_at is not None:
+            self.metrics.job_ended.labels(name).set(run.ended_at.timestamp())
 
 
-def complaint(name: str, run: JobRun, now: datetime) -> str | None:
-    """What is wrong with a job, in a sentence."""
-    if run.failures > _FAILURES:
+def complaint(name: str, run: JobRun | None, now: datetime, *, since: datetime | None = None) -> str | None:
+    """What is wrong with a job, in a sentence; without a run it is due `since` then, if anybody could run it."""
+    if run is not None and run.failures > _FAILURES:
         return f"has failed {run.failures} times in a row: {run.error}"
-    if now - run.next_at > max(_OVERDUE, 2 * interval(name, now)):
-        return f"was due at {run.next_at:%Y-%m-%d %H:%M} UTC and has not run: is a replica up, and its database?"
+    due = since if run is None else run.next_at
+    if due is not None and now - due > max(_OVERDUE, 2 * interval(name, now)):
+        return f"was due at {due:%Y-%m-%d %H:%M} UTC and has not run: is a replica up, and its database?"
     return None

@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from structlog.testing import capture_logs
 
 from app.jobs import runs
 from app.jobs.runs import JobRun
@@ -144,6 +145,61 @@ async def test_every_job_of_the_schedule_runs_in_a_server(house: Open) -> None:
             assert (row["failures"], row["error"]) == (0, None)
         told = (await home.client.get("/metrics")).text
         assert 'parley_job_runs_total{job="retention",outcome="done"} 1.0' in told
+
+
+async def test_a_job_that_hangs_is_given_up_and_the_next_one_runs(database: str) -> None:
+    done: list[str] = []
+
+    async def hangs() -> None:
+        await asyncio.Event().wait()
+
+    async with scheduler(database, Job("partitions", hangs), counted(done)) as one:
+        one.limit_s = 0.05
+        async with asyncio.timeout(10):
+            await one.run_once()
+        assert done == ["retention"]
+        assert (await runs.all_runs(one.pool))["partitions"].failures == 1
+
+
+async def test_failures_that_never_come_in_a_row_are_told_by_their_share(database: str) -> None:
+    passes = 0
+
+    async def every_tenth_fails() -> None:
+        nonlocal passes
+        passes += 1
+        if passes % 10 == 0:
+            raise ValueError("no")
+
+    async with scheduler(database, Job("retention", every_tenth_fails)) as one:
+        with capture_logs() as logs:
+            for _ in range(20):
+                await one.pool.execute("update job_runs set next_at = parley_now()")
+                await one.run_once()
+    told = [line for line in logs if line["event"] == "job_unreliable"]
+    assert [(line["error_rate"], line["passes"]) for line in told] == [(0.1, 20)]
+
+
+async def test_a_job_that_has_never_run_is_told_of(database: str) -> None:
+    """As when another process holds the lock and does nothing."""
+    async with scheduler(database, counted([])) as one, scheduler(database) as holder:
+        assert await holder.leadership.held()
+        await one.replica.register()
+        await one.run_once()
+        assert one.failing == set()
+        await one.pool.execute("update replicas set started_at = now() - interval '21 minutes'")
+        await one.run_once()
+        assert one.failing == {"job retention"}
+
+
+async def test_every_replica_tells_what_the_table_says(database: str) -> None:
+    async with scheduler(database, counted([])) as one, scheduler(database, counted([])) as two:
+        await at(one, database, NOON)
+        await one.run_once()
+        await two.run_once()
+        value = two.metrics.registry.get_sample_value
+        assert value("parley_job_due_timestamp_seconds", {"job": "retention"}) == NOON.timestamp() + 600
+        assert value("parley_job_ended_timestamp_seconds", {"job": "retention"}) == NOON.timestamp()
+        assert value("parley_job_failures", {"job": "retention"}) == 0
 
 
 def test_what_discovery_and_roll_ups_are_switched_by(monkeypatch: pytest.MonkeyPatch) -> None:
