@@ -240,6 +240,7 @@ class Gateway:
             runner=runner,
             ending=ending,
             journal=journal,
+            metrics=metrics,
             patience=Patience(settings.owners, settings.restart_age_s),
         )
         self._lifeline = Lifeline(self._dsn, replica, on_gone=bus.gone.set)

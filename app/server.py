@@ -16,7 +16,7 @@ from app.main import Life, create_app
 from app.settings import Settings
 
 # What is left after draining: responses that end by themselves within this time.
-_CLOSE_S = 2
+_CLOSE_S = 1
 _BACKLOG = 2048
 _UNACKNOWLEDGED_S = 20.0
 

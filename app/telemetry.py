@@ -52,6 +52,9 @@ class Metrics:
         registry.register(_EventCounts(self))
         self.errors = counter("parley_errors", "Errors by their stable code.", ["code"])
         self.streams_ended = counter("parley_streams_ended", "Answers ended, by status.", ["status"])
+        self.takeovers = counter(
+            "parley_takeovers", "Streams of dead replicas taken over, by what became of them.", ["how"]
+        )
         self.attempts = counter(
             "parley_attempts", "Calls of providers, by provider and outcome.", ["provider", "outcome"]
         )

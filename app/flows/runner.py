@@ -25,7 +25,9 @@ from app.streams.stream import Stream
 log = structlog.get_logger(__name__)
 
 # How long what a released answer has said may take to be saved when the server stops, in seconds.
-_RELEASE_S = 1.5
+_RELEASE_S = 1.0
+# And how long the rest may then take to give up whatever it waits for: a database that hangs, for one.
+_GIVE_UP_S = 0.5
 
 _UNSAVED = Failure("log_unavailable", "The answer could not be saved in time: the database was away.", retryable=True)
 _LATE = Failure("run_timeout", "The answer took longer than a run may take.", retryable=True)
@@ -148,14 +150,14 @@ class Runner:
         self._cancel_all()
         await self._settle(_RELEASE_S)
         self._cancel_all()
-        await self._settle(None)
+        await self._settle(_GIVE_UP_S)
 
-    async def _settle(self, timeout_s: float | None) -> None:
+    async def _settle(self, timeout_s: float) -> None:
         """Wait until nothing runs, for so long at most; what was accepted on the way has its time, too."""
         loop = asyncio.get_running_loop()
-        until = None if timeout_s is None else loop.time() + timeout_s
-        while self._running and (until is None or until > loop.time()):
-            await asyncio.wait(self._running.values(), timeout=None if until is None else until - loop.time())
+        until = loop.time() + timeout_s
+        while self._running and until > loop.time():
+            await asyncio.wait(self._running.values(), timeout=until - loop.time())
 
     def _done(self, writer: Writer) -> None:
         del self._running[writer.stream_id], self._executions[writer.stream_id]

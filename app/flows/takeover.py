@@ -22,6 +22,7 @@ from app.streams.log import Log, StreamLost, Writer
 from app.streams.replicas import Fenced, Replica
 from app.streams.stream import Orphan, Stream, Streams
 from app.streams.tail import Tail
+from app.telemetry import Metrics
 
 log = structlog.get_logger(__name__)
 
@@ -55,6 +56,7 @@ class Takeover:
         runner: Runner,
         ending: Ending,
         journal: Journal,
+        metrics: Metrics,
         patience: Patience,
     ) -> None:
         self._pool = pool
@@ -67,6 +69,7 @@ class Takeover:
         self._runner = runner
         self._ending = ending
         self._journal = journal
+        self._metrics = metrics
         self._patience = patience
         self._places = asyncio.Semaphore(_AT_ONCE)
         # A claim got no answer: there may be streams of ours that nobody runs.
@@ -125,6 +128,7 @@ class Takeover:
             self._hub.stir(stream.id)
         else:
             await self._end(stream, past, outcome)
+        self._metrics.takeovers.labels("restarted" if isinstance(outcome, Run) else "ended").inc()
         how = "begun again" if isinstance(outcome, Run) else f"ended: {outcome.code}"
         log.info("stream_taken_over", streaming_session_id=str(stream.id), owner=orphan.attempt, how=how)
 
@@ -165,6 +169,7 @@ class Takeover:
                 await self._ending.save_answer(stream, writer, answer)
             flows = past.flows | {answer.flow: answer}
             await self._ending.conclude(stream, writer, Result(answer, [*flows.values()]))
+            await self._runner.on_end(stream)
         except StreamLost:
             answer.failure = LOG_LOST
             await self._ending.lose(stream, writer.last_id, answer)

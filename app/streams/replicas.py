@@ -151,7 +151,8 @@ class Replica:
     async def retire(self) -> None:
         """The last word of a drained replica: successors may claim what it left at once."""
         self._retired = True
-        await self._pool.execute(_RETIRE, self.id)
+        async with prompt_connection(self._pool) as connection:
+            await connection.execute(_RETIRE, self.id)
 
     async def forget_dead(self) -> None:
         """Keep the tables as small as the number of starts in a week."""

@@ -13,7 +13,7 @@ import asyncpg
 import structlog
 
 from app.expiry import Rows
-from app.postgres import AWAY, CONFLICT, Connection, Pool, why
+from app.postgres import AWAY, CONFLICT, Connection, Pool, prompt_connection, why
 from app.streams.event import TERMINAL, Kind, Status, encode
 from app.streams.log import StreamLost, Writer, insert_event
 from app.streams.replicas import Replica
@@ -325,7 +325,8 @@ class Streams:
 
     async def let_go(self) -> None:
         """What a drained replica leaves behind was not broken by it: it does not count as an owner of that."""
-        await self._pool.execute(_LET_GO, self._replica.id)
+        async with prompt_connection(self._pool) as connection:
+            await connection.execute(_LET_GO, self._replica.id)
 
 
 def random_part() -> str:

@@ -372,6 +372,21 @@ async def test_an_answer_longer_than_the_drain_goes_on_elsewhere_at_once(
     assert done.code == 0
 
 
+async def test_a_drain_while_the_database_hangs_ends_in_time_all_the_same(database: str, look: Connection) -> None:
+    async with proxy_to_postgres(database) as (proxy, dsn):
+        async with replicas(dsn, 1, PARLEY_DRAIN_S="0.2") as (leaving,):
+            accepted = await leaving.ask("steady")
+            async with reading(leaving.client, accepted["streaming_url"]) as reader:
+                await reader.has(10)
+                proxy.stall()
+                done = await leaving.command.stop(within_s=5.2)
+        proxy.open()
+    assert done.code == 0
+    assert any("goodbye_failed" in line for line in done.err)
+    async with replicas(database, 1) as (again,):
+        assert_begun_again(await poll(again.client, accepted["streaming_url"]))
+
+
 async def test_a_second_signal_ends_it_at_once_and_another_replica_begins_its_answers_again(
     database: str, look: Connection
 ) -> None:

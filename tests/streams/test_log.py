@@ -376,6 +376,45 @@ async def test_what_a_drained_replica_leaves_has_had_one_owner_less(database: st
         assert 0 <= orphan.age_s < 60
 
 
+async def test_d9_a_claim_whose_answer_was_lost_is_found(database: str) -> None:
+    """The stream is this replica's in the table, and nobody runs it."""
+    async with engine(database) as parts:
+        lost, running = await parts.begin(), await parts.begin()
+        parts.streams.settle(lost.id)
+        parts.streams.settle(running.id)
+        assert await claim(parts) == []
+        await parts.streams.doubt_all_but({running.id})
+        assert await claim(parts) == [], "it may be on its way"
+        parts.streams._doubtful[lost.id] -= 10
+        assert [orphan.stream for orphan in await claim(parts)] == [lost]
+
+
+async def test_a_new_incarnation_saves_nothing_for_a_run_of_the_one_before(database: str) -> None:
+    async with engine(database) as parts:
+        writer = await parts.writer()
+        await parts.replica.retire()
+        await parts.replica.renew()
+        with pytest.raises(Fenced):
+            await parts.end(writer)
+        assert await parts.stored(writer.stream_id) == [1]
+
+
+async def test_only_a_replica_that_has_been_heard_for_a_lease_may_fence(database: str) -> None:
+    async with engine(database) as parts:
+        replica = parts.replica
+        replica._lease_s = 0.3
+        assert not replica.may_fence()
+        async with asyncio.timeout(5):
+            while not replica.may_fence():
+                await replica.beat()
+        replica._beat_at -= 0.2
+        assert not replica.may_fence(), "its own beat is late: those of the others may be, too"
+        await replica.beat()
+        assert not replica.may_fence()
+        replica._beating_since = None
+        assert not replica.may_fence()
+
+
 async def test_silence_is_measured_by_the_databases_clock(database: str) -> None:
     async with engine(database) as silent, engine(database) as one:
         await one.replica.beat()
