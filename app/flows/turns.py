@@ -7,7 +7,7 @@ from uuid import UUID
 
 import structlog
 
-from app.errors import Invalid, NotFound, Unavailable
+from app.errors import Conflict, Invalid, NotFound, Unavailable
 from app.expiry import Expired
 from app.flows import queue, sessions
 from app.flows.beginning import Beginning
@@ -76,19 +76,24 @@ class Turns:
         except (Unavailable, Fenced, _Overtaken) as error:
             log.info("turn_postponed", reason=type(error).__name__)
             return False
+        except Exception:  # around one session: the others have their turns, and the run that ended has ended well
+            log.exception("turn_failed", session=session_id)
+            return False
         self._streams.settle(run.stream.id)
         return True
 
     async def _next(self, user_id: str, session_id: str) -> Run | None:
-        first = await queue.first(self._pool, user_id=user_id, session_id=session_id)
-        if first is None:
-            return None
-        try:
-            # Its time counts from its turn: what it waited for was not the model.
-            prepared = await self._beginning.prepare(replace(first.incoming, received=perf_counter()))
-        except (NotFound, Invalid) as error:  # its chatbot has changed meanwhile and does not take it any more
-            await self._refuse(first, Failure(error.code, error.detail))
-            return None
+        while first := await queue.first(self._pool, user_id=user_id, session_id=session_id):
+            try:
+                return await self._begin(first, user_id, session_id)
+            except (NotFound, Invalid, Conflict) as error:
+                # What it names has gone, its chatbot does not take it any more, or its id was used elsewhere.
+                await self._refuse(first, Failure(error.code, error.detail))
+        return None
+
+    async def _begin(self, first: Turn, user_id: str, session_id: str) -> Run | None:
+        # Its time counts from its turn: what it waited for was not the model.
+        prepared = await self._beginning.prepare(replace(first.incoming, received=perf_counter()))
         self._runner.admit(prepared.flow)
         async with self._replica.transaction() as connection:
             if not await sessions.reoccupy(

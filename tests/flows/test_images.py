@@ -93,6 +93,20 @@ async def test_a_picture_waits_with_its_message(house: Open) -> None:
         assert "data:image/png;base64," in text(frames)
 
 
+async def test_a_picture_that_has_gone_while_its_message_waited_is_told(house: Open) -> None:
+    async with house() as home:
+        slow = SHOP | {"flows": SHOP["flows"] | {"main": flow(wishes={"tokens": 40, "delay_ms": 20})}}
+        await home.apply(shop=slow)
+        await home.post("shop", session_id="chat")
+        waiting = (await home.post("shop", session_id="chat", image_data=inline())).json()
+        last = (await home.post("shop", session_id="chat")).json()
+        await home.database.execute("delete from images")
+        frames = await read_stream(home.client, waiting["streaming_url"])
+        assert [frame.event for frame in frames] == ["stream_end"]
+        assert only(frames, "stream_end")["error"]["code"] == "image_unknown"
+        assert only(await read_stream(home.client, last["streaming_url"]), "stream_end")["status"] == "completed"
+
+
 async def test_an_anthropic_flow_gets_the_picture_in_its_own_form(house: Open) -> None:
     async with house() as home:
         await home.apply(shop={"flows": {"look": flow(wishes={"echo": "1"}, images=True) | {"provider": "claude"}}})

@@ -172,6 +172,46 @@ async def test_a_message_that_its_chatbot_takes_no_more_ends_failed(house: Open)
         assert text(await asyncio.wait_for(read_stream(home.client, last["streaming_url"]), 10)) == "Yes."
 
 
+async def test_a_message_whose_id_was_used_elsewhere_meanwhile_ends_failed_and_the_next_has_its_turn(
+    house: Open,
+) -> None:
+    async with house(scan_s=60) as home:
+        await home.apply(shop={"flows": {"main": flow(wishes=ENDLESS)}}, quick={"flows": {"main": flow("Yes.")}})
+
+        async def with_id(session: str, key: str) -> dict[str, Any]:
+            body = {"user_id": "ann", "chatbot_id": "quick", "message_text": key, "session_id": session}
+            headers = {"Idempotency-Key": key}  # else the id alone would be the key
+            body["client_message_id"] = "used"
+            response = await home.client.post("/api/process-message", json=body, headers=headers)
+            answer: dict[str, Any] = response.json()
+            return answer
+
+        first = await send(home)
+        waiting = await with_id("chat", "one")
+        last = (await home.post("quick", session_id="chat")).json()
+        assert (waiting["status"], (await with_id("other", "two"))["status"]) == ("queued", "active")
+        await home.client.post(first["streaming_url"] + "/cancel")
+        frames = await asyncio.wait_for(read_stream(home.client, waiting["streaming_url"]), 10)
+        assert only(frames, "stream_end")["error"]["code"] == "message_exists"
+        assert text(await asyncio.wait_for(read_stream(home.client, last["streaming_url"]), 10)) == "Yes."
+
+
+async def test_one_session_whose_turn_cannot_be_given_does_not_hold_up_the_others(house: Open) -> None:
+    async with house(scan_s=0.1) as home:
+        slow, quick = {"flows": {"main": flow(wishes=ENDLESS)}}, {"flows": {"main": flow("Yes.")}}
+        await home.apply(shop=slow, quick=quick, broken=quick)
+        for session, chatbot in (("a", "broken"), ("b", "quick")):
+            await home.post("shop", session_id=session)
+            waiting = (await home.post(chatbot, session_id=session)).json()
+        # As a newer version of the server might write it.
+        await home.database.execute("insert into chatbots (id, version, configuration) values ('broken', 2, '{}')")
+        async with asyncio.timeout(10):
+            while (await home.client.get("/api/conversation-config/broken")).status_code == 200:
+                pass
+        await home.database.execute(IDLE)
+        assert text(await asyncio.wait_for(read_stream(home.client, waiting["streaming_url"]), 10)) == "Yes."
+
+
 async def test_a_message_never_overtakes_those_that_wait(house: Open, database: str) -> None:
     async with house(scan_s=60) as home:
         await home.apply(shop={"flows": {"main": flow("Yes.")}}, slow={"flows": {"main": flow(wishes=ENDLESS)}})
