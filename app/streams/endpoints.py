@@ -4,7 +4,7 @@ GET /api/stream: several streams for one EventSource."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Mapping
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Literal, TypedDict
 from uuid import UUID
 
@@ -168,42 +168,31 @@ async def _frames(
 ) -> AsyncGenerator[bytes, None]:
     """What one connection is sent. It holds a seat for as long as it runs, and runs only while somebody reads."""
     settings, metrics = request.state["settings"], request.state["metrics"]
-    opening = retry_line(settings.sse_retry_ms)
+    opening, last = retry_line(settings.sse_retry_ms), dict(cursors)
+    ended = {stream_id for stream_id, cursor in cursors.items() if states[stream_id].ended_at(cursor)}
     with request.state["seats"].taken(cursors, _users(*states.values())) as seated:
         if not seated:
             yield opening
             return
         if all(cursor == states[stream_id].tail for stream_id, cursor in cursors.items()):
             yield HEARTBEAT
-        with metrics.readers.track_inprogress():
-            async with aclosing(_events(request, cursors, states)) as events:
-                async for frames in events:
-                    yield opening + frames
-                    opening = b""
+        # What is cleaned up under the reader is told by the 410 of the reconnect.
+        with metrics.readers.track_inprogress(), suppress(Gone, NotFound):
+            following = follow_all(request.state["tail"], cursors, settings.sse_max_age_s, ended=ended)
+            async with aclosing(following) as batches:
+                async for batch in batches:
+                    _count(metrics, last, batch)
+                    if batch.frames:
+                        yield opening + batch.frames
+                        opening = b""
     if request.state["hub"].closing:
         yield retry_line(settings.sse_retry_ms)
 
 
-async def _events(
-    request: Request[Needs], cursors: Mapping[UUID, int], states: Mapping[UUID, State]
-) -> AsyncGenerator[bytes, None]:
-    last = dict(cursors)
-    ended = {stream_id for stream_id, cursor in cursors.items() if states[stream_id].ended_at(cursor)}
-    following = follow_all(request.state["tail"], cursors, request.state["settings"].sse_max_age_s, ended=ended)
-    async with aclosing(following) as batches:
-        try:
-            async for stream_id, batch in batches:
-                _count(request.state["metrics"], last[stream_id], batch)
-                last[stream_id] = batch.last
-                if batch.frames:
-                    yield batch.frames
-        except (Gone, NotFound):
-            # Cleaned up under the reader; the reconnect is told with 410 or 404.
-            return
-
-
-def _count(metrics: Metrics, cursor: int, batch: Batch) -> None:
+def _count(metrics: Metrics, last: dict[UUID, int], batch: Batch) -> None:
     """Count what is handed over, and check once more, apart from the tail, that it follows on the cursor."""
+    cursor = last[batch.stream_id]
+    last[batch.stream_id] = batch.last
     metrics.events_delivered += batch.last - batch.first + 1
     if batch.first > cursor + 1:
         metrics.events_lost += batch.first - cursor - 1

@@ -19,6 +19,7 @@ _LATELY = 4096
 class Batch:
     """Neighbouring events first..last of one stream as SSE frames; `ended` if the last one is terminal."""
 
+    stream_id: UUID
     first: int
     last: int
     frames: bytes
@@ -28,7 +29,7 @@ class Batch:
 def batch_of(stream_id: UUID, first: int, payloads: Sequence[str]) -> Batch:
     """`payloads` must not be empty."""
     last = first + len(payloads) - 1
-    return Batch(first, last, to_frames(stream_id, first, payloads), kind_of(payloads[-1]) == TERMINAL)
+    return Batch(stream_id, first, last, to_frames(stream_id, first, payloads), kind_of(payloads[-1]) == TERMINAL)
 
 
 class Subscription:

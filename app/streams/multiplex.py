@@ -14,48 +14,49 @@ from app.streams.hub import Batch
 from app.streams.tail import Tail
 
 # What a stream hands over: a batch; what went wrong; None for its end, whatever the reason.
-_Handed = tuple[UUID, Batch | Exception | None]
+_Handed = Batch | Exception | None
 
 
-async def follow_all(
+def follow_all(
     tail: Tail, cursors: Mapping[UUID, int], max_age_s: float, *, ended: Collection[UUID] = ()
-) -> AsyncGenerator[tuple[UUID, Batch], None]:
-    """As `Tail.follow`, of one stream or several; then the id of each frame goes on with the other streams' cursors.
+) -> AsyncGenerator[Batch, None]:
+    """As `Tail.follow`, of one stream or of several. Streams in `ended` were read to their end.
 
-    So a reader that is cut anywhere, also between two frames, resumes all of them with the last id it saw. Streams in
-    `ended` were read to their end: only their cursors are told.
+    Of several, the id of each frame goes on with the other streams' cursors. So a reader that is cut anywhere, also
+    between two frames, resumes all of them with the last id it saw.
     """
-    if len(cursors) == 1:
-        ((stream_id, cursor),) = cursors.items()
-        async with aclosing(tail.follow(stream_id, cursor, max_age_s)) as batches:
-            async for batch in batches:
-                yield stream_id, batch
-        return
+    if len(cursors) > 1:
+        return _with_cursors(tail, cursors, max_age_s, ended)
+    ((stream_id, cursor),) = cursors.items()
+    return tail.follow(stream_id, cursor, max_age_s)
+
+
+async def _with_cursors(
+    tail: Tail, cursors: Mapping[UUID, int], max_age_s: float, ended: Collection[UUID]
+) -> AsyncGenerator[Batch, None]:
     pairs = {stream_id: f",{stream_id}:{cursor}" if cursor else "" for stream_id, cursor in cursors.items()}
     going = {stream_id: cursor for stream_id, cursor in cursors.items() if stream_id not in ended}
-    async with aclosing(_merged(tail, going, max_age_s)) as merged:
-        async for stream_id, batch in merged:
-            others = "".join(pair for other, pair in pairs.items() if other != stream_id)
-            pairs[stream_id] = f",{stream_id}:{batch.last}"
-            yield stream_id, replace(batch, frames=with_more_in_id(batch.frames, others))
+    async with aclosing(_merged(tail, going, max_age_s)) as batches:
+        async for batch in batches:
+            others = "".join(pair for stream_id, pair in pairs.items() if stream_id != batch.stream_id)
+            pairs[batch.stream_id] = f",{batch.stream_id}:{batch.last}"
+            yield replace(batch, frames=with_more_in_id(batch.frames, others))
 
 
-async def _merged(
-    tail: Tail, cursors: Mapping[UUID, int], max_age_s: float
-) -> AsyncGenerator[tuple[UUID, Batch], None]:
+async def _merged(tail: Tail, cursors: Mapping[UUID, int], max_age_s: float) -> AsyncGenerator[Batch, None]:
     # A queue lets those who wait for room in it pass in the order in which they came: one batch of each, in turns.
     place: asyncio.Queue[_Handed] = asyncio.Queue(1)
     pumps = [asyncio.create_task(_pump(tail, *start, max_age_s, place)) for start in cursors.items()]
     try:
         going = len(pumps)
         while going:
-            stream_id, handed = await place.get()
+            handed = await place.get()
             if isinstance(handed, Exception):
                 raise handed
             if handed is None:
                 going -= 1
             else:
-                yield stream_id, handed
+                yield handed
     finally:
         for pump in pumps:
             pump.cancel()
@@ -66,9 +67,9 @@ async def _pump(tail: Tail, stream_id: UUID, cursor: int, max_age_s: float, plac
     try:
         async with aclosing(tail.follow(stream_id, cursor, max_age_s)) as batches:
             async for batch in batches:
-                await place.put((stream_id, batch))
+                await place.put(batch)
     except Exception as error:  # noqa: BLE001
         # Raised again where the reader is served.
-        await place.put((stream_id, error))
+        await place.put(error)
     else:
-        await place.put((stream_id, None))
+        await place.put(None)

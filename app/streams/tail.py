@@ -158,7 +158,7 @@ class Tail:
                 state = await self.state(stream_id)
                 payloads = await self.read_known(stream_id, cursor, _PAGE, state)
                 if state.ended and cursor == state.tail:
-                    return Batch(cursor + 1, cursor, b"", ended=True)
+                    return Batch(stream_id, cursor + 1, cursor, b"", ended=True)
         except AWAY:
             # Tried again when the hub looks around, not at once: all readers are in this together.
             subscription.behind = True

@@ -54,7 +54,7 @@ class Client:
 
     async def _receive(self, cursors: dict[UUID, int], ended: set[UUID]) -> None:
         async with aclosing(follow_all(self._parts.tail, cursors, 600, ended=ended)) as batches:
-            async for _, batch in batches:
+            async for batch in batches:
                 self._wire += batch.frames
                 self._room.clear()
                 await self._room.wait()

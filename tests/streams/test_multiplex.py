@@ -241,7 +241,7 @@ class Talkative(Tail):
     async def follow(self, stream_id: UUID, cursor: int, max_age_s: float) -> AsyncGenerator[Batch, None]:
         while True:
             cursor += 1
-            yield Batch(cursor, cursor, b"", ended=False)
+            yield Batch(stream_id, cursor, cursor, b"", ended=False)
 
 
 async def test_streams_that_never_pause_take_turns(database: str) -> None:
@@ -249,7 +249,7 @@ async def test_streams_that_never_pause_take_turns(database: str) -> None:
         streams = [uuid4() for _ in range(5)]
         tail = Talkative(parts.pool, parts.hub, parts.log)
         async with aclosing(follow_all(tail, dict.fromkeys(streams, 0), 60)) as batches:
-            order = [(await anext(batches))[0] for _ in range(500)]
+            order = [(await anext(batches)).stream_id for _ in range(500)]
         assert {order.count(stream) for stream in streams} <= {99, 100, 101}
 
 
