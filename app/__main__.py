@@ -65,6 +65,8 @@ def serve() -> None:
         _calm_collector()
         async with server.gateway(settings) as url:
             log.info("listening", url=url)
+            if settings.auth == "open":
+                log.warning("open_to_anybody", host=settings.host)
             await leave.wait()
 
     _run(serving)

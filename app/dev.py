@@ -10,6 +10,7 @@ from pathlib import Path
 import click
 
 from app import server
+from app.access.credentials import require_safe
 from app.demo.server import demo_provider
 from app.embedded import EmbeddedPostgres, embedded_postgres
 from app.errors import Misconfigured
@@ -41,6 +42,8 @@ Parley is ready: {url}"""
 
 async def dev(settings: Settings, apply: Path | None) -> None:
     """Run until a signal. Raises Misconfigured where something is in the way, or PostgreSQL dies."""
+    settings = _for_dev(settings)
+    require_safe(settings)
     leave = server.signals()
     wanted = file.load(apply) if apply else file.parse("chatbots: {}")
     async with embedded_postgres(settings.data_dir) as postgres, demo_provider() as demo_url:
@@ -48,7 +51,8 @@ async def dev(settings: Settings, apply: Path | None) -> None:
         os.environ["PARLEY_DEMO_URL"] = demo_url
         await _prepare(postgres.dsn, wanted)
         life = Life()
-        async with server.gateway(_for_dev(settings, postgres.dsn), life) as url, _watching(postgres, leave) as died:
+        mine = settings.model_copy(update={"database_url": postgres.dsn})
+        async with server.gateway(mine, life) as url, _watching(postgres, leave) as died:
             await _either(life.serving, leave)
             if not leave.is_set():
                 click.echo(_BLOCK.format(url=url, data_dir=settings.data_dir, dsn=shlex.quote(postgres.dsn)))
@@ -57,9 +61,9 @@ async def dev(settings: Settings, apply: Path | None) -> None:
             raise Misconfigured("embedded_died", "PostgreSQL ended unexpectedly; the next start recovers its data.")
 
 
-def _for_dev(settings: Settings, dsn: str) -> Settings:
-    drain_s = settings.drain_s if "drain_s" in settings.model_fields_set else _DRAIN_S
-    return settings.model_copy(update={"database_url": dsn, "drain_s": drain_s})
+def _for_dev(settings: Settings) -> Settings:
+    usual = {"drain_s": _DRAIN_S, "auth": "open"}
+    return settings.model_copy(update={name: usual[name] for name in usual.keys() - settings.model_fields_set})
 
 
 async def _prepare(dsn: str, wanted: file.File) -> None:

@@ -14,6 +14,10 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from app import health, problems
+from app.access import guard
+from app.access.credentials import Credentials, is_loopback, require_safe
+from app.access.demands import demands
+from app.access.keys import Keys
 from app.chats import endpoints as chat_endpoints
 from app.chats.allowance import Allowance
 from app.chats.decoders import Decoders
@@ -82,6 +86,7 @@ class State(
     chat_endpoints.Needs,
     health.Needs,
     problems.Needs,
+    guard.Needs,
 ):
     """What requests find in `request.state`."""
 
@@ -96,7 +101,11 @@ class Life:
 
 
 def create_app(settings: Settings, life: Life | None = None) -> Starlette:
-    """The gateway over `settings.database_url`, which may still be down: it serves as soon as the database does."""
+    """The gateway over `settings.database_url`, which may still be down: it serves as soon as the database does.
+
+    Raises Misconfigured where it would let everybody in.
+    """
+    require_safe(settings)
     reference = Reference(OPERATIONS, HEADERS)
     body_limit = [Middleware(problems.BodyLimit, settings.body_limit)]
     routes = [
@@ -136,6 +145,7 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
         Route("/openapi.json", reference.openapi),
         Route("/docs", reference.docs),
     ]
+    guard.guard(routes, demands(metrics_open=settings.metrics_open))
     app = Starlette(
         routes=routes,
         middleware=[Middleware(RequestIds)],
@@ -278,6 +288,7 @@ class Gateway:
             failing=self._failing,
         )
         self.state = State(
+            credentials=Credentials(settings.auth, Keys(pool), local=is_loopback(settings.host)),
             settings=settings,
             pool=pool,
             probe=health.Probe(reserve, on_silence=self._distrust),

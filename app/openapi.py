@@ -20,6 +20,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from app import __version__
+from app.access.demands import Demand, demands
 
 Json = dict[str, Any]
 
@@ -29,7 +30,9 @@ _ABOUT = (
     "Send a message, then read the answer as a stream of events that is stored before it is shown and can be read "
     "again from any position, by polling or as server-sent events.\n\n"
     "Every GET route answers HEAD, and every route answers OPTIONS with 204 and `Allow`. Failures are "
-    "`application/problem+json` with a stable `code`; its `error_id` finds the row in the table `error_logs`."
+    "`application/problem+json` with a stable `code`; its `error_id` finds the row in the table `error_logs`.\n\n"
+    "Unless the server is open to anybody on its machine, every route but a few needs an API key with the scope that "
+    "it names: `Authorization: Bearer KEY`, or `X-API-Key: KEY`. A key acts for any user."
 )
 
 
@@ -75,7 +78,7 @@ Operations = Mapping[tuple[str, str], Operation]
 
 
 class Problem(BaseModel):
-    """Why a request failed (RFC 9457). `mistakes` only with `configuration_invalid`."""
+    """Why a request failed (RFC 9457). `mistakes` only with `configuration_invalid`, `scope` with `scope_missing`."""
 
     type: str
     title: str
@@ -85,6 +88,7 @@ class Problem(BaseModel):
     error_id: str
     success: Literal[False]
     mistakes: list[str] | None = None
+    scope: str | None = None
 
 
 class Reference:
@@ -118,8 +122,10 @@ def operations_of(routes: Iterable[BaseRoute]) -> dict[tuple[str, str], Route]:
 def document(routes: Iterable[BaseRoute], operations: Operations, headers: Mapping[str, str]) -> Json:
     """The OpenAPI 3.1 document. Raises KeyError for a route that `operations` does not describe."""
     paths: dict[str, Json] = {}
+    table = demands()
     for (method, path), route in operations_of(routes).items():
-        paths.setdefault(path, {})[method.lower()] = _operation(_name(route, method), operations[method, path])
+        described = _operation(_name(route, method), operations[method, path], table[method, path])
+        paths.setdefault(path, {})[method.lower()] = described
     return {
         "openapi": "3.1.0",
         "info": {
@@ -134,7 +140,12 @@ def document(routes: Iterable[BaseRoute], operations: Operations, headers: Mappi
             "schemas": _schemas(operations.values()),
             "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in headers.items()},
             "parameters": {"X-Request-Id": _parameter(_REQUEST_ID)},
-            "responses": {"Problem": _problem("Any other failure.", ())},
+            "securitySchemes": _SCHEMES,
+            "responses": {
+                "Problem": _problem("Any other failure.", ()),
+                "Unauthorized": _problem(_UNAUTHORIZED, ("WWW-Authenticate",)),
+                "Forbidden": _problem(_FORBIDDEN, ("WWW-Authenticate",)),
+            },
         },
     }
 
@@ -153,16 +164,39 @@ _REQUEST_ID = Parameter(
 )
 
 
-def _operation(name: str, operation: Operation) -> Json:
+_SCHEMES: Json = {
+    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
+    "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
+}
+_UNAUTHORIZED = "Problem: `credentials_missing`, `credentials_invalid`."
+_FORBIDDEN = "Problem: `scope_missing`, `user_mismatch`."
+
+
+def _security(demand: Demand) -> list[Json]:
+    return [] if demand == "public" else [{name: [demand]} for name in _SCHEMES]
+
+
+def _refusals(demand: Demand) -> Json:
+    names = {} if demand == "public" else {"401": "Unauthorized", "403": "Forbidden"}
+    return {status: {"$ref": f"#/components/responses/{name}"} for status, name in names.items()}
+
+
+def _operation(name: str, operation: Operation, demand: Demand) -> Json:
     parameters = [_parameter(parameter) for parameter in operation.parameters]
     answers = {str(status): _answer(answer) for status, answer in operation.answers.items()}
     problems = {str(status): _failure(status, codes) for status, codes in operation.problems.items()}
     described: Json = {
         "operationId": name,
         "summary": operation.summary,
-        "description": operation.description,
+        "description": operation.description + ("" if demand == "public" else f"\n\nNeeds the scope `{demand}`."),
+        "security": _security(demand),
         "parameters": [*parameters, {"$ref": "#/components/parameters/X-Request-Id"}],
-        "responses": {**answers, **problems, "default": {"$ref": "#/components/responses/Problem"}},
+        "responses": {
+            **answers,
+            **_refusals(demand),
+            **problems,
+            "default": {"$ref": "#/components/responses/Problem"},
+        },
     }
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": {"application/json": _content(operation.body)}}

@@ -60,7 +60,8 @@ HEADERS: Mapping[str, str] = {
     "ETag": "Of a chatbot, and of a stream that has ended; send it back as If-None-Match.",
     "Cache-Control": "`private, max-age=3600` for a stream that has ended, `private, no-cache` for a chatbot, "
     "otherwise `no-store`; SSE is never cached.",
-    "Vary": "`Accept, Last-Event-ID`: both change the answer.",
+    "Vary": "What changes the answer: `Accept`, `Last-Event-ID`, and who asks.",
+    "WWW-Authenticate": "How to become somebody, as RFC 6750 says it.",
     "Content-Security-Policy": "Only the page's own script and style run; it talks to this server alone.",
 }
 
@@ -315,9 +316,8 @@ _GET_CONFIG = Operation(
 _PUT_CONFIG = Operation(
     "Replace a chatbot",
     "In the shapes of the chatbots file (docs/chatbots.md), with the providers and templates that it names. In use "
-    "within a second on every replica; answers under way keep the version they began with. For admins: taken only by "
-    "a server that listens on a loopback address, and under such an address, until requests are authenticated. At most "
-    "1 MiB. A 422 lists what is wrong, each with its place, in `mistakes`.",
+    "within a second on every replica; answers under way keep the version they began with. At most 1 MiB. A 422 lists "
+    "what is wrong, each with its place, in `mistakes`.",
     answers={
         200: Answer(
             "In use.",
@@ -334,7 +334,6 @@ _PUT_CONFIG = Operation(
     ),
     problems={
         400: ["invalid_json"],
-        403: ["admin_only"],
         413: ["body_too_large"],
         422: ["configuration_invalid"],
         503: ["database_unavailable", "database_busy"],
@@ -461,7 +460,8 @@ _LIVEZ = Operation(
 )
 _READYZ = Operation(
     "May new work be sent here?",
-    "The database answers, its schema fits, and the server is not stopping.",
+    "The database answers, its schema fits, and the server is not stopping. With `?verbose` it says why not, for which "
+    "it needs the scope `admin`.",
     answers={
         200: Answer("Ready.", {_JSON: Content({"status": "ready"}, Readiness)}),
         503: Answer("Not ready.", {_JSON: Content({"status": "not ready"}, Readiness)}),

@@ -14,16 +14,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from app.errors import BadRequest, NotFound, ParleyError, TooLarge, TooSlow, Unavailable, to_problem
 from app.journal import About, Journal
 from app.postgres import AWAY, CONFLICT, why
+from app.settings import Settings
+from app.streams.sse import come_back_later
 from app.telemetry import request_id
 
 log = structlog.get_logger(__name__)
 
+_CHALLENGE = 'Bearer realm="parley"'
 # How much of a path an error row holds.
 _LONGEST_PATH = 300
 
 
 class Needs(TypedDict):
     journal: Journal
+    settings: Settings
 
 
 class _MethodNotAllowed(ParleyError):
@@ -77,7 +81,11 @@ async def answer(request: Request[Any], error: Exception) -> Response:
     if isinstance(error, HTTPException) and error.status_code == 405 and request.method == "OPTIONS":
         return Response(status_code=204, headers=error.headers)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
-    return _respond(request, _translate(error), headers, cause=error)
+    told = _translate(error)
+    if isinstance(told, Unavailable) and _follows_events(request):
+        # Browsers give up for ever on a 503 to an EventSource (G14).
+        return come_back_later(request.state["settings"].sse_retry_ms)
+    return _respond(request, told, headers, cause=error)
 
 
 async def answer_crash(request: Request[Any], error: Exception) -> Response:
@@ -87,6 +95,10 @@ async def answer_crash(request: Request[Any], error: Exception) -> Response:
         response = await answer(request, error)
     response.headers["X-Request-Id"] = given
     return response
+
+
+def _follows_events(request: Request[Any]) -> bool:
+    return request.method == "GET" and "text/event-stream" in request.headers.get("accept", "")
 
 
 def _translate(error: Exception) -> ParleyError:
@@ -107,16 +119,32 @@ def _translate(error: Exception) -> ParleyError:
 def _respond(request: Request[Any], error: ParleyError, headers: dict[str, str], *, cause: Exception) -> Response:
     journal: Journal = request.state["journal"]
     context = {"method": request.method, "path": request.url.path[:_LONGEST_PATH]}
+    if (principal := request.scope.get("principal")) is not None:
+        context["principal"] = principal.id
     about = About(request_id=request_id(request.scope), context=context)
     stack_of = cause if error.status >= 500 else None
     error_id = journal.record(error.code, error.detail, about=about, error=stack_of, category="REQUEST_ERROR")
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, round(error.retry_after)))
+    if challenge := _challenge(error):
+        headers["WWW-Authenticate"] = challenge
     if isinstance(error, TooSlow):
         # The rest of the request may still be on its way; nobody waits for it (RFC 9110, 15.5.9).
         headers["Connection"] = "close"
     body = orjson.dumps(to_problem(error, error_id))
     return Response(body, error.status, {**headers, "Cache-Control": "no-store"}, "application/problem+json")
+
+
+def _challenge(error: ParleyError) -> str | None:
+    """RFC 6750, 3."""
+    match error.code:
+        case "credentials_missing":
+            return _CHALLENGE
+        case "credentials_invalid":
+            return f'{_CHALLENGE}, error="invalid_token"'
+        case "scope_missing":
+            return f'{_CHALLENGE}, error="insufficient_scope", scope="{error.extra["scope"]}"'
+    return None
 
 
 Handler = Callable[[Request[Any], Exception], Awaitable[Response]]

@@ -35,6 +35,16 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
+    auth: Literal["keys", "open"] = Field(
+        "keys",
+        description="Who may ask: whoever has an API key, or anybody (`open`, the default of `parley dev`).",
+    )
+    open_anywhere: bool = Field(
+        False, description="Whether `open` is taken on other addresses than loopback: something in front must ask then."
+    )
+    metrics_open: bool = Field(
+        False, description="Whether `/metrics` and `/readyz?verbose` are for everybody instead of administrators."
+    )
     data_dir: Path = Field(
         default_factory=_default_data_dir,
         description="Folder of the embedded PostgreSQL (`parley dev` only).",

@@ -91,7 +91,7 @@ class Command:
 
 @asynccontextmanager
 async def running(*args: str, command: Sequence[str] = PARLEY, **variables: str) -> AsyncGenerator[Command, None]:
-    """`parley ARGS` with nothing in its environment but these variables; killed on the way out if it still runs."""
+    """`parley ARGS`, open to anybody, with no settings but these variables; killed on the way out if it still runs."""
     process = await asyncio.create_subprocess_exec(
         *command, *args, stdout=PIPE, stderr=PIPE, cwd=ROOT, env=_environment(variables)
     )
@@ -110,7 +110,7 @@ async def run(*args: str, command: Sequence[str] = PARLEY, **variables: str) -> 
 
 def _environment(variables: dict[str, str]) -> dict[str, str]:
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PARLEY_", "PG", "DATABASE_"))}
-    return ours | variables
+    return ours | {"PARLEY_AUTH": "open"} | variables
 
 
 @contextmanager

@@ -21,8 +21,11 @@ async def client_of(url: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
 
 @asynccontextmanager
 async def serving(database: str, **settings: Any) -> AsyncGenerator[httpx2.AsyncClient, None]:
-    """A client of a gateway that is ready."""
-    async with gateway(load(database_url=database, port=0, **settings)) as url, client_of(url) as client:
+    """A client of a gateway that is ready, and open to anybody unless the settings say otherwise."""
+    async with (
+        gateway(load(**{"auth": "open", **settings}, database_url=database, port=0)) as url,
+        client_of(url) as client,
+    ):
         await until_ready(client)
         yield client
 

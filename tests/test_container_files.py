@@ -124,6 +124,14 @@ def test_no_secret_is_written_down() -> None:
         assert not SECRET.search((ROOT / name).read_text()), name
 
 
+def test_nobody_gets_in_without_a_key() -> None:
+    assert Settings.model_fields["auth"].default == "keys"
+    assert not Settings.model_fields["open_anywhere"].default
+    assert not Settings.model_fields["metrics_open"].default
+    for name in ("Dockerfile", "compose.yaml"):
+        assert not re.search("PARLEY_(AUTH|OPEN_ANYWHERE|METRICS_OPEN)", (ROOT / name).read_text())
+
+
 @pytest.mark.parametrize("text", ["PASSWORD=hunter2", "POSTGRES_PASSWORD: secret", "OPENAI_API_KEY: 'sk-1'"])
 def test_a_written_secret_would_be_found(text: str) -> None:
     assert SECRET.search(text)

@@ -57,7 +57,7 @@ async def absent(database: str) -> AsyncGenerator[Absent, None]:
 @asynccontextmanager
 async def _starting(dsn: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
     """A gateway that nobody waits for to be ready."""
-    async with gateway(load(database_url=dsn, port=0, drain_s=0)) as url, client_of(url) as client:
+    async with gateway(load(database_url=dsn, port=0, drain_s=0, auth="open")) as url, client_of(url) as client:
         yield client
 
 

@@ -105,7 +105,7 @@ async def test_a_crash_says_nothing_but_its_id(database: str) -> None:
         raise RuntimeError("the secret of the house")
 
     life = Life()
-    app = create_app(load(database_url=database), life)
+    app = create_app(load(database_url=database, auth="open"), life)
     app.router.routes.append(Route("/crash", crash))
     async with serving_app(app, "127.0.0.1", 0) as url, client_of(url) as client:
         await until_ready(client)

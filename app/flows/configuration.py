@@ -1,6 +1,5 @@
 """GET and PUT /api/conversation-config/{id}: what a front end may know of a chatbot, and how an admin replaces one."""
 
-import ipaddress
 import json
 from hashlib import sha256
 from typing import Any, Literal, TypedDict
@@ -9,14 +8,13 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.errors import BadRequest, Forbidden, Invalid, Misconfigured
+from app.errors import BadRequest, Invalid, Misconfigured
 from app.flows import chatbots
 from app.flows.chatbots import Chatbots
 from app.flows.config import Chatbot, Choice
 from app.flows.file import FILE_LIMIT, File, parse_one
 from app.postgres import Pool, retry_conflicts
 from app.providers.registry import resolve
-from app.settings import Settings
 from app.text import clean, parse_object
 
 # Largest body of a PUT, in bytes: as large as the chatbots file may be.
@@ -26,7 +24,6 @@ BODY_LIMIT = FILE_LIMIT
 class Needs(TypedDict):
     chatbots: Chatbots
     pool: Pool
-    settings: Settings
 
 
 class FrontEndConfiguration(BaseModel):
@@ -125,7 +122,6 @@ def _key(choice: Choice) -> Literal["configured", ""]:
 
 
 async def _replace(request: Request[Needs]) -> Response:
-    admins_only(request.state["settings"], request.url.hostname)
     chatbot_id = request.path_params["chatbot_id"]
     given = _parsed(await request.body())
     try:
@@ -164,23 +160,3 @@ async def _apply(pool: Pool, chatbot_id: str, file: File) -> tuple[int, bool]:
         if changes:
             return changes[0].version, True
         return await chatbots.newest_version(connection, chatbot_id), False
-
-
-def admins_only(settings: Settings, asked_for: str | None) -> None:
-    """Until requests are authenticated: whoever can reach a server that listens on loopback alone runs it.
-
-    `asked_for` is the host that the client named. It must be this machine too, or a web page whose name was pointed at
-    it could write (DNS rebinding), and so could whoever is behind a proxy. Raises Forbidden otherwise.
-    """
-    if not (_is_loopback(settings.host) and _is_loopback(asked_for or "")):
-        raise Forbidden(
-            "admin_only",
-            "Chatbots are replaced on the server's own machine only, under a loopback address; or `parley apply FILE`.",
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False

@@ -113,7 +113,7 @@ class Bench:
     async def _gateway(self, name: str) -> AsyncIterator[tuple[int, int]]:
         """The port and the pid of a gateway that is ready."""
         port = processes.free_port()
-        environment = {"DATABASE_URL": self.dsn, "PARLEY_PORT": str(port)}
+        environment = {"DATABASE_URL": self.dsn, "PARLEY_PORT": str(port), "PARLEY_AUTH": "open"}
         log = self.folder / f"{name}.log"
         async with processes.running("app", "serve", log=log, environment=environment) as process:
             await processes.answered(f"http://127.0.0.1:{port}/readyz", process)

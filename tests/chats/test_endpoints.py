@@ -169,7 +169,7 @@ async def test_pictures_that_take_too_long_do_not_keep_others_out(database: str)
 
 
 async def test_before_there_is_a_database_uploads_come_again() -> None:
-    settings = load(database_url="postgresql://nobody@127.0.0.1:1/none", port=0)
+    settings = load(database_url="postgresql://nobody@127.0.0.1:1/none", port=0, auth="open")
     async with gateway(settings) as url, client_of(url) as client:
         response = await _upload(client)
         assert (response.status_code, response.json()["code"]) == (503, "starting")

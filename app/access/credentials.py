@@ -1,0 +1,78 @@
+"""From the headers of a request to its principal, as PARLEY_AUTH says: nobody is asked, or everybody for a key."""
+
+import ipaddress
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Literal
+from urllib.parse import urlsplit
+
+from app.access.keys import PREFIX, Keys
+from app.access.principal import SCOPES, Principal
+from app.errors import Misconfigured, Unauthorized
+from app.settings import Settings
+
+Headers = Iterable[tuple[bytes, bytes]]
+# A bearer token that is no API key, to its user. Raises Unauthorized.
+Tokens = Callable[[str], Awaitable[Principal]]
+
+_ANYBODY = Principal("open", "open", frozenset(SCOPES) - {"admin"})
+_ANYBODY_HERE = Principal("open", "open", frozenset(SCOPES))
+_HOW = "Send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`; `parley keys create` makes one."
+
+
+class Credentials:
+    """`local`: the server listens on its own machine only."""
+
+    def __init__(self, mode: Literal["open", "keys"], keys: Keys, *, local: bool, tokens: Tokens | None = None) -> None:
+        self._mode = mode
+        self._keys = keys
+        self._local = local
+        self._tokens = tokens
+
+    async def principal(self, headers: Headers) -> Principal:
+        """Raises Unauthorized, or Unavailable where they cannot be checked now."""
+        if self._mode == "open":
+            # The name that the client used must be this machine's, too: a web page whose name was pointed at it
+            # (DNS rebinding) is no administrator, and neither is whoever comes through a proxy.
+            return _ANYBODY_HERE if self._local and is_loopback(_host(headers)) else _ANYBODY
+        given = _given(headers)
+        if self._tokens is None or given.startswith(PREFIX):
+            return await self._keys.principal(given)
+        return await self._tokens(given)
+
+
+def _given(headers: Headers) -> str:
+    named = [value for name, value in headers if name == b"x-api-key"]
+    found = named or [value for name, value in headers if name == b"authorization"]
+    if not found:
+        raise Unauthorized("credentials_missing", _HOW)
+    value = found[0].decode("latin-1")
+    scheme, _, rest = ("bearer", "", value) if named else value.partition(" ")
+    if len(found) > 1 or scheme.lower() != "bearer":
+        raise Unauthorized("credentials_invalid", f"These are no credentials for this server. {_HOW}")
+    return rest.strip()
+
+
+def _host(headers: Headers) -> str:
+    """The name in the Host header, empty where it is none."""
+    given = next((value for name, value in headers if name == b"host"), b"").decode("latin-1")
+    try:
+        return urlsplit(f"//{given}").hostname or ""
+    except ValueError:
+        return ""
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def require_safe(settings: Settings) -> None:
+    """Raises Misconfigured where everybody on a network would be let in without anybody having said so."""
+    if settings.auth == "open" and not (is_loopback(settings.host) or settings.open_anywhere):
+        raise Misconfigured(
+            "open_anywhere",
+            f"PARLEY_AUTH=open lets whoever reaches {settings.host} act as any user. Listen on 127.0.0.1 (PARLEY_HOST)"
+            ", ask for API keys (PARLEY_AUTH=keys), or set PARLEY_OPEN_ANYWHERE=true if something in front asks.",
+        )

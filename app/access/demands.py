@@ -1,0 +1,58 @@
+"""What each route demands of whoever asks: the one table of it, and the check that no route is missing."""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from starlette.routing import Route
+
+from app.access.principal import Scope
+
+Demand = Scope | Literal["public"]
+# By method and path; with "?name", where the query has that name.
+Demands = Mapping[tuple[str, str], Demand]
+
+_DEMANDS: Demands = {
+    ("POST", "/api/process-message"): "process",
+    ("POST", "/api/upload-image"): "process",
+    ("GET", "/api/conversation-config/{chatbot_id}"): "read",
+    ("PUT", "/api/conversation-config/{chatbot_id}"): "admin",
+    ("GET", "/api/stream-events/{stream_id}"): "read",
+    ("GET", "/api/stream"): "read",
+    ("POST", "/api/stream-events/{stream_id}/cancel"): "process",
+    ("GET", "/api/sessions/{session_id}/queue"): "read",
+    ("PATCH", "/api/sessions/{session_id}/queue/{message_id}"): "process",
+    ("DELETE", "/api/sessions/{session_id}/queue/{message_id}"): "process",
+    ("POST", "/api/sessions/{session_id}/queue/{message_id}/send-now"): "process",
+    ("GET", "/api/conversation-health"): "public",
+    ("GET", "/livez"): "public",
+    ("GET", "/readyz"): "public",
+    ("GET", "/readyz?verbose"): "admin",
+    ("GET", "/metrics"): "admin",
+    ("GET", "/openapi.json"): "public",
+    ("GET", "/docs"): "public",
+}
+# What PARLEY_METRICS_OPEN opens.
+_METRICS: Demands = {("GET", "/readyz?verbose"): "public", ("GET", "/metrics"): "public"}
+
+
+def demands(*, metrics_open: bool = False) -> Demands:
+    return {**_DEMANDS, **(_METRICS if metrics_open else {})}
+
+
+def demands_of(route: Route, table: Demands) -> dict[str, Demand]:
+    """What a route demands, by "METHOD" or "METHOD?name". Raises LookupError for a method that the table lacks."""
+    found = {}
+    for (method, where), demand in table.items():
+        path, mark, name = where.partition("?")
+        if path == route.path:
+            found[f"{method}{mark}{name}"] = demand
+    if missing := (route.methods or set()) - {"HEAD"} - found.keys():
+        raise LookupError(f"{', '.join(sorted(missing))} {route.path} has no entry in app/access/demands.py")
+    return found
+
+
+def check(routes: Sequence[Route], table: Demands) -> None:
+    """Raises LookupError for an entry without a route."""
+    served = {(method, route.path) for route in routes for method in route.methods or ()}
+    if idle := [entry for entry in table if (entry[0], entry[1].partition("?")[0]) not in served]:
+        raise LookupError(f"app/access/demands.py has entries without a route: {idle}")

@@ -1,0 +1,70 @@
+"""The door of every route: nobody gets behind it whom the table of demands does not let in."""
+
+from collections.abc import Sequence
+from typing import Any, TypedDict
+
+from starlette.datastructures import QueryParams
+from starlette.requests import Request
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+from structlog.contextvars import bound_contextvars
+
+from app.access.credentials import Credentials
+from app.access.demands import Demand, Demands, check, demands_of
+from app.access.principal import Principal
+from app.errors import Invalid
+from app.text import clean
+
+
+class Needs(TypedDict):
+    credentials: Credentials
+
+
+def guard(routes: Sequence[Route], table: Demands) -> None:
+    """Put a door before every route. Raises LookupError where the table and the routes are not the same."""
+    check(routes, table)
+    for route in routes:
+        route.app = _Door(route.app, demands_of(route, table))
+
+
+class _Door:
+    """ASGI. Asked before anything of the body is read."""
+
+    def __init__(self, app: ASGIApp, demands: dict[str, Demand]) -> None:
+        self._app = app
+        self._demands = demands
+        self._named = [name.partition("?") for name in demands if "?" in name]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        demand = self._demand(scope)
+        if demand == "public":
+            await self._app(scope, receive, send)
+            return
+        credentials: Credentials = scope["state"]["credentials"]
+        principal = scope["principal"] = await credentials.principal(scope["headers"])
+        principal.require(demand)
+        with bound_contextvars(principal=principal.id):
+            await self._app(scope, receive, send)
+
+    def _demand(self, scope: Scope) -> Demand:
+        method = "GET" if scope["method"] == "HEAD" else scope["method"]
+        query = QueryParams(scope["query_string"]) if self._named else ()
+        stricter = (self._demands[f"{of}?{name}"] for of, _, name in self._named if of == method and name in query)
+        return next(stricter, self._demands[method])
+
+
+def principal_of(request: Request[Any]) -> Principal:
+    """Who asks. Raises KeyError on a route that is public."""
+    principal: Principal = request.scope["principal"]
+    return principal
+
+
+def owner_of(request: Request[Any]) -> str | None:
+    """Whose things the ids of a request may name: the user who asks, or whom `?user_id=` names; None: anybody's.
+
+    Raises Invalid for an empty name, which would else be taken for nobody in particular.
+    """
+    given = request.query_params.get("user_id")
+    if given == "":
+        raise Invalid("invalid_request", "user_id is empty; name the user, or leave it out.")
+    return principal_of(request).acting_for(None if given is None else clean(given))

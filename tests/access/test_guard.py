@@ -1,0 +1,268 @@
+"""The door of every route: who gets in, what the others are told, and that no route is without one."""
+
+import re
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+import httpx2
+import pytest
+from starlette.responses import Response
+from starlette.routing import Route
+
+from app.access import keys
+from app.access.credentials import Credentials, require_safe
+from app.access.demands import demands
+from app.access.guard import guard
+from app.access.keys import Keys
+from app.access.principal import SCOPES, Principal, Scope
+from app.errors import Forbidden, Misconfigured
+from app.main import create_app
+from app.operations import OPERATIONS
+from app.settings import load
+from tests.command import run, running
+from tests.serving import client_of, serving, until_ready
+
+_PATHS: dict[str, str] = defaultdict(lambda: "none", stream_id="0197c1a2-7b3c-7def-8a01-23456789abcd")
+_PUBLIC = {"/livez", "/readyz", "/api/conversation-health", "/openapi.json", "/docs"}
+_GUARDED = [(method, path) for method, path in OPERATIONS if path not in _PUBLIC]
+_NO_POOL: Any = None
+_NONE = f"parley_{'0' * 16}_{'0' * 64}"
+
+
+@asynccontextmanager
+async def _connection(database: str) -> AsyncGenerator[asyncpg.Connection, None]:
+    connection = await asyncpg.connect(database)
+    try:
+        yield connection
+    finally:
+        await connection.close()
+
+
+async def key_with(database: str, *scopes: Scope) -> str:
+    async with _connection(database) as connection:
+        return await keys.create(connection, "test", scopes)
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.fixture
+async def client(database: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
+    """Of a server that asks for keys."""
+    async with serving(database, auth="keys", drain_s=0) as client:
+        yield client
+
+
+def _url(path: str) -> str:
+    return path.format_map(_PATHS)
+
+
+def _routes() -> list[Route]:
+    async def answer(_: Any) -> Response:
+        return Response()
+
+    return [Route("/one", answer), Route("/one/{id}", answer, methods=["PUT", "GET"])]
+
+
+# -- the table
+
+
+def test_a_route_without_an_entry_does_not_start() -> None:
+    table: dict[tuple[str, str], Any] = {("GET", "/one"): "read", ("GET", "/one/{id}"): "read"}
+    with pytest.raises(LookupError, match=r"PUT /one/\{id\} has no entry"):
+        guard(_routes(), table)
+    table["PUT", "/one/{id}"] = "admin"
+    guard(_routes(), table)
+
+
+def test_an_entry_without_a_route_does_not_start() -> None:
+    table: dict[tuple[str, str], Any] = {
+        ("GET", "/one"): "read",
+        ("GET", "/one/{id}"): "read",
+        ("PUT", "/one/{id}"): "read",
+    }
+    for idle in (("POST", "/one"), ("GET", "/two"), ("POST", "/one?name")):
+        with pytest.raises(LookupError, match="without a route"):
+            guard(_routes(), {**table, idle: "read"})
+
+
+def test_the_table_of_a_server_is_complete_and_public_is_what_was_promised() -> None:
+    create_app(load(database_url="postgresql://nowhere/x"))
+    table = demands()
+    assert {(method, path.partition("?")[0]) for method, path in table} == OPERATIONS.keys()
+    assert {path for (_, path), demand in table.items() if demand == "public"} == _PUBLIC
+    opened = {entry for entry, demand in demands(metrics_open=True).items() if demand != table[entry]}
+    assert opened == {("GET", "/metrics"), ("GET", "/readyz?verbose")}
+
+
+# -- who gets in
+
+
+@pytest.mark.parametrize(("method", "path"), _GUARDED)
+async def test_without_credentials_nothing_is_answered(client: httpx2.AsyncClient, method: str, path: str) -> None:
+    given: list[dict[str, str]] = [{}, {"Authorization": ""}, {"Authorization": "Bearer"}, {"Authorization": _NONE}]
+    for headers in (*given, bearer(_NONE), {"X-API-Key": _NONE}, {"X-API-Key": ""}):
+        response = await client.request(method, _url(path), headers=headers, content=b"{")
+        assert response.status_code == 401, response.text
+        assert response.json()["code"] == ("credentials_invalid" if headers else "credentials_missing")
+        assert re.fullmatch('Bearer realm="parley"(, error="invalid_token")?', response.headers["www-authenticate"])
+        assert "API key" in response.json()["detail"] or "revoked" in response.json()["detail"]
+
+
+async def test_public_routes_need_nothing(client: httpx2.AsyncClient) -> None:
+    for path in _PUBLIC:
+        assert (await client.get(path)).status_code == 200
+        assert (await client.get(path, headers=bearer("nonsense"))).status_code == 200
+    for path in ("/readyz?verbose", "/readyz?a=1&verbose=", "/readyz?verbose=0"):
+        for method in ("GET", "HEAD"):
+            assert (await client.request(method, path)).status_code == 401
+
+
+@pytest.mark.parametrize(("method", "path"), _GUARDED)
+async def test_a_scope_opens_its_routes_and_no_other(
+    client: httpx2.AsyncClient, database: str, method: str, path: str
+) -> None:
+    need = demands()[method, path]
+    for scope in SCOPES:
+        response = await client.request(
+            method, _url(path), headers=bearer(await key_with(database, scope)), content=b"{"
+        )
+        if scope in (need, "admin"):
+            assert response.status_code not in (401, 403), response.text
+        else:
+            problem = response.json()
+            assert (response.status_code, problem["code"], problem["scope"]) == (403, "scope_missing", need)
+            assert f'error="insufficient_scope", scope="{need}"' in response.headers["www-authenticate"]
+
+
+async def test_both_headers_name_a_key_and_one_of_each_is_enough(client: httpx2.AsyncClient, database: str) -> None:
+    key, url = await key_with(database, "admin"), "/metrics"
+    for headers in (bearer(key), {"Authorization": f"bearer   {key}"}, {"X-API-Key": key}):
+        assert (await client.get(url, headers=headers)).status_code == 200
+    proxied = {"X-API-Key": key, "Authorization": "Basic c29tZWJvZHk6ZWxzZQ=="}
+    assert (await client.get(url, headers=proxied)).status_code == 200
+    for twice in ([("Authorization", f"Bearer {key}")] * 2, [("X-API-Key", key), ("X-API-Key", _NONE)]):
+        assert (await client.get(url, headers=twice)).status_code == 401
+    for scheme in ("Basic", "Digest", "Token"):
+        assert (await client.get(url, headers={"Authorization": f"{scheme} {key}"})).status_code == 401
+    assert (await client.get(url, params={"api_key": key, "key": key})).status_code == 401
+
+
+async def test_metrics_can_be_opened(database: str) -> None:
+    async with serving(database, auth="keys", metrics_open=True) as client:
+        assert (await client.get("/metrics")).status_code == 200
+        assert "version" in (await client.get("/readyz?verbose")).json()
+        assert (await client.get("/api/stream?streams=x")).status_code == 401
+
+
+async def test_a_revoked_key_is_refused_within_ten_seconds(client: httpx2.AsyncClient, database: str) -> None:
+    key = await key_with(database, "admin")
+    assert (await client.get("/metrics", headers=bearer(key))).status_code == 200
+    async with _connection(database) as connection:
+        await keys.revoke(connection, key)
+        revoked_at = await connection.fetchval("select clock_timestamp()")
+        while (await client.get("/metrics", headers=bearer(key))).status_code == 200:
+            await connection.execute("select pg_sleep(0.1)")
+        assert (await connection.fetchval("select clock_timestamp()") - revoked_at).total_seconds() < 10
+
+
+async def test_an_event_source_is_told_to_come_back_while_keys_cannot_be_checked(database: str) -> None:
+    url = f"/api/stream-events/{_PATHS['stream_id']}"
+    async with serving(database, auth="keys", drain_s=0) as client, _connection(database) as connection:
+        await connection.execute("alter table api_keys rename to api_keys_gone")
+        key = bearer(_NONE)
+        assert (await client.get(url, headers=key)).status_code == 503
+        response = await client.get(url, headers={**key, "Accept": "text/event-stream"})
+        assert (response.status_code, response.text.startswith("retry: ")) == (200, True)
+        assert (
+            await client.post("/api/process-message", headers={**key, "Accept": "text/event-stream"})
+        ).status_code == 503
+
+
+# -- modes
+
+
+@pytest.mark.parametrize(
+    ("host", "open_anywhere", "fine"),
+    [
+        ("127.0.0.1", False, True),
+        ("127.9.9.9", False, True),
+        ("::1", False, True),
+        ("localhost", False, True),
+        ("0.0.0.0", False, False),
+        ("::", False, False),
+        ("", False, False),
+        ("10.1.2.3", False, False),
+        ("gateway.example", False, False),
+        ("0.0.0.0", True, True),
+    ],
+)
+def test_open_is_refused_where_others_reach_it(host: str, open_anywhere: bool, fine: bool) -> None:
+    settings = load(database_url="postgresql://nowhere/x", host=host, auth="open", open_anywhere=open_anywhere)
+    for start in (require_safe, create_app):
+        if fine:
+            start(settings)
+        else:
+            with pytest.raises(Misconfigured, match="PARLEY_OPEN_ANYWHERE=true"):
+                start(settings)
+    require_safe(settings.model_copy(update={"auth": "keys"}))
+
+
+@pytest.mark.parametrize("command", ["serve", "dev"])
+async def test_open_on_every_address_does_not_start(database: str, command: str, tmp_path: Any) -> None:
+    done = await run(
+        command, DATABASE_URL=database, PARLEY_PORT="0", PARLEY_HOST="0.0.0.0", PARLEY_DATA_DIR=str(tmp_path)
+    )
+    assert (done.code, len(done.err)) == (2, 1)
+    assert "PARLEY_OPEN_ANYWHERE=true" in done.err[0]
+
+
+async def test_serve_asks_for_keys_unless_told_otherwise(database: str) -> None:
+    # An empty variable counts as absent.
+    variables = {"DATABASE_URL": database, "PARLEY_PORT": "0", "PARLEY_LOG_FORMAT": "text", "PARLEY_AUTH": ""}
+    async with running("serve", **variables) as process:
+        async with client_of((await process.says("listening")).rpartition("url=")[2]) as client:
+            await until_ready(client)
+            assert (await client.get("/metrics")).status_code == 401
+        assert not any("open_to_anybody" in line for line in process.err)
+
+
+async def test_serve_says_that_it_is_open(database: str) -> None:
+    async with running("serve", DATABASE_URL=database, PARLEY_PORT="0", PARLEY_LOG_FORMAT="text") as process:
+        assert "127.0.0.1" in await process.says("open_to_anybody")
+
+
+async def test_in_open_mode_administrators_ask_on_the_machine_itself_under_its_own_name() -> None:
+    here, anywhere = (Credentials("open", Keys(_NO_POOL), local=local) for local in (True, False))
+    names = {"127.0.0.1": 1, "127.0.0.1:8080": 1, "[::1]:80": 1, "localhost:80": 1, "rebound.example": 0, "": 0, "[": 0}
+    for name, admin in names.items():
+        headers = [(b"host", name.encode()), (b"authorization", b"Bearer whatever")]
+        principal = await here.principal(headers)
+        assert (principal.kind, principal.user_id, principal.may("admin")) == ("open", None, bool(admin)), name
+        assert all(principal.may(scope) for scope in SCOPES if scope != "admin")
+        assert not (await anywhere.principal(headers)).may("admin")
+    assert not (await here.principal([])).may("admin")
+
+
+# -- principals
+
+
+@pytest.mark.parametrize("scopes", [(), ("read",), ("process", "sync")])
+def test_what_a_principal_may(scopes: Sequence[Scope]) -> None:
+    principal = Principal("key", "key:1", frozenset(scopes))
+    assert [scope for scope in SCOPES if principal.may(scope)] == [scope for scope in SCOPES if scope in scopes]
+    assert all(Principal("key", "key:1", frozenset({"admin"})).may(scope) for scope in SCOPES)
+
+
+def test_whom_a_principal_acts_for() -> None:
+    anybody, ann = Principal("key", "key:1", frozenset()), Principal("user", "user:ann", frozenset(), "ann")
+    assert [anybody.acting_for(name) for name in ("ann", "bob", None)] == ["ann", "bob", None]
+    assert [ann.acting_for(name) for name in ("ann", None)] == ["ann", "ann"]
+    for other in ("bob", "", "Ann", "ann "):
+        with pytest.raises(Forbidden) as caught:
+            ann.acting_for(other)
+        assert caught.value.code == "user_mismatch"
