@@ -18,7 +18,7 @@ from app.ticker import every
 log = structlog.get_logger(__name__)
 
 # How often locks are looked at, and how long one must stay free, in seconds.
-_LOOK_S = 0.25
+_LOOK_S = 0.18
 _FREE = timedelta(seconds=0.7)
 _ANSWER_S = 2
 
