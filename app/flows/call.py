@@ -319,11 +319,13 @@ def _parsed(text: str, provider: str) -> Any:
     if body.startswith("```"):
         body = body.partition("\n")[2].rpartition("```")[0]
     try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise ProviderError(
-            "protocol", f"Provider '{provider}' was asked for JSON and sent none.", retryable=True
-        ) from None
+        value = orjson.loads(body)
+        # It reads deeper than it writes, and an event has to go around this.
+        orjson.dumps({"data": {"output": value}})
+        return value
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):
+        detail = f"Provider '{provider}' was asked for JSON and sent none, or nested it too deeply."
+        raise ProviderError("protocol", detail, retryable=True) from None
 
 
 def _by_name(markers: Sequence[tuple[str, str]]) -> dict[str, list[str]]:

@@ -65,6 +65,9 @@ LOG_LOST = Failure(
     "log_lost", "The database has lost a part of this answer's events; its text was kept.", retryable=True
 )
 
+# What a column for tokens holds; providers have told more.
+_MOST_TOKENS = 2**31 - 1
+
 
 @dataclass(slots=True)
 class Attempt:
@@ -146,8 +149,8 @@ def usage_json(attempts: Sequence[Attempt]) -> dict[str, int]:
     """The tokens of all attempts together: what was paid for, shown or not."""
     counted = [attempt.usage for attempt in attempts if attempt.usage is not None]
     return {
-        "prompt_tokens": sum(usage.prompt_tokens for usage in counted),
-        "completion_tokens": sum(usage.completion_tokens for usage in counted),
+        "prompt_tokens": min(_MOST_TOKENS, sum(usage.prompt_tokens for usage in counted)),
+        "completion_tokens": min(_MOST_TOKENS, sum(usage.completion_tokens for usage in counted)),
     }
 
 

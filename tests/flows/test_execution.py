@@ -1,10 +1,15 @@
 """Many flows in one answer, over real HTTP: who runs, in what order, and what the reader sees of it."""
 
 import asyncio
+import json
 from typing import Any
+
+import pytest
 
 from tests.flows.events import data_of, kinds, only, text
 from tests.house import House, Open, flow
+from tests.providers.wire import as_stream, raw_server, written
+from tests.sse import Frame
 
 ROUTED: dict[str, Any] = {
     "flows": {"intent": flow("refund"), "main": flow("Hello there."), "refund": flow("Here is your money.")},
@@ -242,6 +247,47 @@ async def test_json_that_is_none_is_tried_again_and_then_an_error(house: Open) -
         assert only(frames, "flow_error", "side")["code"] == "upstream_protocol"
         assert only(frames, "flow_output")["output"] == [1]
         assert len(await attempts(home, "side")) == 2
+
+
+def events(text: str, **usage: int) -> bytes:
+    """An answer of an OpenAI-compatible provider, byte by byte as it goes over the wire."""
+    told: list[dict[str, Any]] = [
+        {"choices": [{"index": 0, "delta": {"content": text}}]},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}], "usage": usage},
+    ]
+    return as_stream([b"data: %s\n\n" % json.dumps(event).encode() for event in told])
+
+
+async def ask_odd(home: House, url: str, flows: dict[str, Any]) -> list[Frame]:
+    """The answer of a chatbot that has the provider `odd` there."""
+    providers = {"odd": {"kind": "openai", "base_url": url}, "demo": {"kind": "openai", "base_url": home.demo}}
+    body = {"providers": providers, "chatbot": {"flows": flows}}
+    response = await home.client.put("/api/conversation-config/odd", json=body)
+    assert response.status_code == 200, response.text
+    _, frames = await asyncio.wait_for(home.ask("odd"), 10)
+    return frames
+
+
+ODD = {"provider": "odd", "model": "m"}
+
+
+@pytest.mark.parametrize(("depth", "told"), [(252, "flow_output"), (253, "flow_error"), (300, "flow_error")])
+async def test_u12_u15_json_too_deep_to_be_told_is_an_error_of_its_flow_alone(
+    house: Open, depth: int, told: str
+) -> None:
+    deep = events("[" * depth + "]" * depth)
+    async with raw_server(lambda wire: written(wire, deep)) as url, house(provider_retries=0) as home:
+        frames = await ask_odd(home, url, {"main": flow("Hello."), "side": ODD | {"output": "json"}})
+        assert only(frames, told)["flow"] == "side"
+        assert only(frames, "stream_end")["status"] == "completed"
+
+
+async def test_token_counts_that_no_column_holds_do_not_keep_an_answer_from_its_end(house: Open) -> None:
+    most = 2**31 - 1
+    much = events("Hello.", prompt_tokens=most, completion_tokens=most)
+    async with raw_server(lambda wire: written(wire, much)) as url, house() as home:
+        frames = await ask_odd(home, url, {"main": ODD, "side": ODD})
+        assert only(frames, "stream_end")["usage"] == {"prompt_tokens": most, "completion_tokens": most}
 
 
 # -- markers, and what the model is told
