@@ -145,7 +145,7 @@ def _incoming(request: Request[Needs], body: bytes, settings: Settings) -> Incom
         on_busy=message.on_busy,
         image_data=message.image_data,
         image_id=message.image_id,
-        key=_key(request, message, given),
+        key=_key(request, message, body, given),
         request_id=request_id(request.scope),
     )
 
@@ -177,7 +177,7 @@ def _history(message: ProcessMessage) -> list[Message] | None:
     return [Message(past.role, clean(past.content)) for past in message.conversation_history]
 
 
-def _key(request: Request[Needs], message: ProcessMessage, given: dict[str, Any]) -> Key | None:
+def _key(request: Request[Needs], message: ProcessMessage, body: bytes, given: dict[str, Any]) -> Key | None:
     """The header wins; a client_message_id alone makes the POST repeatable too."""
     header = request.headers.get("idempotency-key")
     if header is not None and not (0 < len(header) <= 256 and header.isprintable()):
@@ -185,7 +185,10 @@ def _key(request: Request[Needs], message: ProcessMessage, given: dict[str, Any]
     key = f"key:{header}" if header else f"message:{message.client_message_id}" if message.client_message_id else None
     if key is None:
         return None
-    canonical = orjson.dumps(given, option=orjson.OPT_SORT_KEYS)
+    try:
+        canonical = orjson.dumps(given, option=orjson.OPT_SORT_KEYS)
+    except orjson.JSONEncodeError:  # what is not looked at may be nested deeper, or larger, than can be written again
+        canonical = body
     return Key(message.user_id, "process-message", key, hashlib.sha256(canonical).hexdigest())
 
 

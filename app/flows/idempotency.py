@@ -1,5 +1,6 @@
 """A POST may be repeated (G11): its key, scoped to principal and route, remembers what the first one was told."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,7 @@ on conflict (principal, route, key) do update
 returning 1
 """
 _FIND = "select fingerprint, answer from idempotency_keys where principal = $1 and route = $2 and key = $3"
-_IS_KNOWN = """
-select exists (select from idempotency_keys where principal = $1 and route = $2 and key = $3)
-"""
+_RECALL = f"{_FIND} and created_at >= now() - make_interval(secs => $4)"
 _ANSWER = "update idempotency_keys set answer = $4 where principal = $1 and route = $2 and key = $3"
 
 
@@ -44,16 +43,20 @@ async def claim(connection: Connection, key: Key, *, remember_s: float) -> dict[
         raise Unavailable(
             "database_busy", "The idempotency key has just expired; send the request again.", retry_after=1
         )
+    return _answer(row, key)
+
+
+async def recall(connection: Connection, key: Key, *, remember_s: float) -> dict[str, Any] | None:
+    """The answer a key stands for, perhaps; only `claim` knows for certain that there is none. Raises Invalid as it."""
+    row = await connection.fetchrow(_RECALL, key.principal, key.route, key.key, remember_s)
+    return None if row is None else _answer(row, key)
+
+
+def _answer(row: Mapping[str, Any], key: Key) -> dict[str, Any]:
     if row["fingerprint"] != key.fingerprint:
         raise Invalid("idempotency_mismatch", "This idempotency key was used with another body; choose a new one.")
     answer: dict[str, Any] = orjson.loads(row["answer"])
     return answer
-
-
-async def is_known(connection: Connection, key: Key) -> bool:
-    """Whether the request was answered before, perhaps; only `claim` knows for certain."""
-    known: bool = await connection.fetchval(_IS_KNOWN, key.principal, key.route, key.key)
-    return known
 
 
 async def remember(connection: Connection, key: Key, answer: dict[str, Any]) -> None:

@@ -5,11 +5,11 @@ import uuid
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import structlog
 
-from app.errors import Conflict, TooMany, Unavailable
+from app.errors import Conflict, Invalid, NotFound, TooMany, Unavailable
 from app.flows import idempotency, queue, sessions
 from app.flows.beginning import Beginning, Prepared
 from app.flows.incoming import Incoming
@@ -77,10 +77,18 @@ class Intake:
         Raises NotFound, Conflict, Invalid, TooMany or Unavailable; then nothing was written.
         """
         self._replica.admit()
-        # Its picture is stored before the transaction begins, so it is refused before that.
-        if incoming.image_data is not None and not await self._is_repeated(incoming):
+        if incoming.image_data is not None:
+            # Its picture is stored before the transaction begins, so it is refused before that.
+            if told := await self._recall(incoming):
+                return told
             await self.admit(incoming.user_id, incoming.session_id)
-        prepared = await retry_conflicts(lambda: self._beginning.prepare(incoming))
+        try:
+            prepared = await retry_conflicts(lambda: self._beginning.prepare(incoming))
+        except (NotFound, Invalid):
+            # A repetition is told what the first one was, whatever has changed since (G11).
+            if told := await self._recall(incoming):
+                return told
+            raise
         try:
             async with self._turn():
                 return await retry_conflicts(lambda: self._accept(prepared))
@@ -99,11 +107,13 @@ class Intake:
             detail = f"{self._user_runs} answers of this user are under way; let one of them end."
             raise TooMany("too_many_runs", detail, retry_after=5)
 
-    async def _is_repeated(self, incoming: Incoming) -> bool:
+    async def _recall(self, incoming: Incoming) -> Accepted | None:
+        """What this request was told before, as far as that can be known before it is accepted."""
         if incoming.key is None:
-            return False
+            return None
         async with prompt_connection(self._pool) as connection:
-            return await idempotency.is_known(connection, incoming.key)
+            told = await idempotency.recall(connection, incoming.key, remember_s=self._key_s)
+        return _replayed(told)
 
     async def close(self, within_s: float) -> None:
         """Wait until no accept is under way, after the replica has begun to refuse them; none follows."""
@@ -149,8 +159,7 @@ class Intake:
         return accepted
 
     async def _replay(self, connection: Connection, key: idempotency.Key) -> Accepted | None:
-        told = await idempotency.claim(connection, key, remember_s=self._key_s)
-        return Accepted(**{**told, "replayed": True}) if told else None
+        return _replayed(await idempotency.claim(connection, key, remember_s=self._key_s))
 
     async def _place(self, connection: Connection, prepared: Prepared) -> "Run | _Queued":
         """Occupy the session, or find a place in its queue."""
@@ -186,6 +195,10 @@ class Intake:
             if interrupts is not None:
                 await self._streams.ask_to_stop(connection, interrupts)
         return _Queued(stream, interrupts)
+
+
+def _replayed(told: dict[str, Any] | None) -> Accepted | None:
+    return Accepted(**{**told, "replayed": True}) if told else None
 
 
 @dataclass(frozen=True, slots=True)

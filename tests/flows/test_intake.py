@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.house import House, Open
+from tests.house import House, Open, flow
 from tests.sse import read_stream
 
 ROWS = ("conversation_sessions", "streaming_sessions", "chats", "messages", "idempotency_keys")
@@ -84,6 +84,25 @@ async def test_k5_fifty_parallel_posts_with_one_key_are_one_run(house: Open) -> 
         assert len({answer.text for answer in answers}) == 1
         assert await home.count("streaming_sessions") == 1
         assert sum("idempotent-replayed" in answer.headers for answer in answers) == 49
+
+
+async def test_g11_a_repetition_is_answered_although_the_chatbot_takes_it_no_more(house: Open) -> None:
+    async with house() as home:
+        main = {"flows": {"main": flow("Yes.")}}
+        await home.apply(shop=main | {"allow": {"temperature": [0, 1]}})
+        asked = {"client_message_id": "m", "configuration": {"temperature": 0.5}}
+        first = await home.post("shop", **asked)
+        await home.apply(shop=main)
+        async with asyncio.timeout(10):
+            while (await home.post("shop", configuration={"temperature": 0.5})).status_code == 200:
+                pass
+        again = await home.post("shop", **asked)
+        assert (again.status_code, again.json()) == (200, first.json())
+        assert again.headers["Idempotent-Replayed"] == "true"
+        other = await home.post("shop", **asked, message_text="Else")
+        assert other.json()["code"] == "idempotency_mismatch"
+        await home.database.execute("update idempotency_keys set created_at = now() - interval '2 days'")
+        assert (await home.post("shop", **asked)).json()["code"] == "configuration_refused"
 
 
 async def test_an_expired_key_may_be_used_again(house: Open) -> None:
@@ -274,6 +293,20 @@ async def test_i3_duplicate_and_unknown_fields_do_no_harm(house: Open) -> None:
         response = await home.client.post("/api/process-message", content=body)
         assert response.status_code == 200
         assert await home.database.fetchval("select user_id from chats") == "ann"
+
+
+DEEP, HUGE = b"[" * 300 + b"]" * 300, b'123456789012345678901234567890, "y": "\\ud800"'
+
+
+@pytest.mark.parametrize("strange", [DEEP, HUGE])
+async def test_i3_a_key_goes_with_any_body_that_is_taken(house: Open, strange: bytes) -> None:
+    async with house() as home:
+        body = b'{"user_id": "ann", "chatbot_id": "quick", "message_text": "x", "client_message_id": "m", "x": %s}'
+        first, again = [await home.client.post("/api/process-message", content=body % strange) for _ in range(2)]
+        assert (first.status_code, again.status_code) == (200, 200), first.text
+        assert first.json() == again.json()
+        other = await home.client.post("/api/process-message", content=body % (strange + b', "z": 1'))
+        assert other.json()["code"] == "idempotency_mismatch"
 
 
 async def test_u16_a_provider_at_capacity_refuses_before_any_row_is_written(house: Open) -> None:
