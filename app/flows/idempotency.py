@@ -1,9 +1,9 @@
 """A POST may be repeated (G11): its key, scoped to principal and route, remembers what the first one was told."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import asyncpg
 import orjson
 
 from app.errors import Invalid, Unavailable
@@ -52,7 +52,7 @@ async def recall(connection: Connection, key: Key, *, remember_s: float) -> dict
     return None if row is None else _answer(row, key)
 
 
-def _answer(row: Mapping[str, Any], key: Key) -> dict[str, Any]:
+def _answer(row: asyncpg.Record, key: Key) -> dict[str, Any]:
     if row["fingerprint"] != key.fingerprint:
         raise Invalid("idempotency_mismatch", "This idempotency key was used with another body; choose a new one.")
     answer: dict[str, Any] = orjson.loads(row["answer"])
