@@ -3,6 +3,7 @@ it is whole, whatever the side flows are still doing."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 import structlog
 
@@ -80,7 +81,7 @@ class Execution:
         """End the whole run, or one flow of it; the calls that are ended by it."""
         if flow is None:
             self._stopped = self._stopped or why
-        else:
+        elif flow in self._run.chatbot.flows:
             self._unwanted.setdefault(flow, why)
         calls = [call for name, call in self._calls.items() if flow in (None, name)]
         for call in calls:
@@ -106,17 +107,17 @@ class Execution:
             if progress.failure is None:
                 self._outputs[step.flow] = progress.text
             elif step.on_failure == "fail":
+                self._answer.error_id = self._answer.error_id or progress.error_id
                 self.stop(progress.failure)
         if step.flow == self._plan.router:
             self._route(step.flow)
 
     async def _perform_answer(self) -> None:
-        if self._plan.speculative and self._past.decision is None:
-            self._answer = await self._speculate()
-        elif self._stopped is None or self._answer.attempts:
-            self._answer = await self._flow(self._decision.flow)
+        if self._stopped is None or self._answer.attempts:
+            speculative = self._plan.speculative and self._past.decision is None
+            self._answer = await (self._speculate() if speculative else self._flow(self._decision.flow))
         if self._stopped is not None and not self._answer.attempts:
-            self._answer.failure = self._stopped
+            self._answer = replace(self._answer, flow=self._decision.flow, failure=self._stopped)
         self._outputs[ANSWER] = self._answer.text
         if self._answer.shown and not self._past.saved:
             await self._save(self._answer)
@@ -132,8 +133,10 @@ class Execution:
                 likely.voice.release()
             else:
                 likely.stop(_DROPPED)
-        if self._decision.flow == likely.progress.flow or self._stopped is not None:
+        if self._decision.flow == likely.progress.flow:
             return likely.progress
+        if self._stopped is not None:  # what was dropped has not been heard, so it is no answer
+            return Progress(self._decision.flow)
         return await self._perform(self._call(self._decision.flow))
 
     async def _flow(self, name: str) -> Progress:

@@ -50,10 +50,11 @@ with s as (
     where id = $1 and status = 'queued' returning id)
 insert into streaming_events (stream_id, id, payload) select id, 1, $3 from s
 """
-# '{}' stands for the whole run and is never narrowed down again.
+# '{}' stands for the whole run and is never narrowed down again. No chatbot has more flows than are kept here.
 _ASK_TO_STOP = """
 update streaming_sessions set cancel_flows = case
     when $2::text is null or cancel_flows = '{}' then '{}'
+    when $2 = any(cancel_flows) or cardinality(cancel_flows) >= 50 then cancel_flows
     else array_append(coalesce(cancel_flows, '{}'), $2) end
 where id = $1 and status = 'active'
 """

@@ -6,6 +6,9 @@ from typing import Any
 
 import pytest
 
+from app.flows.execution import Execution
+from app.flows.plan import Decision
+from app.flows.run import Failure
 from tests.flows.events import data_of, kinds, only, text
 from tests.house import House, Open, flow
 from tests.providers.wire import as_stream, raw_server, written
@@ -159,6 +162,66 @@ async def test_a_speculation_that_loses_while_it_speaks_is_closed(house: Open) -
         _, frames = await home.ask("shop")
         assert text(frames) == "Here is your money."
         assert await attempts(home, "main") == [(1, "demo", "cancelled", "dropped")]
+
+
+async def test_a_step_that_must_not_fail_keeps_a_speculation_from_starting(house: Open) -> None:
+    flows = ROUTED["flows"] | {"guard": {"provider": "gone", "model": "m"}}
+    plan = [[{"flow": "guard", "on_failure": "fail"}], ["intent"], ["answer"]]
+    shop = {"flows": flows, "plan": plan, "router": ROUTED["router"] | {"speculative": True}}
+    async with house(provider_retries=0) as home:
+        await home.apply(shop=shop)
+        _, frames = await home.ask("shop")
+        assert kinds(frames) == ["stream_start", "flow_start", "flow_error", "stream_end"]
+        told, end = only(frames, "flow_error"), only(frames, "stream_end")["error"]
+        assert end == {name: told[name] for name in ("code", "message", "error_id")}
+
+
+@pytest.mark.parametrize(("turns", "code"), [(1, "run_timeout"), (2, "dropped")])
+async def test_what_a_lost_speculation_has_said_is_not_kept_where_the_run_is_stopped_then(
+    house: Open, monkeypatch: pytest.MonkeyPatch, turns: int, code: str
+) -> None:
+    flows = ROUTED["flows"] | {
+        "intent": flow("refund", wishes={"first_ms": 200}),
+        "main": flow(wishes={"tokens": 5000, "delay_ms": 5}),
+    }
+    select = Execution._select
+
+    def select_and_stop(execution: Execution, decision: Decision) -> None:
+        select(execution, decision)
+        stop(execution, turns)
+
+    def stop(execution: Execution, turns: int) -> None:
+        """So many turns of the loop later: just before the drop, or just behind it."""
+        if turns:
+            asyncio.get_running_loop().call_soon(stop, execution, turns - 1)
+        else:
+            execution.stop(Failure("run_timeout", "It took too long."))
+
+    monkeypatch.setattr(Execution, "_select", select_and_stop)
+    async with house() as home:
+        await home.apply(shop=ROUTED | {"flows": flows, "router": ROUTED["router"] | {"speculative": True}})
+        answer, frames = await home.ask("shop")
+        assert kinds(frames) == ["stream_start", "flow_start", "flow_end", "flow_selected", "stream_end"]
+        assert only(frames, "stream_end")["error"]["code"] == "run_timeout"
+        assert len(await messages(home, answer["session_id"])) == 1
+        assert (await home.row("select flow_type from conversation_processing_metrics"))["flow_type"] == "refund"
+        assert [attempt[3] for attempt in await attempts(home, "main")] == [code]
+
+
+@pytest.mark.parametrize(("said", "heard"), [("other", 10_500), ("refund", 0)])
+async def test_more_than_may_be_held_back_at_once_is_heard_whole_or_not_at_all(
+    house: Open, said: str, heard: int
+) -> None:
+    flows = ROUTED["flows"] | {
+        "intent": flow(said, wishes={"first_ms": 3000}),
+        "main": flow(wishes={"tokens": 10_500, "key": "held"}),
+    }
+    async with house() as home:
+        await home.apply(shop=ROUTED | {"flows": flows, "router": ROUTED["router"] | {"speculative": True}})
+        _, frames = await asyncio.wait_for(home.ask("shop"), 30)
+        assert len(data_of(frames, "token", "main")) == heard
+        outcome = ("completed", None) if heard else ("cancelled", "dropped")
+        assert await attempts(home, "main") == [(1, "demo", *outcome)]
 
 
 # -- retry, fallback, restart (G8)

@@ -112,6 +112,16 @@ async def test_a_flow_that_has_not_begun_can_be_stopped_too(house: Open) -> None
         assert only(frames, "stream_end")["status"] == "completed"
 
 
+async def test_however_many_flows_are_asked_to_stop_few_are_kept(house: Open) -> None:
+    async with house() as home:
+        await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS)}})
+        url = (await home.post("slow")).json()["streaming_url"] + "/cancel"
+        for number in range(120):
+            assert (await home.client.post(url, json={"flow": f"nobody{number % 60}"})).status_code == 200
+        kept = await home.database.fetchval("select cancel_flows from streaming_sessions")
+        assert kept == [f"nobody{number}" for number in range(50)]
+
+
 async def test_any_replica_may_be_asked(house: Open, database: str) -> None:
     async with house(scan_s=0.1) as home:
         await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS | {"key": "far"})}})
