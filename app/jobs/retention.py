@@ -7,7 +7,7 @@ from time import monotonic
 
 import structlog
 
-from app.expiry import Expired, Expiring
+from app.expiry import Expired, Expiring, estimate
 from app.postgres import Pool
 
 log = structlog.get_logger(__name__)
@@ -16,9 +16,12 @@ log = structlog.get_logger(__name__)
 _PIECE = 5_000
 _PASS_S = 30
 _PAUSE_S = 0.02
-# A first clean-up: so many rows that have been due for so long were nobody's business so far. An operator is asked.
+# A first clean-up, or a setting lowered: so many rows that have been due for so long were nobody's business so far. An
+# operator is asked, and sooner where most of the table would go. A running clean-up is never that late.
 _MANY = 10_000
 _LONG_S = 30 * 86400
+_WEEK_S = 7 * 86400
+_SHARE = 0.5
 # A look ahead counts up to here.
 COUNTED = 1_000_000
 
@@ -55,7 +58,14 @@ class Retention:
 
     async def _held(self, table: Expiring) -> bool:
         found = await table.expired(self.pool, _MANY + 1)
-        if found.rows <= _MANY or found.late_s <= _LONG_S:
+        if found.rows <= _MANY or found.late_s <= _WEEK_S:
+            return False
+        if found.late_s <= _LONG_S and not await self._most_of(table):
             return False
         log.warning("cleanup_held", table=table.table, late_days=round(found.late_s / 86400), remedy="parley clean")
         return True
+
+    async def _most_of(self, table: Expiring) -> bool:
+        """Whether most of its rows would go, or more than are ever counted."""
+        most = min(COUNTED, int(await estimate(self.pool, table.table) * _SHARE))
+        return (await table.expired(self.pool, most + 1)).rows > most

@@ -10,15 +10,15 @@ from datetime import UTC, datetime, timedelta
 import asyncpg
 import structlog
 
-from app.expiry import Expired
+from app.expiry import ROWS, Expired
 from app.postgres import Connection, Pool, open_connection
 from app.streams.partitions import PREFIX, first_id
 
 log = structlog.get_logger(__name__)
 
 # Attached or not: one that was detached and not dropped, because somebody stopped us in between, is still there.
-_DAYS = """
-select c.relname as name, greatest(c.reltuples, 0)::bigint as rows, i.inhparent is not null as attached,
+_DAYS = f"""
+select c.relname as name, {ROWS} as rows, i.inhparent is not null as attached,
        coalesce(i.inhdetachpending, false) as pending, parley_now() as now
 from pg_class c left join pg_inherits i on i.inhrelid = c.oid
 where c.relnamespace = to_regnamespace(current_schema()::text) and c.relkind = 'r' and c.relname like $1
@@ -67,7 +67,7 @@ class Events:
     table: str = "streaming_events"
 
     async def expired(self, pool: Pool, most: int) -> Expired:
-        """Rows are PostgreSQL's own estimate."""
+        """Rows are an estimate: nobody counts whole days of the log."""
         old = await self._old(pool)
         return Expired(max(sum(day.rows for day in old), len(old)), old[0].age_s - self.keep_s) if old else Expired(0)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
@@ -14,9 +15,10 @@ from app.chats.decoders import Decoders
 from app.chats.images import Images, images_expiring
 from app.chats.picture import Limits
 from app.errors import Gone
-from app.expiry import Rows
+from app.expiry import Rows, estimate
 from app.flows.chatbots import Chatbots
-from app.flows.sessions import Sessions
+from app.flows.queue import _OLD
+from app.flows.sessions import _EXPIRED, Sessions
 from app.jobs.cleaning import clean_up, look_ahead
 from app.jobs.retention import Retention
 from app.jobs.schedule import expiring
@@ -24,7 +26,7 @@ from app.postgres import Pool, open_pool
 from app.schema import migrate
 from app.settings import load
 from app.streams.partitions import Partitions, first_id
-from app.streams.retention import Events
+from app.streams.retention import _UNFINISHED, Events
 from app.streams.tail import State
 from tests.house import Open
 from tests.migrating import migrate_to
@@ -105,6 +107,22 @@ async def test_old_rows_are_found_by_an_index(pool: Pool, database: str, table: 
     assert "Sort" not in plan
 
 
+@pytest.mark.parametrize(
+    ("query", "index", "values"),
+    [
+        (_EXPIRED, "conversation_sessions_idle", ("c", 1.0, 10)),
+        (_OLD, "queued_messages_age", (1.0, 10)),
+        (_UNFINISHED, "streaming_sessions_unfinished", (uuid4(), uuid4())),
+    ],
+)
+async def test_others_are_found_by_an_index(pool: Pool, query: str, index: str, values: tuple[object, ...]) -> None:
+    async with pool.acquire() as connection, connection.transaction():
+        await connection.execute("set local enable_seqscan = off")
+        plan = "\n".join(row[0] for row in await connection.fetch(f"explain {query}", *values))
+    assert index in plan
+    assert "Sort" not in plan
+
+
 async def test_ended_streams_are_found_by_an_index(pool: Pool) -> None:
     query = "select ctid from streaming_sessions where ended_at < now() and ended_at is not null order by ended_at"
     async with pool.acquire() as connection, connection.transaction():
@@ -131,10 +149,40 @@ async def test_a_first_huge_clean_up_is_left_to_the_operator(pool: Pool, databas
     assert await count(pool, "error_logs") == 0
 
 
-@pytest.mark.parametrize(("rows", "days"), [(10_001, 119), (10_000, 500)])
-async def test_what_a_server_that_was_away_finds_it_cleans_up(pool: Pool, rows: int, days: float) -> None:
-    await add_errors(pool, rows, days=days)
-    assert await Retention(pool, [ERRORS]).run_once() == rows
+@pytest.mark.parametrize(
+    ("rows", "late", "others", "held"),
+    [
+        (10_001, 6, 0, False),
+        (10_000, 500, 0, False),
+        (10_001, 8, 0, True),
+        (10_001, 8, 15_000, False),
+        (10_001, 31, 15_000, True),
+    ],
+)
+async def test_what_a_server_that_was_away_finds_it_cleans_up(
+    pool: Pool, rows: int, late: float, others: int, held: bool
+) -> None:
+    """Not what is late for more than a week and most of the table, nor what is late for more than a month."""
+    await add_errors(pool, rows, days=90 + late)
+    await add_errors(pool, others, days=1)
+    await pool.execute("analyze error_logs")
+    assert await Retention(pool, [ERRORS]).run_once() == (0 if held else rows)
+
+
+async def test_a_restored_backup_that_nobody_has_analysed_is_held(pool: Pool, database: str) -> None:
+    await old_stream(pool, 40, events=10_500)
+    with capture_logs() as logs:
+        assert await Retention(pool, [events(database)]).run_once() == 0
+    assert [line["event"] for line in logs] == ["cleanup_held"]
+    assert await count(pool, "streaming_events") == 10_500
+
+
+async def test_rows_are_estimated_over_all_partitions(pool: Pool) -> None:
+    for days in (9, 8):
+        await old_stream(pool, days, events=500)
+    assert await estimate(pool, "streaming_events") == pytest.approx(1_000, rel=0.3)
+    await pool.execute("analyze streaming_events")
+    assert await estimate(pool, "streaming_events") == 1_000
 
 
 # -- days of the log
@@ -240,6 +288,20 @@ async def test_d15_a_reader_whose_day_goes_is_told(pool: Pool, database: str) ->
         seen = await until_gone(gateway, stream_id, state)
         await cleaning
         assert seen <= {13}
+
+
+@pytest.mark.parametrize("pages", [1, 2])
+async def test_d15_a_reader_that_follows_is_told_after_whichever_page(
+    pool: Pool, database: str, pages: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.streams.tail._PAGE", 7)
+    stream_id = await old_stream(pool, 9, events=20)
+    async with engine(database) as gateway, aclosing(gateway.tail.follow(stream_id, 0, 60)) as following:
+        assert [(await anext(following)).last for _ in range(pages)] == [7, 14][:pages]
+        assert await Retention(pool, [events(database)]).run_once() > 0
+        with pytest.raises(Gone):
+            async with asyncio.timeout(10):
+                await anext(following)
 
 
 async def until_gone(gateway: Engine, stream_id: UUID, state: State) -> set[int]:
