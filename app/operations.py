@@ -108,7 +108,7 @@ _PROCESS_MESSAGE = Operation(
         Parameter(
             "Idempotency-Key",
             "header",
-            "1 to 256 printable characters, remembered per user for 24 hours unless configured otherwise. "
+            "1 to 256 printable characters, remembered per caller and user for 24 hours unless configured otherwise. "
             "It wins over `client_message_id`.",
             {"type": "string", "minLength": 1, "maxLength": 256},
         )
@@ -205,6 +205,13 @@ def _number(default: float) -> dict[str, Any]:
 
 
 _CURSOR = {"type": "string", "pattern": "^([0-9a-fA-F-]{36}:)?[0-9]{1,10}$"}
+_OWNER = Parameter(
+    "user_id",
+    "query",
+    "Whose stream it must be: another user's is as unknown as one that does not exist. Without it, of whoever acts for "
+    "any user, anybody's.",
+    {"type": "string", "minLength": 1},
+)
 _STREAM_EVENTS = Operation(
     "Read a stream",
     "One URL for both kinds of readers: a page of JSON by default, server-sent events where `Accept` names "
@@ -243,11 +250,13 @@ _STREAM_EVENTS = Operation(
             _number(0),
         ),
         Parameter("If-None-Match", "header", "JSON only: the ETag of a page that the reader has."),
+        _OWNER,
     ],
     problems={
         400: ["bad_cursor", "cursor_beyond_end", "bad_parameter"],
         404: ["stream_unknown"],
         410: ["stream_cleaned"],
+        422: ["invalid_request"],
         503: ["starting", "database_unavailable"],
     },
 )
@@ -275,11 +284,13 @@ _STREAMS = Operation(
             "streams", "query", "The streams, each with the id of the last event read of it where there is one.", _PAIRS
         ),
         Parameter("Last-Event-ID", "header", "The `id:` of the last frame; it wins over the query.", _PAIRS),
+        _OWNER,
     ],
     problems={
         400: ["bad_streams", "bad_cursor", "cursor_beyond_end"],
         404: ["stream_unknown"],
         410: ["stream_cleaned"],
+        422: ["invalid_request"],
     },
 )
 
@@ -365,6 +376,7 @@ _CANCEL = Operation(
     },
     parameters=[
         Parameter("stream_id", "path", "The `streaming_session_id`.", {"type": "string", "format": "uuid"}),
+        _OWNER,
     ],
     body=Content({"flow": None}, Cancel),
     problems={
@@ -387,7 +399,7 @@ _WAITING: dict[str, Any] = {
 _CHANGED = {"success": True, "message_id": _WAITING["message_id"], "streaming_session_id": _STREAM}
 _OF_A_SESSION = [
     Parameter("session_id", "path", "The `session_id` of the chat."),
-    Parameter("user_id", "query", "Whose session it is. Required."),
+    Parameter("user_id", "query", "Whose session it is. Required, except of a user who is signed in."),
 ]
 _OF_A_MESSAGE = [*_OF_A_SESSION, Parameter("message_id", "path", "The `message_id` from the queue.")]
 _QUEUE_PROBLEMS = {
@@ -405,7 +417,7 @@ _QUEUE = Operation(
         )
     },
     parameters=_OF_A_SESSION,
-    problems={422: ["invalid_request"], 503: ["database_unavailable"]},
+    problems={404: ["session_unknown"], 422: ["invalid_request"], 503: ["database_unavailable"]},
 )
 _EDIT_QUEUED = Operation(
     "Edit a waiting message",

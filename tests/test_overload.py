@@ -145,7 +145,7 @@ async def test_g13_a_server_that_drains_is_read_from_and_takes_nothing_new(datab
     life = Life()
     async with demo_provider() as demo:
         await apply_demo(database, demo, {"slow": "demo?delay_ms=20&tokens=50"})
-        async with gateway(load(database_url=database, port=0), life) as url, client_of(url) as client:
+        async with gateway(load(database_url=database, port=0, auth="open"), life) as url, client_of(url) as client:
             await until_ready(client)
             body = {"user_id": "ann", "chatbot_id": "slow", "message_text": "Hello"}
             stream = (await client.post("/api/process-message", json=body)).json()["streaming_session_id"]

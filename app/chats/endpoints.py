@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.access.guard import principal_of
 from app.chats.allowance import Allowance
 from app.chats.images import Images, StoredImage
 from app.chats.uploads import ImageData, upload_of
@@ -94,10 +95,11 @@ async def upload_image(request: Request[Needs]) -> Response:
     # Before the body is read: what waits here waits at its sender.
     async with request.state["uploads"].take(_size(request)):
         upload = await _received(request)
+        user_id = principal_of(request).acting_for(upload.user_id)
         if upload.message_text:
-            await request.state["admit_question"](upload.user_id or "")
-        image = await request.state["images"].accept(upload_of(upload.image_data), user_id=upload.user_id or "")
-    analysis = await _analysis(request, upload, image)
+            await request.state["admit_question"](user_id or "")
+        image = await request.state["images"].accept(upload_of(upload.image_data), user_id=user_id or "")
+    analysis = await _analysis(request, upload, image, user_id=user_id)
     answer = UploadAnswer(
         image=ImageAnswer(
             id=str(image.id),
@@ -140,7 +142,9 @@ async def _body(request: Request[Needs], timeout_s: float) -> bytearray:
     return body
 
 
-async def _analysis(request: Request[Needs], upload: UploadImage, image: StoredImage) -> Analysis:
+async def _analysis(
+    request: Request[Needs], upload: UploadImage, image: StoredImage, *, user_id: str | None
+) -> Analysis:
     analyse = request.state["analyse"]
     if analyse is None or not upload.message_text:
         return Analysis()
@@ -149,7 +153,7 @@ async def _analysis(request: Request[Needs], upload: UploadImage, image: StoredI
         chatbot_id=upload.chatbot_id,
         text=clean(upload.message_text),
         configuration=upload.configuration or {},
-        user_id=upload.user_id,
+        user_id=user_id,
         request_id=request_id(request.scope),
     )
     return await analyse(question)

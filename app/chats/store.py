@@ -35,6 +35,7 @@ values ($1, $2, $3, $4, 'assistant', $5, $6,
         (select coalesce(max(position), 0) + 1 from messages where user_id = $1 and chat_id = $2))
 on conflict (user_id, id) do nothing
 """
+_HAS_CHAT = "select exists (select from chats where user_id = $1 and id = $2)"
 _QUESTION = "select content, position from messages where user_id = $1 and id = $2 and role = 'user' and not is_deleted"
 _HISTORY = """
 select role, content from messages
@@ -74,6 +75,12 @@ async def save_answer(
     """The assistant's message; saving it again under the same id changes nothing."""
     kept = orjson.dumps(attachments).decode()
     await connection.execute(_SAVE_ANSWER, user_id, chat_id, message_id, content, status, kept)
+
+
+async def has_chat(connection: Connection | Pool, *, user_id: str, chat_id: str) -> bool:
+    """Whether the user ever wrote in it."""
+    known: bool = await connection.fetchval(_HAS_CHAT, user_id, chat_id)
+    return known
 
 
 @dataclass(frozen=True, slots=True)

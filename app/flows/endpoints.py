@@ -9,8 +9,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.access.guard import owner_of, principal_of
+from app.access.principal import Principal
 from app.chats.chat import Message
-from app.errors import Invalid
+from app.chats.store import has_chat
+from app.errors import Invalid, NotFound
 from app.flows import queue as waiting
 from app.flows.idempotency import Key
 from app.flows.incoming import Incoming
@@ -125,15 +128,16 @@ class QueueAnswer(BaseModel):
 async def process_message(request: Request[Needs]) -> Response:
     """Accept a message; answers as soon as it is durable, before the model is asked."""
     body = await request.body()
-    incoming = _incoming(request, body, request.state["settings"])
+    incoming = _incoming(request, principal_of(request), body)
     accepted = await request.state["intake"].accept(incoming)
     return _answer(accepted)
 
 
-def _incoming(request: Request[Needs], body: bytes, settings: Settings) -> Incoming:
-    given = parse_object(body)
+def _incoming(request: Request[Needs], principal: Principal, body: bytes) -> Incoming:
+    given = _with_user(parse_object(body), principal)
     message = _validated(given)
-    _check_sizes(message, settings)
+    principal.acting_for(message.user_id)
+    _check_sizes(message, request.state["settings"])
     return Incoming(
         user_id=message.user_id,
         chatbot_id=message.chatbot_id,
@@ -145,9 +149,14 @@ def _incoming(request: Request[Needs], body: bytes, settings: Settings) -> Incom
         on_busy=message.on_busy,
         image_data=message.image_data,
         image_id=message.image_id,
-        key=_key(request, message, body, given),
+        key=_key(request, principal, message, body, given),
         request_id=request_id(request.scope),
     )
+
+
+def _with_user(given: dict[str, Any], principal: Principal) -> dict[str, Any]:
+    """Whoever is one user need not say which."""
+    return given if principal.user_id is None else {"user_id": principal.user_id, **given}
 
 
 def _validated(given: dict[str, Any]) -> ProcessMessage:
@@ -177,8 +186,13 @@ def _history(message: ProcessMessage) -> list[Message] | None:
     return [Message(past.role, clean(past.content)) for past in message.conversation_history]
 
 
-def _key(request: Request[Needs], message: ProcessMessage, body: bytes, given: dict[str, Any]) -> Key | None:
-    """The header wins; a client_message_id alone makes the POST repeatable too."""
+def _key(
+    request: Request[Needs], principal: Principal, message: ProcessMessage, body: bytes, given: dict[str, Any]
+) -> Key | None:
+    """The header wins; a client_message_id alone makes the POST repeatable too.
+
+    Each principal has its own keys, and of one that acts for many users each user.
+    """
     header = request.headers.get("idempotency-key")
     if header is not None and not (0 < len(header) <= 256 and header.isprintable()):
         raise Invalid("invalid_request", "Idempotency-Key must be 1 to 256 printable characters.")
@@ -189,7 +203,7 @@ def _key(request: Request[Needs], message: ProcessMessage, body: bytes, given: d
         canonical = orjson.dumps(given, option=orjson.OPT_SORT_KEYS)
     except orjson.JSONEncodeError:  # what is not looked at may be nested deeper, or larger, than can be written again
         canonical = body
-    return Key(message.user_id, "process-message", key, hashlib.sha256(canonical).hexdigest())
+    return Key(f"{principal.id} {message.user_id}", "process-message", key, hashlib.sha256(canonical).hexdigest())
 
 
 def _answer(accepted: Accepted) -> Response:
@@ -212,7 +226,7 @@ async def cancel(request: Request[Needs]) -> Response:
     body = await request.body()
     wanted = validated(Cancel, parse_object(body) if body.strip() else {})
     stream_id = stream_id_of(request.path_params["stream_id"])
-    stopped = await request.state["stopping"].stop(stream_id, wanted.flow)
+    stopped = await request.state["stopping"].stop(stream_id, wanted.flow, owner=owner_of(request))
     return _json(
         CancelAnswer(
             session_status=stopped.status,
@@ -230,6 +244,10 @@ async def queue(request: Request[Needs]) -> Response:
     """The messages that wait in a session."""
     names = _names(request)
     messages = await waiting.listed(request.state["pool"], **names)
+    if not messages and not await has_chat(
+        request.state["pool"], user_id=names["user_id"], chat_id=names["session_id"]
+    ):
+        raise NotFound("session_unknown", "There is no such session; POST /api/process-message says ids.")
     return _json(
         Queue(
             session_id=names["session_id"],
@@ -276,10 +294,10 @@ async def send_now(request: Request[Needs]) -> Response:
 
 
 def _names(request: Request[Needs]) -> dict[str, str]:
-    """Session ids are a user's own, so the user must be named until requests are authenticated."""
-    if not (user_id := request.query_params.get("user_id")):
+    """Session ids are a user's own, so a user must be named by whoever is not one."""
+    if (user_id := owner_of(request)) is None:
         raise Invalid("invalid_request", "Add ?user_id=: session ids are known per user.")
-    return {"user_id": clean(user_id), "session_id": clean(request.path_params["session_id"])}
+    return {"user_id": user_id, "session_id": clean(request.path_params["session_id"])}
 
 
 def _time(value: datetime) -> str:

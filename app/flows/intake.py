@@ -193,7 +193,7 @@ class Intake:
         if first:
             interrupts = await sessions.lock(connection, user_id=incoming.user_id, session_id=session_id)
             if interrupts is not None:
-                await self._streams.ask_to_stop(connection, interrupts)
+                await self._streams.ask_to_stop(connection, interrupts, owner=incoming.user_id)
         return _Queued(stream, interrupts)
 
 

@@ -46,7 +46,9 @@ update queued_messages set place = (
 where user_id = $1 and session_id = $2 and message_id = $3
 returning stream_id
 """
-_FIND = "select user_id, session_id, message_id from queued_messages where stream_id = $1"
+_FIND = """
+select user_id, session_id, message_id from queued_messages where stream_id = $1 and ($2::text is null or user_id = $2)
+"""
 # Sessions whose turn has come and that nobody has given it: their replica has gone in between, or it was draining.
 _OLD = """
 select user_id, session_id, message_id, created_at from queued_messages
@@ -159,9 +161,9 @@ async def to_front(connection: Connection, *, user_id: str, session_id: str, mes
     return stream_id
 
 
-async def of_stream(pool: Pool, stream_id: UUID) -> tuple[str, str, str] | None:
-    """User, session and message of a queued stream."""
-    row = await pool.fetchrow(_FIND, stream_id)
+async def of_stream(pool: Pool, stream_id: UUID, *, owner: str | None) -> tuple[str, str, str] | None:
+    """User, session and message of a queued stream of this user; with None, of anybody's."""
+    row = await pool.fetchrow(_FIND, stream_id, owner)
     return (row["user_id"], row["session_id"], row["message_id"]) if row else None
 
 

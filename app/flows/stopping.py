@@ -52,12 +52,15 @@ class Stopping:
                 self._runner.stop(stream_id, CANCELLED, flow)
         return len(asked)
 
-    async def stop(self, stream_id: UUID, flow: str | None = None) -> Stopped:
-        """As often as anybody likes: what has ended stays as it is. Raises NotFound for an unknown stream."""
+    async def stop(self, stream_id: UUID, flow: str | None = None, *, owner: str | None) -> Stopped:
+        """As often as anybody likes: what has ended stays as it is.
+
+        Raises NotFound for a stream that is unknown, or not this user's; with None anybody's is stopped.
+        """
         began = perf_counter()
-        state = await self._tail.state(stream_id)
-        if state.status == "queued" and flow is None and await self._taken_out(stream_id):
-            state = await self._tail.state(stream_id)
+        state = await self._tail.state(stream_id, owner=owner)
+        if state.status == "queued" and flow is None and await self._taken_out(stream_id, owner):
+            state = await self._tail.state(stream_id, owner=owner)
         if state.ended:
             return Stopped(state.status, True, 0, state.tail)
         here = self._runner.runs(stream_id)
@@ -65,19 +68,19 @@ class Stopping:
             await call.over.wait()
         closed_ms = ms_since(began)
         # Also where the run is here: should this process die before the end is written, the takeover writes this one.
-        await self._streams.ask_to_stop(self._pool, stream_id, flow)
+        await self._streams.ask_to_stop(self._pool, stream_id, flow, owner=owner)
         if here:
             await self._runner.ended(stream_id, _PATIENCE_S if flow is None else 0)
         else:
             self._bus.poke("stop")
             if await self._seen_to_end(stream_id, flow, state.tail):
                 here, closed_ms = True, ms_since(began)
-        state = await self._tail.state(stream_id)
+        state = await self._tail.state(stream_id, owner=owner)
         return Stopped(state.status, here, closed_ms if here else None, state.tail)
 
-    async def _taken_out(self, stream_id: UUID) -> bool:
+    async def _taken_out(self, stream_id: UUID, owner: str | None) -> bool:
         """Out of the queue; false where its turn has just come."""
-        if (waiting := await queue.of_stream(self._pool, stream_id)) is None:
+        if (waiting := await queue.of_stream(self._pool, stream_id, owner=owner)) is None:
             return False
         user_id, session_id, message_id = waiting
         try:

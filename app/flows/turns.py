@@ -145,7 +145,7 @@ class Turns:
             names = {"user_id": user_id, "session_id": session_id}
             stream_id = await queue.to_front(connection, **names, message_id=message_id)
             if running is not None:
-                await self._streams.ask_to_stop(connection, running)
+                await self._streams.ask_to_stop(connection, running, owner=user_id)
         if running is not None:
             self._runner.stop(running, CANCELLED)
             self._bus.poke("stop")

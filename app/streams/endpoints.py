@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.access.guard import owner_of
 from app.errors import BadRequest, Gone, NotFound, Unavailable
 from app.postgres import AWAY, CONFLICT
 from app.settings import Settings
@@ -83,7 +84,7 @@ async def _page(request: Request[Needs], stream_id: UUID, cursor: int) -> Respon
     wait_s = _bounded(request, "wait", 0, low=0, high=_LONGEST_WAIT_S)
     _require_started(request)
     async with asyncio.timeout(_LOOK_S):
-        state = await tail.state(stream_id, cursor)
+        state = await tail.state(stream_id, cursor, owner=owner_of(request))
         if not state.ended:
             request.state["hub"].polled(stream_id)
         payloads = await tail.read_known(stream_id, cursor, limit, state)
@@ -127,7 +128,7 @@ def _page_response(request: Request[Needs], cursor: int, payloads: list[str], st
     status, ended, end = state.status, state.ended, state.tail
     if payloads and kind_of(payloads[-1]) == TERMINAL:
         status, ended, end = data_of(payloads[-1])["status"], True, last
-    headers = {"Vary": "Accept, Last-Event-ID", "Cache-Control": "no-store"}
+    headers = {"Vary": "Accept, Authorization, Last-Event-ID, X-API-Key", "Cache-Control": "no-store"}
     if ended:
         etag = f'"{end}-{page}"'
         headers |= {"ETag": etag, "Cache-Control": "private, max-age=3600"}
@@ -150,7 +151,7 @@ async def _sse(request: Request[Needs], cursors: Mapping[UUID, int]) -> Response
     try:
         _require_started(request)
         async with asyncio.timeout(_LOOK_S):
-            states = await tail.states(cursors)
+            states = await tail.states(cursors, owner=owner_of(request))
             tail.require_kept(states)
     except (Unavailable, *AWAY, *CONFLICT):
         return come_back_later(settings.sse_retry_ms)

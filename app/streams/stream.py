@@ -56,7 +56,7 @@ update streaming_sessions set cancel_flows = case
     when $2::text is null or cancel_flows = '{}' then '{}'
     when $2 = any(cancel_flows) or cardinality(cancel_flows) >= 50 then cancel_flows
     else array_append(coalesce(cancel_flows, '{}'), $2) end
-where id = $1 and status = 'active'
+where id = $1 and status = 'active' and ($3::text is null or user_id = $3)
 """
 _ASKED_TO_STOP = """
 select id, cancel_flows from streaming_sessions
@@ -203,9 +203,13 @@ class Streams:
         payload = encode(TERMINAL, {"status": status, "usage": usage, **data})
         await connection.execute(_END_QUEUED, stream_id, status, payload)
 
-    async def ask_to_stop(self, connection: Connection | Pool, stream_id: UUID, flow: str | None = None) -> None:
-        """Note durably that a run, or a flow of it, shall stop: its owner looks, and so does a takeover."""
-        await connection.execute(_ASK_TO_STOP, stream_id, flow)
+    async def ask_to_stop(
+        self, connection: Connection | Pool, stream_id: UUID, flow: str | None = None, *, owner: str | None
+    ) -> None:
+        """Note durably that a run of this user (None: anybody), or a flow of it, shall stop: the replica that runs it
+        looks, and so does a takeover.
+        """
+        await connection.execute(_ASK_TO_STOP, stream_id, flow, owner)
 
     async def asked_to_stop(self, most: int) -> list[tuple[UUID, list[str]]]:
         """Streams of this replica that somebody wants to stop; no flows means the whole run."""

@@ -19,7 +19,8 @@ select s.id, s.status, s.last_event_id, s.user_id,
        coalesce(s.last_event_id, (select max(e.id) from streaming_events e where e.stream_id = s.id), 0) as tail,
        s.last_event_id > u.i and not exists (
            select from streaming_events e where e.stream_id = u.s and e.id = u.i + 1) as cleaned
-from unnest($1::uuid[], $2::bigint[]) as u(s, i) join streaming_sessions s on s.id = u.s
+from unnest($1::uuid[], $2::bigint[]) as u(s, i)
+join streaming_sessions s on s.id = u.s and ($3::text is null or s.user_id = $3)
 """
 _EVENTS = "select id, payload from streaming_events where stream_id = $1 and id > $2 order by id limit $3"
 
@@ -60,17 +61,20 @@ class Tail:
         # Whose a stream is that runs here; filled in by whoever runs them.
         self.user_of: Callable[[UUID], str | None] = lambda stream_id: None
 
-    async def state(self, stream_id: UUID, cursor: int = 0) -> State:
-        """Raises NotFound for an unknown stream, BadRequest for a cursor beyond its end."""
-        return (await self.states({stream_id: cursor}))[stream_id]
+    async def state(self, stream_id: UUID, cursor: int = 0, *, owner: str | None) -> State:
+        """Of a stream of this user; with None, of anybody's.
 
-    async def states(self, cursors: Mapping[UUID, int]) -> dict[UUID, State]:
-        """Of several streams. Raises NotFound or BadRequest naming the first one unknown, or read beyond its end."""
+        Raises NotFound for one that is unknown or another user's, BadRequest for a cursor beyond its end.
+        """
+        return (await self.states({stream_id: cursor}, owner=owner))[stream_id]
+
+    async def states(self, cursors: Mapping[UUID, int], *, owner: str | None) -> dict[UUID, State]:
+        """As `state`, of several streams. What it raises names the first of them."""
         # A stream that is being written here needs no look into the database: the most frequent case, at its start.
-        here = ((stream_id, self._state_here(stream_id, cursor)) for stream_id, cursor in cursors.items())
+        here = ((stream_id, self._state_here(stream_id, cursor, owner)) for stream_id, cursor in cursors.items())
         states = {stream_id: state for stream_id, state in here if state is not None}
         if elsewhere := [stream_id for stream_id in cursors if stream_id not in states]:
-            for row in await self._fetch(_STATES, elsewhere, [cursors[stream_id] for stream_id in elsewhere]):
+            for row in await self._fetch(_STATES, elsewhere, [cursors[stream_id] for stream_id in elsewhere], owner):
                 ended, cleaned = row["last_event_id"] is not None, bool(row["cleaned"])
                 states[row["id"]] = State(row["status"], ended, row["tail"], row["user_id"], cleaned)
         for stream_id, cursor in cursors.items():
@@ -81,10 +85,14 @@ class Tail:
                 raise BadRequest("cursor_beyond_end", beyond)
         return states
 
-    def _state_here(self, stream_id: UUID, cursor: int) -> State | None:
+    def _state_here(self, stream_id: UUID, cursor: int, owner: str | None) -> State | None:
         last_id = self._log.last_id(stream_id)
         # Whoever is further than this has read what our successor wrote: we are dead and do not know it yet.
-        return None if last_id is None or cursor > last_id else State("active", False, last_id, self.user_of(stream_id))
+        if last_id is None or cursor > last_id:
+            return None
+        state = State("active", False, last_id, self.user_of(stream_id))
+        # One that is not known to be this user's is for the database to find, or not.
+        return state if owner in (None, state.user_id) else None
 
     def require_kept(self, states: Mapping[UUID, State]) -> None:
         """Raises Gone naming the first of them of which the next event was cleaned up."""
@@ -155,7 +163,7 @@ class Tail:
             payloads = await self.read(stream_id, cursor, _PAGE)
             if not payloads and not self._log.owns(stream_id):
                 # Another replica's stream, or an old one: an end without its events means that they are gone.
-                state = await self.state(stream_id)
+                state = await self.state(stream_id, owner=None)
                 payloads = await self.read_known(stream_id, cursor, _PAGE, state)
                 if state.ended and cursor == state.tail:
                     return Batch(stream_id, cursor + 1, cursor, b"", ended=True)

@@ -189,6 +189,9 @@ async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[A
     from starlette.applications import Starlette
     from starlette.routing import Route
 
+    from app.access.credentials import Credentials
+    from app.access.guard import guard
+    from app.access.keys import Keys
     from app.postgres import open_pool
     from app.server import serving
     from app.settings import load
@@ -220,13 +223,15 @@ async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[A
         writers.append(log.open(new_id, last_id=1))
     seats = Seats(most=settings.max_readers, per_user=settings.max_readers, per_stream=settings.stream_readers)
     state = {"tail": Tail(pool, hub, log), "hub": hub, "metrics": metrics, "settings": settings}
-    state |= {"replica": replica, "seats": seats}
+    state |= {"replica": replica, "seats": seats, "credentials": Credentials("open", Keys(pool), local=True)}
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
         yield state
 
-    app = Starlette(routes=[Route("/api/stream-events/{stream_id}", endpoints.stream_events)], lifespan=lifespan)
+    route = Route("/api/stream-events/{stream_id}", endpoints.stream_events)
+    guard([route], {("GET", route.path): "read"})
+    app = Starlette(routes=[route], lifespan=lifespan)
     loops = [asyncio.create_task(log.run()), asyncio.create_task(bus.run())]
     async with AsyncExitStack() as stack:
         for loop in loops:

@@ -98,6 +98,7 @@ async def _gateway(folder: Path) -> AsyncIterator[tuple[str, httpx2.AsyncClient]
     async with processes.postgres(folder / "data") as (server, _):
         given = {"DATABASE_URL": server.dsn, "PARLEY_PORT": str(ports[1]), "PARLEY_LOG_LEVEL": "warning"}
         given |= {"PARLEY_STREAM_READERS": "10000", "PARLEY_USER_READERS": "10000", "PARLEY_DRAIN_S": "0"}
+        given |= {"PARLEY_AUTH": "open"}
         await processes.output("-m", "app", "migrate", environment=given)
         await processes.output("-m", "app", "apply", str(bots), environment=given)
         async with (

@@ -45,7 +45,7 @@ class Client:
         headers = Headers({"last-event-id": self.last_id} if self.last_id else {})
         cursors = cursors_of(headers, self._query, most=STREAMS)
         assert cursors == self.got
-        states = await self._parts.tail.states(cursors)
+        states = await self._parts.tail.states(cursors, owner=None)
         ended = {stream_id for stream_id, cursor in cursors.items() if states[stream_id].ended_at(cursor)}
         if len(ended) == len(cursors):
             return False

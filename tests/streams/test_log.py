@@ -358,7 +358,7 @@ async def test_a_replica_without_room_claims_only_what_is_merely_to_be_ended(dat
         update = "update streaming_sessions set {} where id = $1"
         for stream in (begun, stopped, exhausted):
             await one.pool.execute(update.format("request = '{}'"), stream.id)
-        await one.streams.ask_to_stop(one.pool, stopped.id)
+        await one.streams.ask_to_stop(one.pool, stopped.id, owner=None)
         await one.pool.execute(update.format("attempt = 3"), exhausted.id)
         await dead.replica.retire()
         ends = {orphan.stream.id for orphan in await claim(one, ends_only=True)}

@@ -142,15 +142,15 @@ async def test_a_reader_lives_through_a_database_that_is_away(database: str) -> 
 async def test_g4_cursors_beyond_the_end_and_unknown_streams(database: str) -> None:
     async with engine(database) as parts:
         writer = await parts.writer()
-        assert (await parts.tail.state(writer.stream_id, 1)).tail == 1
+        assert (await parts.tail.state(writer.stream_id, 1, owner=None)).tail == 1
         with pytest.raises(BadRequest):
-            await parts.tail.state(writer.stream_id, 2)
+            await parts.tail.state(writer.stream_id, 2, owner=None)
         await parts.end(writer)
-        assert (await parts.tail.state(writer.stream_id, 2)).ended
+        assert (await parts.tail.state(writer.stream_id, 2, owner=None)).ended
         with pytest.raises(BadRequest):
-            await parts.tail.state(writer.stream_id, 3)
+            await parts.tail.state(writer.stream_id, 3, owner=None)
         with pytest.raises(NotFound):
-            await parts.tail.state(uuid4())
+            await parts.tail.state(uuid4(), owner=None)
 
 
 @pytest.mark.parametrize("cleaned", ["id <= 3", "true"])
@@ -161,7 +161,7 @@ async def test_cleaned_events_are_told_never_skipped(database: str, cleaned: str
         await parts.end(writer)
         parts.log.close(writer)
         await parts.pool.execute(f"delete from streaming_events where {cleaned}")
-        state = await parts.tail.state(writer.stream_id, 1)
+        state = await parts.tail.state(writer.stream_id, 1, owner=None)
         with pytest.raises(Gone):
             await parts.tail.read_known(writer.stream_id, 1, 100, state)
         with pytest.raises(Gone):
@@ -256,4 +256,4 @@ async def test_a_replica_that_was_declared_dead_does_not_contradict_its_successo
         successor.append("token", {"token": "x", "markers": {}, "flow": "main"})
         last = await successor.saved()
         assert zombie.log.last_id(writer.stream_id) == last - 1
-        assert (await zombie.tail.state(writer.stream_id, last)).tail == last
+        assert (await zombie.tail.state(writer.stream_id, last, owner=None)).tail == last
