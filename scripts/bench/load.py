@@ -136,7 +136,9 @@ async def _ask(job: Job, connection: _Connection) -> None:
 
 async def _message(job: Job, connection: _Connection, number: int) -> str:
     """Send the message; where its answer streams, nowhere if nobody reads it."""
-    accepted = await connection.reply(_post(job, "keep-alive", {**job.body, "user_id": f"reader-{number}"}))
+    accepted = await connection.reply(
+        _post(job, "keep-alive", {**job.body, "user_id": f"reader-{number}-{monotonic_ns()}"})
+    )
     if accepted.status != 200:
         raise RuntimeError(f"status {accepted.status}: {accepted.body[:200].decode()}")
     return str(orjson.loads(accepted.body)["streaming_url"]) if job.reading else ""
