@@ -23,13 +23,22 @@ async def test_it_prints_every_figure_and_finds_no_answer_wrong() -> None:
     assert all(len(cells) in (2, 5) for cells in rows.values())
 
 
+@pytest.mark.parametrize("what", ["storm", "catchup"])
+async def test_every_reader_that_comes_back_is_served(what: str) -> None:
+    small = ("--readers", "40", "--events", "3000", "--resumes", "20", "--rounds", "1")
+    said, errors, code = await _bench(what, *small, module="scripts.bench.readers")
+    assert code == 0, said + errors
+    names, _, figures = (_cells(line) for line in said.splitlines() if line.startswith("| "))
+    assert dict(zip(names, figures, strict=True))["not served"] == "0"
+
+
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else []
 
 
-async def _bench(*arguments: str) -> tuple[str, str, int | None]:
+async def _bench(*arguments: str, module: str = "scripts.bench") -> tuple[str, str, int | None]:
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "scripts.bench", *arguments, cwd=_ROOT, stdout=-1, stderr=-1
+        sys.executable, "-m", module, *arguments, cwd=_ROOT, stdout=-1, stderr=-1
     )
     async with asyncio.timeout(180):
         said, errors = await process.communicate()

@@ -96,7 +96,12 @@ async def _gateway(folder: Path) -> AsyncIterator[tuple[str, httpx2.AsyncClient]
     bots = folder / "chatbots.yaml"
     bots.write_text(yaml.safe_dump({"providers": {"demo": provider}, "chatbots": {"slow": {"flows": {"main": slow}}}}))
     async with processes.postgres(folder / "data") as (server, _):
-        given = {"DATABASE_URL": server.dsn, "PARLEY_PORT": str(ports[1]), "PARLEY_LOG_LEVEL": "warning"}
+        given = {
+            "DATABASE_URL": server.dsn,
+            "PARLEY_PORT": str(ports[1]),
+            "PARLEY_LOG_LEVEL": "warning",
+            "PARLEY_AUTH": "open",
+        }
         given |= {"PARLEY_STREAM_READERS": "10000", "PARLEY_USER_READERS": "10000", "PARLEY_DRAIN_S": "0"}
         given |= {"PARLEY_AUTH": "open"}
         await processes.output("-m", "app", "migrate", environment=given)
@@ -133,7 +138,7 @@ async def _resume(client: httpx2.AsyncClient, places: Sequence[tuple[str, int]],
 async def _storm(arguments: argparse.Namespace, dsn: str, client: httpx2.AsyncClient) -> None:
     half = _STORM_STREAMS // 2
     ended = await _fill(dsn, half)
-    running = [await _ask(client, number) for number in range(half)]
+    running = await asyncio.gather(*(_ask(client, number) for number in range(half)))
     places = [(ended[n % half], _LENGTH // 2) if n % 2 else (running[n % half], 2) for n in range(arguments.readers)]
     print(f"{arguments.readers:,} readers resume at once, milliseconds from the first connect\n")
     print("| round | first event, p50 | p99 | all served | not served | health answers within |")
