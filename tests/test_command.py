@@ -219,6 +219,26 @@ async def _old_postgres() -> AsyncIterator[str]:
         yield f"postgresql://parley@127.0.0.1:{server.sockets[0].getsockname()[1]}/parley?sslmode=disable"
 
 
+# -- clean
+
+
+async def test_clean_deletes_only_when_it_is_told_to(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.execute(
+        "insert into error_logs (id, category, code, message, created_at)"
+        " values (gen_random_uuid(), 'x', 'x', 'x', now() - interval '92 days')"
+    )
+    for options in ([], ["--dry-run"], ["--dry-run", "--yes"]):
+        done = await run("clean", *options, DATABASE_URL=database)
+        assert done.code == 0
+        assert next(line for line in done.out if "error_logs" in line).endswith("1 rows, due for up to 2.0 days")
+        assert await connection.fetchval("select count(*) from error_logs") == 1
+    done = await run("clean", "--yes", DATABASE_URL=database)
+    assert (done.code, done.out[-1]) == (0, "Done.")
+    assert await connection.fetchval("select count(*) from error_logs") == 0
+    await connection.close()
+
+
 # -- doctor
 
 
