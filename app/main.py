@@ -321,7 +321,6 @@ class Gateway:
             return PollBus()
         return NotifyBus(
             self._settings.listen_url or self._dsn,
-            pool=self._pool,
             hub=self._hub,
             event_log=self._log,
             metrics=self._metrics,

@@ -16,9 +16,8 @@ from uuid import UUID, uuid4
 
 import structlog
 
-from app.postgres import Pool, prompt_connection
 from app.streams import signals
-from app.streams.hub import SOMEWHERE, Hub
+from app.streams.hub import Hub
 from app.streams.interests import Interests
 from app.streams.lines import Listener, Speaker
 from app.streams.log import Log
@@ -33,13 +32,13 @@ _MOST_INTERESTS = 50_000
 # A reader further behind reads the table by itself; and how many events are read at once for all of them.
 _FAR = 256
 _ROWS = 2000
-# How long such a read may take, in seconds; then its readers look for themselves.
-_READ_S = 3
 
-_RANGES = """
+# The limit is never reached. It keeps the planner from joining whole partitions when these look small.
+_RANGES = f"""
 select r.s, e.payload from unnest($1::uuid[], $2::int[], $3::int[]) as r(s, a, z)
 cross join lateral (
-    select id, payload from streaming_events where stream_id = r.s and id > r.a and id <= r.z) e
+    select id, payload from streaming_events where stream_id = r.s and id > r.a and id <= r.z
+    order by id limit {_FAR}) e
 order by r.s, e.id
 """
 _Range = tuple[UUID, int, int]
@@ -104,7 +103,6 @@ class NotifyBus:
         self,
         dsn: str,
         *,
-        pool: Pool,
         hub: Hub,
         event_log: Log,
         metrics: Metrics,
@@ -112,7 +110,6 @@ class NotifyBus:
         times: Times | None = None,
     ) -> None:
         self._id = uuid4()
-        self._pool = pool
         self._hub = hub
         self._log = event_log
         self._metrics = metrics
@@ -329,19 +326,15 @@ class NotifyBus:
             raise
 
     def _ranges(self, heard: dict[UUID, int]) -> Iterator[_Range]:
-        """What live readers wait for: from behind the foremost. Others look into the table by themselves."""
+        """What readers here wait for."""
         for stream_id, last_id in heard.items():
-            start = self._hub.reach(stream_id)
-            if start is None or last_id == SOMEWHERE or last_id - start > _FAR:
-                self._hub.reread(stream_id)
-            elif start < last_id:
+            start = self._hub.lacking(stream_id, last_id, most=_FAR)
+            if start < last_id:
                 yield stream_id, start, last_id
 
     async def _deliver(self, ranges: list[_Range]) -> None:
         payloads: dict[UUID, list[str]] = {stream_id: [] for stream_id, _, _ in ranges}
-        async with prompt_connection(self._pool, _READ_S) as connection:
-            rows = await connection.fetch(_RANGES, *map(list, zip(*ranges, strict=True)))
-        for stream_id, payload in rows:
+        for stream_id, payload in await self._listener.fetch(_RANGES, *map(list, zip(*ranges, strict=True))):
             payloads[stream_id].append(payload)
         for stream_id, start, last_id in ranges:
             # Ids are distinct, so as many as there should be are all of them.

@@ -143,16 +143,12 @@ class Hub:
 
     def publish(self, stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
         """After the commit of the lane: hand the events to whoever follows the stream, here or elsewhere."""
-        self.deliver(stream_id, first, payloads)
-        if stream_id in self.abroad:
-            self.on_commit(stream_id, first + len(payloads) - 1)
-
-    def deliver(self, stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
-        """Hand committed events to whoever follows the stream here."""
         if followers := self._subscriptions.get(stream_id):
             batch = batch_of(stream_id, first, payloads)
             for subscription in followers:
                 subscription.push(batch)
+        if stream_id in self.abroad:
+            self.on_commit(stream_id, first + len(payloads) - 1)
 
     def polled(self, stream_id: UUID) -> None:
         """Somebody has read a page of the stream. Bounded by the requests between two calls of `read_lately`."""
@@ -187,10 +183,28 @@ class Hub:
         for subscription in self._subscriptions.get(stream_id, ()):
             subscription.fall_behind()
 
-    def reach(self, stream_id: UUID) -> int | None:
-        """How far the foremost live reader here is; None where none waits for a batch: each reads the table itself."""
-        followers = self._subscriptions.get(stream_id, ())
-        return max((subscription.last for subscription in followers if not subscription.behind), default=None)
+    def lacking(self, stream_id: UUID, last_id: int, *, most: int) -> int:
+        """Behind which id events up to `last_id` are to be delivered; `last_id` where nobody here waits for any.
+
+        Readers that lack more than `most`, or look into the table anyway, are sent there.
+        """
+        start = last_id
+        for subscription in self._subscriptions.get(stream_id, ()):
+            if subscription.behind or last_id - subscription.last > most:
+                subscription.fall_behind()
+            else:
+                start = min(start, subscription.last)
+        return start
+
+    def deliver(self, stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
+        """Hand events that were committed elsewhere to whoever lacks them here; most lack the same."""
+        batches: dict[int, Batch] = {}
+        for subscription in self._subscriptions.get(stream_id, ()):
+            start = max(first, subscription.last + 1)
+            if start < first + len(payloads):
+                if start not in batches:
+                    batches[start] = batch_of(stream_id, start, payloads[start - first :])
+                subscription.push(batches[start])
 
     def look_around(self, owned: Callable[[UUID], bool]) -> None:
         """Send readers that heard nothing since the last call to the table: publishing is only a hint (G16).

@@ -211,7 +211,7 @@ async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[A
     replica = Replica(pool)
     hub = Hub(max_events=settings.reader_events, max_bytes=settings.reader_bytes)
     log = Log(dsn, replica, hub, limits=Limits(flush_gap_s=gap_ms / 1000), metrics=metrics)
-    bus = NotifyBus(dsn, pool=pool, hub=hub, event_log=log, metrics=metrics, failing=set())
+    bus = NotifyBus(dsn, hub=hub, event_log=log, metrics=metrics, failing=set())
     await Partitions(pool, days_ahead=1).run_once()
     await replica.register()
     replica.refusal = None

@@ -44,7 +44,6 @@ async def peer(
         failing = Failing()
         bus = bus_type(
             listen or database,
-            pool=parts.pool,
             hub=parts.hub,
             event_log=parts.log,
             metrics=parts.metrics,

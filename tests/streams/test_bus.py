@@ -11,6 +11,7 @@ from uuid import UUID, uuid4
 import asyncpg
 import pytest
 
+from app.postgres import Connection
 from app.streams import signals
 from app.streams.bus import _RANGES, NotifyBus, PollBus, Times
 from app.streams.log import Writer
@@ -98,6 +99,33 @@ async def test_all_readers_of_a_replica_are_served_by_one_read(database: str) ->
         assert pages == [], "no reader has read a page of its own"
         for reader in readers:
             assert reader.said == [f"<{n}>" for n in range(2, 23)]
+
+
+async def test_a_reader_that_has_looked_by_itself_leaves_the_others_what_they_lack(database: str) -> None:
+    async with peers(database, 1) as (writing,), peer(database, running=False) as reading:
+        await reading.bus.probe_once()
+        writer = await writing.parts.writer()
+        early = [Reader(reading.parts, writer.stream_id) for _ in range(2)]
+        await asyncio.gather(*(reader.has(1) for reader in early))
+        say(writer, 3)
+        await writer.saved()
+        late = [Reader(reading.parts, writer.stream_id, cursor) for cursor in (0, 3)]
+        await asyncio.gather(*(reader.has(4) for reader in late))
+        pages = _counted(reading.parts)
+        say(writer, 2)
+        await writer.saved()
+        for last in (3, 6):
+            reading.bus._hear(f"wake {writer.stream_id.hex}:{last}")
+            await reading.bus.read_once()
+            for reader in early:
+                await reader.has(last)
+        assert pages == []
+        for reader in (*early, *late):
+            await reader.has(6)
+            assert reader.got == list(range(reader.cursor + 1, 7))
+            await reader.leaves()
+        reading.bus._listener.disconnect()
+        reading.bus._speaker.disconnect()
 
 
 async def test_a_reader_far_behind_reads_the_table_by_itself(database: str) -> None:
@@ -221,33 +249,29 @@ async def test_a_new_replica_asks_what_the_others_follow(database: str) -> None:
 # -- the connections
 
 
-async def _terminate(database: str, like: str) -> int:
-    """End the server's side of connections by the last thing they did."""
+async def _terminate(database: str, *connections: Connection | None) -> None:
+    """Have the server end them."""
     look = await asyncpg.connect(database)
-    ended = await look.fetch(
-        "select pg_terminate_backend(pid) from pg_stat_activity"
-        " where datname = current_database() and pid <> pg_backend_pid() and query ilike $1",
-        like,
-    )
+    for connection in connections:
+        assert connection is not None
+        assert await look.fetchval("select pg_terminate_backend($1)", connection.get_server_pid())
     await look.close()
-    return len(ended)
 
 
-@pytest.mark.parametrize("like", ["%listen%", "%pg_notify%"])
-async def test_d4_connections_that_the_server_ends_are_opened_anew(database: str, like: str) -> None:
+@pytest.mark.parametrize("which", ["listening", "speaking"])
+async def test_d4_connections_that_the_server_ends_are_opened_anew(database: str, which: str) -> None:
     async with peers(database, 2) as (writing, reading):
         writer = await writing.parts.writer()
         reader = Reader(reading.parts, writer.stream_id)
         await wanted(writing, writer)
         await reader.has(1)
         listening, speaking = reading.bus._listener._connection, writing.bus._speaker._connection
-        assert listening is not None
-        assert speaking is not None
-        assert await _terminate(database, like) == 2
-        if "listen" in like:
+        if which == "listening":
+            await _terminate(database, listening)
             await until(lambda: reading.bus._listener._connection not in (listening, None), within_s=3)
         else:
-            await until(speaking.is_closed)
+            await _terminate(database, speaking)
+            await until(lambda: speaking is not None and speaking.is_closed())
         for last in range(2, 10):
             say(writer, 1)
             await reader.has(last)
@@ -425,12 +449,30 @@ async def test_a_bus_that_loses_anything_costs_no_event(database: str, seed: int
 
 
 async def test_the_read_for_others_takes_the_index(database: str) -> None:
-    async with peer(database, running=False) as one:
-        streams = [uuid4() for _ in range(3)]
-        plan = await one.parts.pool.fetch(f"explain {_RANGES}", streams, [1, 2, 3], [5, 6, 7])
-        text = "\n".join(row[0] for row in plan)
-        assert "Seq Scan on streaming_events" not in text
-        assert "Index Cond: ((stream_id = r.s) AND (id > r.a) AND (id <= r.z))" in text
+    """Also where the partitions are nearly empty, and known to be: plans are kept, and partitions grow."""
+    async with peer(database) as one:
+        writers = [await one.parts.writer() for _ in range(40)]
+        for writer in writers:
+            say(writer, 5)
+            await writer.saved()
+        await one.parts.pool.execute("drop table " + ",".join(await _partitions(one, but=2)))
+        for statement in ("select", "analyze streaming_events"):
+            await one.parts.pool.execute(statement)
+            streams = [writer.stream_id for writer in writers]
+            plan = await one.bus._listener.fetch(f"explain {_RANGES}", streams, [1] * 40, [5] * 40)
+            text = "\n".join(row[0] for row in plan)
+            assert "Seq Scan" not in text
+            assert "Join" not in text
+            assert "Index Cond: ((stream_id = r.s) AND (id > r.a) AND (id <= r.z))" in text
+
+
+async def _partitions(one: Peer, *, but: int) -> list[str]:
+    """All but so many: today's is the second, after yesterday's."""
+    rows = await one.parts.pool.fetch(
+        "select inhrelid::regclass::text as name from pg_inherits"
+        " where inhparent = 'streaming_events'::regclass order by 1"
+    )
+    return [row["name"] for row in rows[but:]]
 
 
 async def test_events_that_are_not_there_send_the_reader_to_the_table(database: str) -> None:
