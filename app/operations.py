@@ -312,7 +312,8 @@ _CHATBOT = Parameter("chatbot_id", "path", "The chatbot's id.")
 _GET_CONFIG = Operation(
     "Look at a chatbot",
     "What a front end needs. Secrets never leave: a flow's key is `configured` or empty. `allowed` is what the "
-    "`configuration` of a message may set.",
+    "`configuration` of a message may set. The scope `admin` shows prompts, base URLs, templates and the rest, too, in "
+    "`definition`, as PUT takes it; keys are references in it.",
     answers={
         200: Answer(
             "The chatbot in the version in use.",

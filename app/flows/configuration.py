@@ -8,12 +8,14 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.access.guard import principal_of
 from app.errors import BadRequest, Invalid, Misconfigured
 from app.flows import chatbots
 from app.flows.chatbots import Chatbots
 from app.flows.config import Chatbot, Choice
+from app.flows.export import to_file
 from app.flows.file import FILE_LIMIT, File, parse_one
-from app.postgres import Pool, retry_conflicts
+from app.postgres import ACQUIRE_S, Pool, retry_conflicts
 from app.providers.registry import resolve
 from app.text import clean, parse_object
 
@@ -47,19 +49,20 @@ class FrontEndConfiguration(BaseModel):
     allowed: dict[str, Any]
 
 
-class ConfigurationAnswer(BaseModel):
-    """A chatbot as front ends see it."""
-
-    success: Literal[True] = True
-    configuration: FrontEndConfiguration
-
-
 class ReplaceConfiguration(BaseModel):
     """A chatbot in the shapes of the chatbots file, with the providers and templates that it names."""
 
     providers: dict[str, Any] = {}
     templates: dict[str, str] = {}
     chatbot: dict[str, Any]
+
+
+class ConfigurationAnswer(BaseModel):
+    """A chatbot as front ends see it. For admins only: its `definition`, which a PUT takes back unchanged."""
+
+    success: Literal[True] = True
+    configuration: FrontEndConfiguration
+    definition: ReplaceConfiguration | None = None
 
 
 class ReplaceAnswer(BaseModel):
@@ -80,10 +83,12 @@ async def _show(request: Request[Needs]) -> Response:
     chatbot_id = request.path_params["chatbot_id"]
     version, chatbot = await request.state["chatbots"].newest(chatbot_id)
     answer = ConfigurationAnswer(configuration=_shown(chatbot_id, version, chatbot))
-    body = answer.model_dump_json().encode()
+    if principal_of(request).may("admin"):
+        answer.definition = await _definition(request.state["pool"], chatbot_id, chatbot)
+    body = answer.model_dump_json(exclude=None if answer.definition else {"definition"}).encode()
     # Not the version alone: another server may lack a key, and a key may come and go while the version stays.
     etag = f'"{version}-{sha256(body).hexdigest()[:16]}"'
-    headers = {"ETag": etag, "Cache-Control": "private, no-cache"}
+    headers = {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, X-API-Key"}
     if etag in request.headers.get("if-none-match", ""):
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
@@ -109,6 +114,15 @@ def _shown(chatbot_id: str, version: int, chatbot: Chatbot) -> FrontEndConfigura
             "values": list(allow.values),
             "flow_type": allow.flow_type,
         },
+    )
+
+
+async def _definition(pool: Pool, chatbot_id: str, chatbot: Chatbot) -> ReplaceConfiguration:
+    """As in the chatbots file: keys are references in it."""
+    async with pool.acquire(timeout=ACQUIRE_S) as connection:
+        file = to_file({chatbot_id: chatbot}, newest=await chatbots.newest_templates(connection))
+    return ReplaceConfiguration(
+        providers=file["providers"], templates=file.get("templates", {}), chatbot=file["chatbots"][chatbot_id]
     )
 
 

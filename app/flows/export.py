@@ -24,7 +24,13 @@ _Dumper.add_representer(str, _text)
 
 
 def to_yaml(chatbots: Mapping[str, Chatbot], *, newest: Mapping[str, int] | None = None) -> str:
-    """The file that says these chatbots.
+    """The file that says these chatbots; `newest` as in `to_file`."""
+    parts = to_file(chatbots, newest=newest)
+    return yaml.dump(parts, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def to_file(chatbots: Mapping[str, Chatbot], *, newest: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """What the file that says these chatbots holds, in JSON's types.
 
     `newest` are the newest versions of templates: a flow that uses one of them names the template and the file holds
     its text, so that it stands alone. All others are named with their version, and must be stored where it is applied.
@@ -37,8 +43,7 @@ def to_yaml(chatbots: Mapping[str, Chatbot], *, newest: Mapping[str, int] | None
         if flow.assignment and flow.assignment.version == (newest or {}).get(flow.assignment.template)
     }
     told = {chatbot_id: _dump_chatbot(chatbot, providers, newest or {}) for chatbot_id, chatbot in chatbots.items()}
-    parts = {"providers": providers, **({"templates": texts} if texts else {}), "chatbots": told}
-    return yaml.dump(parts, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return {"providers": providers, **({"templates": texts} if texts else {}), "chatbots": told}
 
 
 def _dump_chatbot(chatbot: Chatbot, providers: dict[str, dict[str, Any]], newest: Mapping[str, int]) -> dict[str, Any]:

@@ -19,6 +19,10 @@ def body(demo: str, say: str = "Hello.", **fields: Any) -> dict[str, Any]:
     }
 
 
+# In open mode an administrator is who asks under a loopback address.
+NO_ADMIN = {"Host": "front-end.example"}
+
+
 def nested(depth: int) -> Any:
     value: Any = 1
     for _ in range(depth):
@@ -33,7 +37,8 @@ async def test_what_a_front_end_sees_holds_no_secret(house: Open, monkeypatch: p
         wanted["chatbot"] |= {"language": "en", "allow": {"temperature": [0, 1], "languages": ["en", "de"]}}
         wanted["chatbot"]["flows"]["side"] = flow("x")
         assert (await home.client.put(URL, json=wanted)).json()["changed"] is True
-        response = await home.client.get(URL)
+        response = await home.client.get(URL, headers=NO_ADMIN)
+        assert response.json().keys() == {"success", "configuration"}
         shown = response.json()["configuration"]
         assert (shown["chatbot_id"], shown["version"], shown["image_enabled"]) == ("shop", 1, True)
         assert (shown["topKSettings"], shown["language"]) == ({"main": 5}, "en")
@@ -160,6 +165,29 @@ async def test_replaced_by_many_at_once_each_is_a_version(house: Open, database:
         answers = [(await put).json() for put in asyncio.as_completed(puts)]
         assert sorted(answer["version"] for answer in answers) == [*range(1, 13)]
         assert all(answer["changed"] for answer in answers)
+
+
+async def test_an_admin_sees_a_definition_that_put_takes_back_unchanged(
+    house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SHOP_KEY", "sk-canary-1234567890")
+    async with house() as home:
+        wanted = body(home.demo, template="brief", max_tokens=50)
+        wanted["templates"] = {"brief": "Answer {{message}} in one sentence."}
+        wanted["chatbot"]["allow"] = {"languages": ["en", "de"]}
+        made = await home.client.put(URL, json=wanted)
+        assert made.status_code == 200, made.text
+        response = await home.client.get(URL)
+        definition = response.json()["definition"]
+        assert definition["providers"]["demo"] == {"kind": "openai", "base_url": home.demo, "api_key": "env:SHOP_KEY"}
+        assert definition["templates"] == wanted["templates"]
+        assert definition["chatbot"]["flows"]["main"]["template"] == "brief"
+        assert "canary" not in response.text
+        again = await home.client.put(URL, json=definition)
+        assert (again.json()["version"], again.json()["changed"]) == (1, False)
+        other = await home.client.get(URL, headers={**NO_ADMIN, "If-None-Match": response.headers["etag"]})
+        assert (other.status_code, "definition" in other.json()) == (200, False)
+        assert "authorization" in other.headers["vary"].lower()
 
 
 async def test_a_page_that_was_pointed_at_this_machine_replaces_nothing(house: Open) -> None:
