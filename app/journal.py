@@ -135,7 +135,7 @@ class Journal:
                 error_id,
                 category,
                 code,
-                redacted(clean(message))[:_MESSAGE],
+                redacted(clean(message[: 4 * _MESSAGE]))[:_MESSAGE],
                 _fingerprint(category, code, about, error),
                 about.request_id,
                 about.stream_id,

@@ -19,6 +19,8 @@ _DEEPEST = 64
 # So many digits are more than any number that is passed on exactly.
 _LONGEST_NUMBER = 20
 _MOST_TOLD = 100
+# A mistake in words, in characters: names in it may be as long as the document.
+LONGEST_MISTAKE = 500
 
 _TAG = "tag:yaml.org,2002:"
 # Each is part of what YAML 1.1 means by it, so that a text which another program did not quote is a text here too.
@@ -49,7 +51,9 @@ class Document:
     def refused(self, mistakes: Sequence[tuple[Place, str]]) -> Misconfigured:
         """All mistakes at once, each with its line and place."""
         told = sorted((self._line(place), dotted(place), text) for place, text in mistakes)
-        return self._refused([f"line {line}: {place}: {text}" for line, place, text in told[:_MOST_TOLD]])
+        return self._refused(
+            [f"line {line}: {place}: {text}"[:LONGEST_MISTAKE] for line, place, text in told[:_MOST_TOLD]]
+        )
 
     def _refused(self, lines: Sequence[str]) -> Misconfigured:
         told = "\n".join(f"  {line}" for line in lines)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from app.errors import Misconfigured
 from app.flows import markers
 from app.flows.config import ANSWER, Allow, Assignment, Chatbot, Choice, Condition, Flow, Router, Rule, Step
-from app.flows.document import Document, Place, dotted, faults
+from app.flows.document import LONGEST_MISTAKE, Document, Place, dotted, faults
 from app.flows.markers import Marker
 from app.flows.plan import mistakes
 from app.flows.shapes import ChatbotShape, ChoiceShape, ConditionShape, FileShape, FlowShape, StepShape, told
@@ -67,7 +67,7 @@ def parse_one(chatbot_id: str, given: Mapping[str, Any]) -> File:
 
 
 def _refused(mistakes: Sequence[tuple[Place, str]]) -> Misconfigured:
-    told = [f"{dotted(place)}: {text}" for place, text in mistakes[:_MOST_TOLD]]
+    told = [f"{dotted(place)}: {text}"[:LONGEST_MISTAKE] for place, text in mistakes[:_MOST_TOLD]]
     return Misconfigured(
         "configuration_invalid", f"The configuration is not usable: {'; '.join(told[:20])}", mistakes=told
     )

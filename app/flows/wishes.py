@@ -8,6 +8,9 @@ from app.errors import Invalid
 from app.flows.config import Allow, Chatbot
 
 _LONGEST_VALUE = 4096
+# What an error repeats of names that strangers chose: so many, and so many characters of each.
+_MOST_TOLD = 10
+_LONGEST_TOLD = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +29,8 @@ def allowed(wanted: Mapping[str, Any], chatbot: Chatbot) -> Wishes:
     allow = chatbot.allow
     may = _names(allow)
     if refused := sorted(wanted.keys() - set(may)):
-        raise _refused(f"may set {', '.join(may) or 'nothing'} for this chatbot, not {', '.join(refused)}.")
+        told = ", ".join(name[:_LONGEST_TOLD] for name in refused[:_MOST_TOLD])
+        raise _refused(f"may set {', '.join(may) or 'nothing'} for this chatbot, not {told}.")
     return Wishes(
         _temperature(wanted.get("temperature"), allow),
         _top_k(wanted.get("topKSettings"), chatbot),

@@ -1,5 +1,6 @@
 """The chatbots file: what it may say, and what its mistakes are answered with."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,15 @@ def test_all_chatbots_are_looked_at_even_beside_a_broken_one() -> None:
         ["line 12", "chatbots.b.flows.main.provider"],
         ["line 16", "chatbots.c.answers.0"],
     ]
+
+
+def test_a_mistake_is_told_in_few_words_however_long_a_name_is() -> None:
+    bot = {"flows": {"m": {"provider": "p" * 90_000, "model": "m"}}}
+    with pytest.raises(Misconfigured, match="no provider is named") as in_a_file:
+        file.parse(json.dumps({"chatbots": {"b": bot}}))
+    with pytest.raises(Misconfigured, match="no provider is named") as alone:
+        file.parse_one("b", {"chatbot": bot})
+    assert max(len(error.value.detail) for error in (in_a_file, alone)) < 1000
 
 
 def test_no_more_than_a_hundred_mistakes_are_told() -> None:

@@ -231,6 +231,8 @@ BAD: dict[str, tuple[Any, int, str]] = {
     "i12 base url": ({"configuration": {"base_url": "http://evil"}}, 422, "configuration_refused"),
     "i12 key": ({"configuration": {"api_key": "x"}}, 422, "configuration_refused"),
     "i12 model": ({"configuration": {"model": "x"}}, 422, "configuration_refused"),
+    "i12 a long name": ({"configuration": {"z" * 900_000: 1}}, 422, "configuration_refused"),
+    "i12 many names": ({"configuration": {f"name{n}": 1 for n in range(9000)}}, 422, "configuration_refused"),
     "image": ({"image_data": {"name": "a"}}, 422, "images_unsupported"),
     "on_busy": ({"on_busy": "later"}, 422, "invalid_request"),
 }
