@@ -62,6 +62,10 @@ class Anthropic:
     def full(self) -> bool:
         return self._upstream.full
 
+    @property
+    def idle(self) -> bool:
+        return self._upstream.idle
+
     def stream(self, prompt: Prompt) -> AsyncGenerator[Sequence[Chunk], None]:
         reader = _Reader(self._upstream.refusals)
         return call(self._upstream, f"{self._root}messages", _request(prompt), read=reader.read)

@@ -60,6 +60,10 @@ class Flowise:
     def full(self) -> bool:
         return self._upstream.full
 
+    @property
+    def idle(self) -> bool:
+        return self._upstream.idle
+
     def stream(self, prompt: Prompt) -> AsyncGenerator[Sequence[Chunk], None]:
         flow = _segment(self._upstream.name, prompt.model)
         # Flowise sends what is said in a chat to whoever asked in it last (FlowiseAI/Flowise#3474): one chat per call

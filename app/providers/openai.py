@@ -53,6 +53,10 @@ class OpenAI:
     def full(self) -> bool:
         return self._upstream.full
 
+    @property
+    def idle(self) -> bool:
+        return self._upstream.idle
+
     def stream(self, prompt: Prompt) -> AsyncGenerator[Sequence[Chunk], None]:
         return call(self._upstream, "chat/completions", self._request(prompt), read=self._read)
 

@@ -139,6 +139,11 @@ class Provider(Protocol):
         """Whether another call would be refused as `upstream_busy`."""
         ...
 
+    @property
+    def idle(self) -> bool:
+        """Whether no call is under way."""
+        ...
+
     async def check(self) -> str:
         """One cheap request for `parley doctor`; returns a sentence, raises ProviderError."""
         ...

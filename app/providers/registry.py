@@ -1,5 +1,6 @@
 """The providers in use: built from a configuration once, kept, and closed when the server stops."""
 
+import asyncio
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
@@ -10,28 +11,39 @@ from typing import TypedDict, Unpack
 from app.errors import Misconfigured
 from app.providers.provider import Deadlines, Endpoint, Kind, Provider
 
-# Each holds a connection pool; a server with more endpoints than this rebuilds the one unused for longest.
+# Each holds a connection pool; a server with more endpoints than this rebuilds the idle one unused for longest.
 _KEPT = 64
 
 
 class Providers:
-    """One client per endpoint and key. A rotated key makes a new client, so no restart is needed."""
+    """One client per endpoint and key. A rotated key makes a new client, so no restart is needed.
+
+    At most _KEPT are kept, and those with calls under way.
+    """
 
     def __init__(self, *, deadlines: Deadlines, concurrency: int) -> None:
         self._deadlines = deadlines
         self._concurrency = concurrency
         self._providers: OrderedDict[tuple[Endpoint, str, str | None], Provider] = OrderedDict()
-        self._retired: list[Provider] = []
+        self._closing: set[asyncio.Task[None]] = set()
 
     def get(self, endpoint: Endpoint) -> Provider:
         """Raises Misconfigured where a reference leads nowhere."""
         key = (endpoint, resolve(endpoint.base_url), endpoint.api_key and resolve(endpoint.api_key))
         if key not in self._providers:
             self._providers[key] = self._build(*key)
-            if len(self._providers) > _KEPT:
-                self._retired.append(self._providers.popitem(last=False)[1])
+            self._retire()
         self._providers.move_to_end(key)
         return self._providers[key]
+
+    def _retire(self) -> None:
+        """Close what has been unused for longest, without waiting for it."""
+        *older, _ = self._providers
+        idle = [key for key in older if self._providers[key].idle]
+        for key in idle[: max(0, len(self._providers) - _KEPT)]:
+            closing = asyncio.get_running_loop().create_task(self._providers.pop(key).aclose(), name="provider closing")
+            self._closing.add(closing)
+            closing.add_done_callback(self._closing.discard)
 
     def preload(self) -> None:
         """Import the dialects now, at a server's start, and not while the first message waits."""
@@ -43,7 +55,8 @@ class Providers:
         return build(endpoint, base_url, api_key=api_key, deadlines=self._deadlines, concurrency=self._concurrency)
 
     async def aclose(self) -> None:
-        for provider in [*self._providers.values(), *self._retired]:
+        await asyncio.gather(*self._closing)
+        for provider in self._providers.values():
             await provider.aclose()
 
 

@@ -66,6 +66,10 @@ class Upstream:
     def full(self) -> bool:
         return self.under_way >= self._concurrency
 
+    @property
+    def idle(self) -> bool:
+        return self.under_way == 0
+
     @contextmanager
     def slot(self) -> Iterator[None]:
         """Room for one call. Without room ProviderError("busy") at once: a queue here would have no bound."""
