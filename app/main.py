@@ -18,6 +18,7 @@ from app.access import guard
 from app.access.credentials import Credentials, is_loopback, require_safe
 from app.access.demands import demands
 from app.access.keys import Keys
+from app.access.user_tokens import user_tokens
 from app.chats import endpoints as chat_endpoints
 from app.chats.allowance import Allowance
 from app.chats.decoders import Decoders
@@ -287,8 +288,15 @@ class Gateway:
             metrics=metrics,
             failing=self._failing,
         )
+        tokens = user_tokens(settings)
+        self._issuer = tokens.issuer if tokens else None
         self.state = State(
-            credentials=Credentials(settings.auth, Keys(pool), local=is_loopback(settings.host)),
+            credentials=Credentials(
+                settings.auth,
+                Keys(pool),
+                local=is_loopback(settings.host),
+                tokens=tokens.principal if tokens else None,
+            ),
             settings=settings,
             pool=pool,
             probe=health.Probe(reserve, on_silence=self._distrust),
@@ -335,6 +343,7 @@ class Gateway:
             self._come_up(),
             every(settings.poll_s, self._look_around, name="look around", failing=self._failing),
             every(1, self._journal.run_once, name="journal", failing=self._failing),
+            *([self._issuer.run(self._failing)] if self._issuer else []),
         ]
 
     async def _look_around(self) -> None:

@@ -165,7 +165,11 @@ _REQUEST_ID = Parameter(
 
 
 _SCHEMES: Json = {
-    "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
+    "bearer": {
+        "type": "http",
+        "scheme": "bearer",
+        "description": "An API key, or a user's token (JWT) where the server takes them.",
+    },
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
 }
 _UNAUTHORIZED = "Problem: `credentials_missing`, `credentials_invalid`."

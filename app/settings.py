@@ -35,15 +35,42 @@ class Settings(BaseSettings):
     )
     host: str = Field("127.0.0.1", description="Address to listen on.")
     port: int = Field(8080, ge=0, le=65535, description="Port to listen on; 0 picks a free one.")
-    auth: Literal["keys", "open"] = Field(
+    auth: Literal["keys", "jwt", "keys,jwt", "open"] = Field(
         "keys",
-        description="Who may ask: whoever has an API key, or anybody (`open`, the default of `parley dev`).",
+        description="Who may ask: whoever has an API key, a user's token (`jwt`), either (`keys,jwt`), or anybody "
+        "(`open`, the default of `parley dev`).",
     )
     open_anywhere: bool = Field(
         False, description="Whether `open` is taken on other addresses than loopback: something in front must ask then."
     )
     metrics_open: bool = Field(
         False, description="Whether `/metrics` and `/readyz?verbose` are for everybody instead of administrators."
+    )
+    jwt_issuer: str | None = Field(None, description="Issuer of users' tokens, exactly as their `iss` says it.")
+    jwt_audience: str | None = Field(
+        None, description="Audiences, separated by commas, of which `aud` must have one; may be left out with an azp."
+    )
+    jwt_azp: str | None = Field(
+        None, description="Applications, separated by commas, of which `azp` must be one; for issuers without `aud`."
+    )
+    jwt_jwks_url: str | None = Field(None, description="URL of the issuer's JWKS; https, or http on 127.0.0.1.")
+    jwt_key_file: Path | None = Field(
+        None, description="File with the issuer's public key in PEM, or its JWKS, instead of a URL."
+    )
+    jwt_secret: str | None = Field(
+        None,
+        repr=False,
+        description="Reference, `env:NAME` or `file:PATH`, to the secret of an issuer that signs with HS256.",
+    )
+    jwt_algorithms: str = Field(
+        "RS256,ES256,EdDSA", description="Algorithms that tokens may be signed with, asymmetric ones only."
+    )
+    jwt_leeway_s: float = Field(
+        30, ge=0, le=300, description="How far the issuer's clock may be from ours, in seconds."
+    )
+    jwt_scopes: str = Field(
+        "process,read,sync",
+        description="Scopes of a user whose token names none of ours in `scope` or `scp`; `none` for none.",
     )
     data_dir: Path = Field(
         default_factory=_default_data_dir,

@@ -10,6 +10,9 @@ from pydantic import BaseModel, ValidationError
 
 from app.errors import BadRequest, Invalid
 
+# What a name from outside consists of: no control character, nothing that was replaced.
+PRINTABLE = r"^[^\x00-\x1f\x7f\ufffd]+$"
+
 # U+0000 is refused by PostgreSQL, lone surrogates by every encoder.
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 

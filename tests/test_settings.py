@@ -14,7 +14,7 @@ from app.settings import Settings, load
 
 ROOT = Path(__file__).parent.parent
 # Where the environment may be touched: settings, references, and what only hands it on to children.
-_READERS = {"app/settings.py", "app/providers/registry.py", "app/__main__.py"}
+_READERS = {"app/settings.py", "app/references.py", "app/__main__.py"}
 _FIXED = {"database_url": "DATABASE_URL", "enable_background_jobs": "ENABLE_BACKGROUND_JOBS"}
 
 
@@ -27,7 +27,9 @@ def _empty_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def _default(field: FieldInfo) -> str:
     if field.default_factory is not None:
         return "`/var/lib/parley` as root, else `$XDG_DATA_HOME/parley`, else `~/.local/share/parley`"
-    return "none" if field.default is None else f"`{str(field.default).lower()}`"
+    if isinstance(field.default, bool):
+        return f"`{str(field.default).lower()}`"
+    return "none" if field.default is None else f"`{field.default}`"
 
 
 def test_the_table_of_settings_is_the_settings() -> None:
@@ -116,5 +118,5 @@ def test_the_environment_is_read_in_one_place() -> None:
     }
     allowed = {place for place in found if place.split(":")[0] in _READERS or place.startswith("app/embedded/")}
     assert found == allowed
-    assert {place.split(":")[0] for place in allowed} >= {"app/settings.py", "app/providers/registry.py"}
+    assert {place.split(":")[0] for place in allowed} >= {"app/settings.py", "app/references.py"}
     assert sorted(_reads_of_the_environment("os.getenv('A')\nos.environ['A'] = ''\nfrom os import environ")) == [1, 3]

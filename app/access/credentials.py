@@ -1,4 +1,4 @@
-"""From the headers of a request to its principal, as PARLEY_AUTH says: nobody is asked, or everybody for a key."""
+"""From the headers of a request to its principal, as PARLEY_AUTH says: nobody is asked, or all are for key or token."""
 
 import ipaddress
 from collections.abc import Awaitable, Callable, Iterable
@@ -7,22 +7,27 @@ from urllib.parse import urlsplit
 
 from app.access.keys import PREFIX, Keys
 from app.access.principal import SCOPES, Principal
+from app.access.user_tokens import user_tokens
 from app.errors import Misconfigured, Unauthorized
 from app.settings import Settings
 
+Mode = Literal["keys", "jwt", "keys,jwt", "open"]
 Headers = Iterable[tuple[bytes, bytes]]
 # A bearer token that is no API key, to its user. Raises Unauthorized.
 Tokens = Callable[[str], Awaitable[Principal]]
 
 _ANYBODY = Principal("open", "open", frozenset(SCOPES) - {"admin"})
 _ANYBODY_HERE = Principal("open", "open", frozenset(SCOPES))
-_HOW = "Send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY`; `parley keys create` makes one."
+_HOW = (
+    "Send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY` (`parley keys create` makes one), or a user's "
+    "token as `Authorization: Bearer TOKEN`, where the server takes them."
+)
 
 
 class Credentials:
     """`local`: the server listens on its own machine only."""
 
-    def __init__(self, mode: Literal["open", "keys"], keys: Keys, *, local: bool, tokens: Tokens | None = None) -> None:
+    def __init__(self, mode: Mode, keys: Keys, *, local: bool, tokens: Tokens | None = None) -> None:
         self._mode = mode
         self._keys = keys
         self._local = local
@@ -35,7 +40,7 @@ class Credentials:
             # (DNS rebinding) is no administrator, and neither is whoever comes through a proxy.
             return _ANYBODY_HERE if self._local and is_loopback(_host(headers)) else _ANYBODY
         given = _given(headers)
-        if self._tokens is None or given.startswith(PREFIX):
+        if self._tokens is None or (given.startswith(PREFIX) and "keys" in self._mode):
             return await self._keys.principal(given)
         return await self._tokens(given)
 
@@ -69,7 +74,8 @@ def is_loopback(host: str) -> bool:
 
 
 def require_safe(settings: Settings) -> None:
-    """Raises Misconfigured where everybody on a network would be let in without anybody having said so."""
+    """Raises Misconfigured where tokens cannot be checked, or a whole network would be let in without a word of it."""
+    user_tokens(settings)
     if settings.auth == "open" and not (is_loopback(settings.host) or settings.open_anywhere):
         raise Misconfigured(
             "open_anywhere",

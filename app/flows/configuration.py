@@ -16,7 +16,7 @@ from app.flows.config import Chatbot, Choice
 from app.flows.export import to_file
 from app.flows.file import FILE_LIMIT, File, parse_one
 from app.postgres import ACQUIRE_S, Pool, retry_conflicts
-from app.providers.registry import resolve
+from app.references import resolve
 from app.text import clean, parse_object
 
 # Largest body of a PUT, in bytes: as large as the chatbots file may be.

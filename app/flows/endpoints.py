@@ -24,13 +24,13 @@ from app.postgres import Pool
 from app.settings import Settings
 from app.streams.identity import stream_id_of
 from app.telemetry import request_id
-from app.text import clean, parse_object, validated
+from app.text import PRINTABLE, clean, parse_object, validated
 
 # Ids travel in URLs and log lines; a user id is whatever the front end calls its users, but for control characters.
 _ID = r"^[A-Za-z0-9._~:-]{1,128}$"
 
 Id = Annotated[str, Field(pattern=_ID)]
-Printable = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f\ufffd]+$")]
+Printable = Annotated[str, Field(min_length=1, max_length=256, pattern=PRINTABLE)]
 
 
 class Needs(TypedDict):

@@ -1,15 +1,13 @@
 """The providers in use: built from a configuration once, kept, and closed when the server stops."""
 
 import asyncio
-import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from pathlib import Path
 from typing import TypedDict, Unpack
 
-from app.errors import Misconfigured
 from app.providers.provider import Deadlines, Endpoint, Kind, Provider
+from app.references import resolve
 
 # Each holds a connection pool; a server with more endpoints than this rebuilds the idle one unused for longest.
 _KEPT = 64
@@ -92,18 +90,3 @@ def _flowise(endpoint: Endpoint, base_url: str, **options: Unpack[_Options]) -> 
 
 # A kind is the name of its module.
 KINDS: Mapping[Kind, Callable[..., Provider]] = {"openai": _openai, "anthropic": _anthropic, "flowise": _flowise}
-
-
-def resolve(reference: str) -> str:
-    """The value behind env:NAME or file:PATH; any other text is its own value. Raises Misconfigured."""
-    scheme, _, rest = reference.partition(":")
-    if scheme == "env":
-        if not (value := os.environ.get(rest)):
-            raise Misconfigured("reference_missing", f"The environment variable {rest} is not set.")
-        return value.strip()
-    if scheme == "file":
-        try:
-            return Path(rest).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError):
-            raise Misconfigured("reference_missing", f"The file {rest} cannot be read.") from None
-    return reference
