@@ -17,9 +17,16 @@ from urllib.parse import urlsplit, urlunsplit
 from uuid import uuid4
 
 import asyncpg
+import hypothesis
 import pytest
 
 from app.embedded import embedded_postgres
+
+# Nothing here fails because a machine is slow: neither an example nor the making of one is timed.
+hypothesis.settings.register_profile(
+    "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("unhurried")
 
 if TYPE_CHECKING:
     from tests.house import Open

@@ -178,7 +178,10 @@ async def _stopped_at_some_point(home: House, number: int) -> None:
     if number % 3:
         await home.client.get(answer["streaming_url"], params={"after": number % 3, "wait": 5})
     stopped = (await home.client.post(answer["streaming_url"] + "/cancel")).json()
-    assert stopped["session_status"] == "cancelled", stopped
+    assert stopped["upstream_closed"], stopped
+    # On a busy machine its end may be written after the answer to the stop was due.
+    frames = await read_stream(home.client, answer["streaming_url"])
+    assert only(frames, "stream_end")["status"] == "cancelled"
 
 
 def _memory_mb() -> float:
