@@ -259,6 +259,23 @@ async def test_what_cannot_succeed_goes_to_the_fallback_at_once(house: Open) -> 
         assert len(await attempts(home, "main")) == 2
 
 
+async def test_a_fallback_that_is_misconfigured_here_is_passed_over(house: Open) -> None:
+    keyless = {"kind": "openai", "base_url": "http://127.0.0.1:9/v1", "api_key": "env:PARLEY_TEST_NOT_SET"}
+    providers = {"keyless": keyless, "demo": {"kind": "openai"}}
+    broken = {"provider": "keyless", "model": "m"}
+    async with house(provider_retries=0) as home:
+        providers["demo"]["base_url"] = home.demo
+        main = flow(wishes={"fault": "status"}) | {"fallbacks": [broken, flow("Hello.")]}
+        body = {"providers": providers, "chatbot": {"flows": {"main": main, "side": broken}}}
+        assert (await home.client.put("/api/conversation-config/shop", json=body)).status_code == 200
+        _, frames = await home.ask("shop")
+        assert text(frames, "main") == "Hello."
+        codes = [(number, provider, code) for number, provider, _, code in await attempts(home, "main")]
+        assert codes == [(1, "demo", "upstream_unavailable"), (2, "keyless", "flow_misconfigured"), (3, "demo", None)]
+        assert only(frames, "flow_error")["code"] == "flow_misconfigured"
+        assert "PARLEY_TEST" not in str([frame.data for frame in frames])
+
+
 async def test_g8_a_failure_in_mid_stream_restarts_elsewhere_and_says_so(house: Open) -> None:
     main = flow("One two three four five.", wishes={"fault": "reset", "after": 3, "delay_ms": 5})
     async with house() as home:

@@ -6,7 +6,7 @@ from time import monotonic
 import pytest
 
 from app.demo.server import demo_provider
-from tests.house import House, Open
+from tests.house import House, Open, flow
 from tests.serving import apply_demo, client_of, serving
 from tests.sse import Frame, read_stream
 
@@ -126,6 +126,27 @@ async def test_a_run_has_a_deadline(house: Open) -> None:
         assert frames[-1].data["data"]["error"]["code"] == "run_timeout"
 
 
+async def test_the_deadline_ends_a_side_flow_that_runs_on_and_the_answer_stays_complete(house: Open) -> None:
+    async with house(run_timeout_s=0.6) as home:
+        await home.apply(shop={"flows": {"main": flow("Hello."), "side": flow(wishes={"first_ms": 60_000})}})
+        answer, frames = await home.ask("shop")
+        order = kinds(frames)
+        assert order.index("message") < order.index("flow_error") == len(order) - 2
+        assert frames[-2].data["data"]["code"] == "run_timeout"
+        assert frames[-1].data["data"]["status"] == "completed"
+        assert (await saved(home, answer["session_id"]))[1] == ("assistant", "complete", "Hello.")
+
+
+async def test_the_deadline_ends_the_wait_for_the_next_try(house: Open) -> None:
+    busy = {"fault": "status", "status": 429, "retry_after": 9}
+    async with house(run_timeout_s=0.6) as home:
+        await home.apply(shop={"flows": {"main": flow("Hello.", wishes=busy)}})
+        began = monotonic()
+        _, frames = await home.ask("shop")
+        assert monotonic() - began < 5
+        assert frames[-1].data["data"]["error"]["code"] == "run_timeout"
+
+
 async def test_p12_a_huge_answer_is_cut(house: Open) -> None:
     async with house({"huge": "demo?delay_ms=0&tokens=5000"}, answer_limit=2048) as home:
         _, frames = await home.ask("huge")
@@ -209,6 +230,24 @@ async def test_u17_fence_where_nothing_is_written(house: Open) -> None:
         fenced = monotonic()
         await seen_closed(home.demo, "mute")
         assert monotonic() - fenced < 1.5
+
+
+async def test_u17_fence_while_the_likely_answer_is_held_back(house: Open) -> None:
+    endless = {"tokens": 5000, "delay_ms": 20}
+    names = ("intent", "main", "side")
+    flows = {name: flow(wishes=endless | {"key": name}) for name in names} | {"other": flow("No.")}
+    router = {"flow": "intent", "outcomes": {"yes": "other"}, "default": "main", "speculative": True}
+    async with house(beat_s=0.1, scan_s=60) as home:
+        await home.apply(shop={"flows": flows, "router": router, "plan": [["intent", "side"], ["answer"]]})
+        answer = (await home.post("shop")).json()
+        # All have been asked where the router's and the side flow's start can be read.
+        await until_event(home, answer["streaming_url"], 3)
+        await home.database.execute("update replicas set alive = false")
+        fenced = monotonic()
+        for name in names:
+            await seen_closed(home.demo, name)
+        assert monotonic() - fenced < 1.5
+        assert await home.count("usage_ledger") == 0
 
 
 async def test_u17_drain(house: Open, database: str) -> None:

@@ -74,6 +74,39 @@ async def test_k10_cancel_twice_and_after_the_end(house: Open) -> None:
         assert len(await read_stream(home.client, done["streaming_url"])) == len(frames)
 
 
+async def test_a_stop_between_the_last_token_and_the_saving_leaves_the_answer_whole(house: Open) -> None:
+    flows = {"main": flow("Hello.", wishes={"first_ms": 500}), "next": flow("Ask more?")}
+    shop = {"flows": flows, "plan": [["answer"], ["next"]]}
+    async with house() as home:
+        await home.apply(shop=shop)
+        async with home.database.transaction():
+            answer = (await home.post("shop")).json()
+            url = answer["streaming_url"]
+            await home.database.execute("lock table messages in share row exclusive mode")
+            await until_event(home, url, 4)
+            stopped = (await home.client.post(url + "/cancel")).json()
+            assert (stopped["session_status"], stopped["upstream_closed"]) == ("active", True)
+        frames = await asyncio.wait_for(read_stream(home.client, url), 10)
+        assert kinds(frames) == ["stream_start", "flow_start", "token", "flow_end", "message", "stream_end"]
+        assert only(frames, "stream_end")["status"] == "completed"
+        assert (await home.client.post(url + "/cancel")).json()["session_status"] == "completed"
+        assert await home.database.fetchval("select status from messages where role = 'assistant'") == "complete"
+
+
+async def test_a_stop_ends_the_wait_for_the_next_try_at_once(house: Open) -> None:
+    busy = {"fault": "status", "status": 429, "retry_after": 9, "key": "busy"}
+    async with house() as home:
+        await home.apply(slow={"flows": {"main": flow("Hello.", wishes=busy)}})
+        url = (await home.post("slow")).json()["streaming_url"]
+        await request_of(home, "busy")
+        asked = time()
+        stopped = (await home.client.post(url + "/cancel")).json()
+        assert (stopped["session_status"], stopped["upstream_closed"]) == ("cancelled", True)
+        assert time() - asked < 3
+        frames = await read_stream(home.client, url)
+        assert kinds(frames) == ["stream_start", "flow_start", "flow_end", "stream_end"]
+
+
 async def test_cancel_of_what_is_not_there(house: Open) -> None:
     async with house() as home:
         for stream_id in ("01a1fcf2-a3fd-7e2e-9ef4-ed04db06a447", "x", "%00"):

@@ -27,6 +27,8 @@ def chatbot(chance: Random) -> dict[str, Any]:
     answers = ["main", "other"][: chance.randint(1, 2)]
     flows = {name: a_flow(chance, streams=True) for name in answers}
     flows |= {name: a_flow(chance, streams=chance.random() < 0.5) for name in sides}
+    for name in sides[: chance.randrange(2)]:
+        flows[name]["output"] = "json"
     plan: list[list[Any]] = [[], ["answer"], []]
     for name in sides:
         step = {"flow": name, "on_failure": "fail"} if chance.random() < 0.3 else name
@@ -56,7 +58,7 @@ def one_choice(chance: Random) -> dict[str, Any]:
     wishes: dict[str, Any] = {"delay_ms": chance.choice([0, 1, 3]), "tokens": chance.randint(1, 60)}
     if chance.random() < 0.3:
         wishes["say"] = chance.choice(
-            ["a [[1]] b [[2]]", "[[open", "]] [[x]]", "{{message}} [[ {{output.main}} ]]", ""]
+            ["a [[1]] b [[2]]", "[[open", "]] [[x]]", "{{message}} [[ {{output.main}} ]]", "", "[1]", "[" * 60]
         )
     if chance.random() < 0.5:
         wishes |= {"fault": chance.choice(FAULTS), "after": chance.choice([0, 1, 5, 30])}
@@ -87,6 +89,7 @@ def wrong(frames: list[Frame]) -> Iterator[str]:
     if Counter(kinds)["message"] > 1:
         yield "two messages"
     state: dict[str, str] = {}
+    selected = None
     for frame in frames:
         name, data = frame.data["data"].get("flow"), frame.data["data"]
         match frame.event:
@@ -106,9 +109,17 @@ def wrong(frames: list[Frame]) -> Iterator[str]:
                 if name not in state and data.get("finish_reason") != "cancelled" and frame.event == "flow_end":
                     yield f"{name} ends without a start"
                 state[name] = frame.event
+            case "flow_selected":
+                if "router" not in state or state["router"] not in ENDED or {"main", "other"} & state.keys():
+                    yield f"selected {name} when {state}"
+                selected = name
             case "message":
                 if state.get(name) not in ENDED:
                     yield f"saved before {name} has ended"
+                if name != (selected or name):
+                    yield f"saved {name}, selected {selected}"
+    if selected and {"main", "other"} & state.keys() > {selected}:
+        yield f"heard {sorted(state)}, selected {selected}"
     yield from (f"{name} never ends" for name, now in state.items() if now not in ENDED)
 
 
