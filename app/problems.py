@@ -94,6 +94,8 @@ async def answer_crash(request: Request[Any], error: Exception) -> Response:
     with structlog.contextvars.bound_contextvars(request_id=given):
         response = await answer(request, error)
     response.headers["X-Request-Id"] = given
+    # uvicorn closes it, as Starlette raises the error again; who is not told sends the next request into the void.
+    response.headers["Connection"] = "close"
     return response
 
 

@@ -20,7 +20,8 @@ _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 # Vendors repeat keys in part ("sk-ab***yz"), so the look of a key counts as well as the key itself.
 # A word with stars is looked for from its beginning only, so that the time is linear.
 _KEYLIKE = re.compile(
-    r"(?<!\S)(?=\S*?\*{3})\S*[\w*]|\bBearer\s+\S+|\b(?:sk|pk|key|gsk|xai)[-_][\w*-]{6,}", re.IGNORECASE
+    r"(?<!\S)(?=\S*?\*{3})\S*[\w*]|\bBearer\s+\S+|\b(?:sk|pk|key|gsk|xai)[-_][\w*-]{6,}|\bparley_\w{20,}",
+    re.IGNORECASE,
 )
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]*@")
 

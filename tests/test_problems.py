@@ -113,6 +113,7 @@ async def test_a_crash_says_nothing_but_its_id(database: str) -> None:
         problem = _check_problem(response, 500, "internal_error")
         assert "secret" not in response.text
         assert response.headers["x-request-id"] == "mine-2"
+        assert response.headers["connection"] == "close"
         assert (await _row(database, problem["error_id"]))["request_id"] == "mine-2"
 
 
