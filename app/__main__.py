@@ -188,7 +188,7 @@ def plan(chatbot: str, message: str, file: Path | None, image: bool, language: s
 
 @main.group()
 def keys() -> None:
-    """Make, list and revoke the API keys that servers ask with."""
+    """API keys that servers ask with, and the key that signs streaming URLs."""
 
 
 @keys.command("create")
@@ -223,6 +223,20 @@ def revoke_key(key_id: str) -> None:
 
     _connected(_with_database(), lambda connection: revoke(connection, key_id))
     click.echo("Revoked.")
+
+
+@keys.command("renew-signing")
+def renew_signing_key() -> None:
+    """Sign streaming URLs with a new key. Those handed out stay good; do it twice, a minute apart, to end them."""
+    settings = _with_database()
+    if settings.signing_key:
+        raise Misconfigured(
+            "signing_key", "PARLEY_SIGNING_KEY names the keys: put a new one in front of the old one there."
+        )
+    from app.access.signing import renew
+
+    _connected(settings, renew)
+    click.echo("Renewed: replicas use the new key within half a minute.")
 
 
 @main.command("demo-provider")

@@ -1,7 +1,7 @@
 """The composition root: every part made once, wired by hand, and the one table of routes."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Coroutine
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,9 @@ from app.access import guard
 from app.access.credentials import Credentials, is_loopback, require_safe
 from app.access.demands import demands
 from app.access.keys import Keys
+from app.access.links import Links
+from app.access.signing import Signing, given_keys
+from app.access.stream_token import SigningKey
 from app.access.user_tokens import user_tokens
 from app.chats import endpoints as chat_endpoints
 from app.chats.allowance import Allowance
@@ -67,6 +70,8 @@ log = structlog.get_logger(__name__)
 
 # How often somebody looks whether a periodic job is due.
 _JOBS_S = 10
+# How often a replica looks which keys sign: one that was taken away is believed no longer than this.
+_SIGNING_S = 30
 _LEADER = 0x7061_726C_6579_0003
 # How long telling the others that this replica leaves may take, in seconds.
 _GOODBYE_S = 1
@@ -104,9 +109,10 @@ class Life:
 def create_app(settings: Settings, life: Life | None = None) -> Starlette:
     """The gateway over `settings.database_url`, which may still be down: it serves as soon as the database does.
 
-    Raises Misconfigured where it would let everybody in.
+    Raises Misconfigured where it would let everybody in, or could not sign.
     """
     require_safe(settings)
+    signing_keys = given_keys(settings)
     reference = Reference(OPERATIONS, HEADERS)
     body_limit = [Middleware(problems.BodyLimit, settings.body_limit)]
     routes = [
@@ -151,7 +157,7 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
         routes=routes,
         middleware=[Middleware(RequestIds)],
         exception_handlers=problems.HANDLERS,
-        lifespan=partial(_lifespan, settings, life or Life()),
+        lifespan=partial(_lifespan, settings, life or Life(), signing_keys),
     )
     # A path with a slash too many is an unknown path, not a redirect that drops the body of a POST.
     app.router.redirect_slashes = False
@@ -159,7 +165,9 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
 
 
 @asynccontextmanager
-async def _lifespan(settings: Settings, life: Life, _: Starlette) -> AsyncGenerator[State, None]:
+async def _lifespan(
+    settings: Settings, life: Life, signing_keys: Sequence[SigningKey], _: Starlette
+) -> AsyncGenerator[State, None]:
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(_pool(settings, settings.pool_size))
         reserve = await stack.enter_async_context(_pool(settings, _RESERVE))
@@ -173,7 +181,14 @@ async def _lifespan(settings: Settings, life: Life, _: Starlette) -> AsyncGenera
         stack.push_async_callback(decoders.aclose)
         async with asyncio.TaskGroup() as tasks:
             gateway = Gateway(
-                settings, life, pool=pool, reserve=reserve, providers=providers, decoders=decoders, tasks=tasks
+                settings,
+                life,
+                signing_keys=signing_keys,
+                pool=pool,
+                reserve=reserve,
+                providers=providers,
+                decoders=decoders,
+                tasks=tasks,
             )
             loops = [tasks.create_task(loop) for loop in gateway.loops()]
             leaving = tasks.create_task(gateway.drain_when_asked())
@@ -206,6 +221,7 @@ class Gateway:
         settings: Settings,
         life: Life,
         *,
+        signing_keys: Sequence[SigningKey],
         pool: Pool,
         reserve: Pool,
         providers: Providers,
@@ -290,13 +306,21 @@ class Gateway:
         )
         tokens = user_tokens(settings)
         self._issuer = tokens.issuer if tokens else None
+        self._signing = Signing(pool, given=signing_keys)
+        links = Links(
+            None if settings.auth == "open" else self._signing,
+            run_s=settings.run_timeout_s,
+            queue=settings.queue_limit,
+        )
         self.state = State(
             credentials=Credentials(
                 settings.auth,
                 Keys(pool),
                 local=is_loopback(settings.host),
                 tokens=tokens.principal if tokens else None,
+                links=links,
             ),
+            links=links,
             settings=settings,
             pool=pool,
             probe=health.Probe(reserve, on_silence=self._distrust),
@@ -365,6 +389,7 @@ class Gateway:
                 every(scan_s, self._takeover.run_once, name="takeover", failing=failing, sooner=bus.gone),
                 every(scan_s, self._stopping.run_once, name="stopping", failing=failing, sooner=bus.stop),
                 every(scan_s, self._look_after, name="turns", failing=failing),
+                every(_SIGNING_S, self._signing.run_once, name="stream keys", failing=failing),
                 self._run_jobs(),
             ):
                 tasks.create_task(loop)
@@ -376,6 +401,7 @@ class Gateway:
             await wait_for_database(self._dsn, float("inf"), lambda reason: log.warning("database_waiting", why=reason))
             async with self._pool.acquire() as connection:
                 await require_current(connection)
+            await self._signing.run_once()
             await self._partitions.run_once()
             await self._replica.register()
             await warm(self._pool, self._settings.pool_size // 2)

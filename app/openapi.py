@@ -172,7 +172,7 @@ _SCHEMES: Json = {
     },
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
 }
-_UNAUTHORIZED = "Problem: `credentials_missing`, `credentials_invalid`."
+_UNAUTHORIZED = "Problem: `credentials_missing`, `credentials_invalid`, `token_invalid`, `token_expired`."
 _FORBIDDEN = "Problem: `scope_missing`, `user_mismatch`."
 
 

@@ -24,6 +24,7 @@ from app.streams.event import to_frames, to_object, with_more_in_id
 
 _STREAM = "0197c1a2-7b3c-7def-8a01-23456789abcd"
 _JSON = "application/json"
+_URL = f"/api/stream-events/{_STREAM}?token=abJzwmlRU2ABl8Gimntzew3vigEjRWeJq83vRhUUvsXBLx5Qv4iCXG00"
 
 
 class ConversationHealth(BaseModel):
@@ -71,7 +72,7 @@ _ACCEPTED: dict[str, Any] = {
     "session_id": "5b6f1f0a-6a55-4a3e-9d3c-0d1b2c3d4e5f",
     "streaming_session_id": _STREAM,
     "flow_type": "main",
-    "streaming_url": f"/api/stream-events/{_STREAM}",
+    "streaming_url": _URL,
     "status": "active",
 }
 _HELLO = '{"event":"token","data":{"token":"Hello","markers":{},"flow":"main"},"timestamp":"2024-01-01T12:00:00.000Z"}'
@@ -161,13 +162,14 @@ _UPLOADED: dict[str, Any] = {
     },
     "analysis": None,
     "streaming_session_id": None,
+    "streaming_url": None,
 }
 _UPLOAD_IMAGE = Operation(
     "Upload a picture",
     "Checks a PNG, JPEG, WebP or GIF by its content, stores it anew and upright, scaled down to 2048 pixels and "
     "without metadata, and answers with the `id` that a message names as its `image_id`. The same picture of the same "
     "user is stored once. Of an animation the first frame is kept.\n\n"
-    "With `message_text` the chatbot's image flow looks at it: the answer streams at `streaming_session_id` like any "
+    "With `message_text` the chatbot's image flow looks at it: the answer streams at `streaming_url` like any "
     "other.\n\n"
     "The body may have 10 MiB and must arrive within 30 seconds; the picture may have 40 million pixels, unless the "
     "server is configured otherwise. A picture uploaded without `user_id` can be named by anybody who knows its id.",
@@ -204,6 +206,13 @@ def _number(default: float) -> dict[str, Any]:
     return {"type": "number", "default": default}
 
 
+_TOKEN = Parameter(
+    "token",
+    "query",
+    "What `streaming_url` ends with where the server asks for credentials: enough to read this one stream for a time, "
+    "without headers. Of several streams: all tokens, with a comma between two.",
+    {"type": "string"},
+)
 _CURSOR = {"type": "string", "pattern": "^([0-9a-fA-F-]{36}:)?[0-9]{1,10}$"}
 _OWNER = Parameter(
     "user_id",
@@ -237,6 +246,7 @@ _STREAM_EVENTS = Operation(
     },
     parameters=[
         Parameter("stream_id", "path", "The `streaming_session_id`.", {"type": "string", "format": "uuid"}),
+        _TOKEN,
         Parameter("Last-Event-ID", "header", "The cursor: a number, or the `id:` of a frame.", _CURSOR),
         Parameter("after", "query", "The cursor; 0, the default, is the beginning.", _CURSOR),
         Parameter("last_event_id", "query", "Means `after`.", _CURSOR),
@@ -283,6 +293,7 @@ _STREAMS = Operation(
         Parameter(
             "streams", "query", "The streams, each with the id of the last event read of it where there is one.", _PAIRS
         ),
+        _TOKEN,
         Parameter("Last-Event-ID", "header", "The `id:` of the last frame; it wins over the query.", _PAIRS),
         _OWNER,
     ],
@@ -392,6 +403,7 @@ _CANCEL = Operation(
 _WAITING: dict[str, Any] = {
     "message_id": "b1946ac9-2d0e-4c5e-8f43-7f2a2b6f1c11",
     "streaming_session_id": _STREAM,
+    "streaming_url": _URL,
     "chatbot_id": "demo",
     "message_text": "And then?",
     "created_at": "2024-01-01T12:00:00.000Z",

@@ -142,7 +142,7 @@ def _challenge(error: ParleyError) -> str | None:
     match error.code:
         case "credentials_missing":
             return _CHALLENGE
-        case "credentials_invalid":
+        case "credentials_invalid" | "token_invalid" | "token_expired":
             return f'{_CHALLENGE}, error="invalid_token"'
         case "scope_missing":
             return f'{_CHALLENGE}, error="insufficient_scope", scope="{error.extra["scope"]}"'

@@ -72,6 +72,12 @@ class Settings(BaseSettings):
         "process,read,sync",
         description="Scopes of a user whose token names none of ours in `scope` or `scp`; `none` for none.",
     )
+    signing_key: str | None = Field(
+        None,
+        repr=False,
+        description="Where the key is that signs streaming URLs: `env:NAME` or `file:/path`; several with a comma "
+        "between two, the first signs. Default: a key in the database.",
+    )
     data_dir: Path = Field(
         default_factory=_default_data_dir,
         description="Folder of the embedded PostgreSQL (`parley dev` only).",

@@ -1,11 +1,12 @@
 """From the headers of a request to its principal, as PARLEY_AUTH says: nobody is asked, or all are for key or token."""
 
 import ipaddress
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Literal
 from urllib.parse import urlsplit
 
 from app.access.keys import PREFIX, Keys
+from app.access.links import Links
 from app.access.principal import SCOPES, Principal
 from app.access.user_tokens import user_tokens
 from app.errors import Misconfigured, Unauthorized
@@ -18,6 +19,7 @@ Tokens = Callable[[str], Awaitable[Principal]]
 
 _ANYBODY = Principal("open", "open", frozenset(SCOPES) - {"admin"})
 _ANYBODY_HERE = Principal("open", "open", frozenset(SCOPES))
+_NAMES = (b"authorization", b"x-api-key")
 _HOW = (
     "Send an API key as `Authorization: Bearer KEY` or `X-API-Key: KEY` (`parley keys create` makes one), or a user's "
     "token as `Authorization: Bearer TOKEN`, where the server takes them."
@@ -27,8 +29,17 @@ _HOW = (
 class Credentials:
     """`local`: the server listens on its own machine only."""
 
-    def __init__(self, mode: Mode, keys: Keys, *, local: bool, tokens: Tokens | None = None) -> None:
+    def __init__(
+        self,
+        mode: Mode,
+        keys: Keys,
+        *,
+        local: bool,
+        tokens: Tokens | None = None,
+        links: Links | None = None,
+    ) -> None:
         self._mode = mode
+        self._links = links
         self._keys = keys
         self._local = local
         self._tokens = tokens
@@ -43,6 +54,20 @@ class Credentials:
         if self._tokens is None or (given.startswith(PREFIX) and "keys" in self._mode):
             return await self._keys.principal(given)
         return await self._tokens(given)
+
+    async def reader(self, stream_tokens: Sequence[str], headers: Headers) -> Principal:
+        """Who reads with the tokens of streaming URLs; where those are no good, whoever the headers name.
+
+        Raises as `principal`.
+        """
+        if self._mode == "open" or self._links is None or not stream_tokens:
+            return await self.principal(headers)
+        try:
+            return await self._links.reader(stream_tokens)
+        except Unauthorized:
+            if not any(name in _NAMES for name, _ in headers):
+                raise
+            return await self.principal(headers)
 
 
 def _given(headers: Headers) -> str:

@@ -31,6 +31,8 @@ _DEMANDS: Demands = {
     ("GET", "/openapi.json"): "public",
     ("GET", "/docs"): "public",
 }
+# Where the token of a streaming URL is enough. Both may name no other streams than those of the tokens.
+BY_TOKEN = frozenset({("GET", "/api/stream-events/{stream_id}"), ("GET", "/api/stream")})
 # What PARLEY_METRICS_OPEN opens.
 _METRICS: Demands = {("GET", "/readyz?verbose"): "public", ("GET", "/metrics"): "public"}
 

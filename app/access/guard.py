@@ -1,7 +1,10 @@
 """The door of every route: nobody gets behind it whom the table of demands does not let in."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from math import inf
+from time import time
 from typing import Any, TypedDict
+from uuid import UUID
 
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
@@ -10,7 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from app.access.credentials import Credentials
-from app.access.demands import Demand, Demands, check, demands_of
+from app.access.demands import BY_TOKEN, Demand, Demands, check, demands_of
 from app.access.principal import Principal
 from app.errors import Invalid
 from app.text import clean
@@ -24,14 +27,15 @@ def guard(routes: Sequence[Route], table: Demands) -> None:
     """Put a door before every route. Raises LookupError where the table and the routes are not the same."""
     check(routes, table)
     for route in routes:
-        route.app = _Door(route.app, demands_of(route, table))
+        route.app = _Door(route.app, demands_of(route, table), by_token=("GET", route.path) in BY_TOKEN)
 
 
 class _Door:
     """ASGI. Asked before anything of the body is read."""
 
-    def __init__(self, app: ASGIApp, demands: dict[str, Demand]) -> None:
+    def __init__(self, app: ASGIApp, demands: dict[str, Demand], *, by_token: bool) -> None:
         self._app = app
+        self._by_token = by_token
         self._demands = demands
         self._named = [name.partition("?") for name in demands if "?" in name]
 
@@ -40,11 +44,18 @@ class _Door:
         if demand == "public":
             await self._app(scope, receive, send)
             return
-        credentials: Credentials = scope["state"]["credentials"]
-        principal = scope["principal"] = await credentials.principal(scope["headers"])
+        principal = scope["principal"] = await self._principal(scope)
         principal.require(demand)
         with bound_contextvars(principal=principal.id):
             await self._app(scope, receive, send)
+
+    async def _principal(self, scope: Scope) -> Principal:
+        credentials: Credentials = scope["state"]["credentials"]
+        # A word that is not in the query needs no parsing of it.
+        if self._by_token and scope["method"] in ("GET", "HEAD") and b"token" in scope["query_string"]:
+            tokens = ",".join(QueryParams(scope["query_string"]).getlist("token")).split(",")
+            return await credentials.reader([token for token in tokens if token], scope["headers"])
+        return await credentials.principal(scope["headers"])
 
     def _demand(self, scope: Scope) -> Demand:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
@@ -68,3 +79,13 @@ def owner_of(request: Request[Any]) -> str | None:
     if given == "":
         raise Invalid("invalid_request", "user_id is empty; name the user, or leave it out.")
     return principal_of(request).acting_for(None if given is None else clean(given))
+
+
+def require_readable(request: Request[Any], stream_ids: Collection[UUID]) -> float:
+    """For how many more seconds whoever asks may read these streams.
+
+    Raises NotFound for one that the token of the request is not for.
+    """
+    principal = principal_of(request)
+    principal.require_streams(stream_ids)
+    return inf if principal.until is None else max(0.0, principal.until - time())

@@ -4,12 +4,14 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict
+from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access.guard import principal_of
+from app.access.links import Links
 from app.chats.allowance import Allowance
 from app.chats.images import Images, StoredImage
 from app.chats.uploads import ImageData, upload_of
@@ -55,6 +57,7 @@ class UploadAnswer(BaseModel):
     image: ImageAnswer
     analysis: str | None = None
     streaming_session_id: str | None = None
+    streaming_url: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class Analysis:
 
 class Needs(TypedDict):
     settings: Settings
+    links: Links
     images: Images
     uploads: Allowance
     # Raises Unavailable where nothing may be stored now.
@@ -111,8 +115,13 @@ async def upload_image(request: Request[Needs]) -> Response:
         ),
         analysis=analysis.text,
         streaming_session_id=analysis.streaming_session_id,
+        streaming_url=_url(request.state["links"], analysis),
     )
     return Response(answer.model_dump_json(), media_type="application/json")
+
+
+def _url(links: Links, analysis: Analysis) -> str | None:
+    return links.url(UUID(analysis.streaming_session_id)) if analysis.streaming_session_id else None
 
 
 def _size(request: Request[Needs]) -> int:

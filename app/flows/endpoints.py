@@ -3,6 +3,7 @@
 import hashlib
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypedDict
+from uuid import UUID
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field
@@ -10,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access.guard import owner_of, principal_of
+from app.access.links import Links
 from app.access.principal import Principal
 from app.chats.chat import Message
 from app.chats.store import has_chat
@@ -39,6 +41,7 @@ class Needs(TypedDict):
     turns: Turns
     pool: Pool
     settings: Settings
+    links: Links
 
 
 class HistoryMessage(BaseModel):
@@ -97,6 +100,7 @@ class QueuedMessage(BaseModel):
 
     message_id: str
     streaming_session_id: str
+    streaming_url: str
     chatbot_id: str
     message_text: str
     created_at: str
@@ -130,7 +134,7 @@ async def process_message(request: Request[Needs]) -> Response:
     body = await request.body()
     incoming = _incoming(request, principal_of(request), body)
     accepted = await request.state["intake"].accept(incoming)
-    return _answer(accepted)
+    return _answer(accepted, request.state["links"])
 
 
 def _incoming(request: Request[Needs], principal: Principal, body: bytes) -> Incoming:
@@ -206,12 +210,13 @@ def _key(
     return Key(f"{principal.id} {message.user_id}", "process-message", key, hashlib.sha256(canonical).hexdigest())
 
 
-def _answer(accepted: Accepted) -> Response:
+def _answer(accepted: Accepted, links: Links) -> Response:
+    stream_id = UUID(accepted.streaming_session_id)
     answer = ProcessAnswer(
         session_id=accepted.session_id,
         streaming_session_id=accepted.streaming_session_id,
         flow_type=accepted.flow_type,
-        streaming_url=f"/api/stream-events/{accepted.streaming_session_id}",
+        streaming_url=links.url(stream_id, queued=accepted.status == "queued"),
         status=accepted.status,
     )
     headers = {"Idempotent-Replayed": "true"} if accepted.replayed else None
@@ -255,6 +260,7 @@ async def queue(request: Request[Needs]) -> Response:
                 QueuedMessage(
                     message_id=message.message_id,
                     streaming_session_id=str(message.stream_id),
+                    streaming_url=request.state["links"].url(message.stream_id, queued=True),
                     chatbot_id=message.chatbot_id,
                     message_text=message.text,
                     created_at=_time(message.created_at),

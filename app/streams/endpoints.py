@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.access.guard import owner_of
+from app.access.guard import owner_of, require_readable
 from app.errors import BadRequest, Gone, NotFound, Unavailable
 from app.postgres import AWAY, CONFLICT
 from app.settings import Settings
@@ -63,25 +63,27 @@ class Page(BaseModel):
 async def stream_events(request: Request[Needs]) -> Response:
     """Read a stream from any position, as a page of JSON or as server-sent events."""
     stream_id = stream_id_of(request.path_params["stream_id"])
+    left_s = require_readable(request, [stream_id])
     cursor = cursor_of(request.headers, request.query_params, stream_id)
     if "text/event-stream" in request.headers.get("accept", ""):
-        return await _sse(request, {stream_id: cursor})
-    return await _page(request, stream_id, cursor)
+        return await _sse(request, {stream_id: cursor}, left_s)
+    return await _page(request, stream_id, cursor, left_s)
 
 
 async def several_streams(request: Request[Needs]) -> Response:
     """Read several streams from any positions over one connection, as server-sent events."""
     most = request.state["settings"].reader_streams
-    return await _sse(request, cursors_of(request.headers, request.query_params, most=most))
+    cursors = cursors_of(request.headers, request.query_params, most=most)
+    return await _sse(request, cursors, require_readable(request, cursors))
 
 
 # -- a page of JSON
 
 
-async def _page(request: Request[Needs], stream_id: UUID, cursor: int) -> Response:
+async def _page(request: Request[Needs], stream_id: UUID, cursor: int, left_s: float) -> Response:
     tail = request.state["tail"]
     limit = int(_bounded(request, "limit", _DEFAULT_EVENTS, low=1, high=_MOST_EVENTS))
-    wait_s = _bounded(request, "wait", 0, low=0, high=_LONGEST_WAIT_S)
+    wait_s = min(left_s, _bounded(request, "wait", 0, low=0, high=_LONGEST_WAIT_S))
     _require_started(request)
     async with asyncio.timeout(_LOOK_S):
         state = await tail.state(stream_id, cursor, owner=owner_of(request))
@@ -143,7 +145,7 @@ def _page_response(request: Request[Needs], cursor: int, payloads: list[str], st
 # -- server-sent events
 
 
-async def _sse(request: Request[Needs], cursors: Mapping[UUID, int]) -> Response:
+async def _sse(request: Request[Needs], cursors: Mapping[UUID, int], left_s: float) -> Response:
     """A connection that follows one stream or several. What cannot be had now is 200 and a time to come back (G14)."""
     settings, tail = request.state["settings"], request.state["tail"]
     if request.state["hub"].closing or request.state["seats"].full:
@@ -158,14 +160,14 @@ async def _sse(request: Request[Needs], cursors: Mapping[UUID, int]) -> Response
     if all(states[stream_id].ended_at(cursor) for stream_id, cursor in cursors.items()):
         return Response(status_code=204)
     return EventStream(
-        _frames(request, cursors, states),
+        _frames(request, cursors, states, min(settings.sse_max_age_s, left_s)),
         heartbeat_s=settings.sse_heartbeat_s,
         send_timeout_s=settings.sse_send_timeout_s,
     )
 
 
 async def _frames(
-    request: Request[Needs], cursors: Mapping[UUID, int], states: Mapping[UUID, State]
+    request: Request[Needs], cursors: Mapping[UUID, int], states: Mapping[UUID, State], max_age_s: float
 ) -> AsyncGenerator[bytes, None]:
     """What one connection is sent. It holds a seat for as long as it runs, and runs only while somebody reads."""
     settings, metrics = request.state["settings"], request.state["metrics"]
@@ -179,7 +181,7 @@ async def _frames(
             yield HEARTBEAT
         # What is cleaned up under the reader is told by the 410 of the reconnect.
         with metrics.readers.track_inprogress(), suppress(Gone, NotFound):
-            following = follow_all(request.state["tail"], cursors, settings.sse_max_age_s, ended=ended)
+            following = follow_all(request.state["tail"], cursors, max_age_s, ended=ended)
             async with aclosing(following) as batches:
                 async for batch in batches:
                     _count(metrics, last, batch)

@@ -15,6 +15,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from app.access.credentials import Credentials
+from app.access.guard import Needs as GuardNeeds
+from app.access.guard import guard
+from app.access.keys import Keys
+from app.access.links import Links
 from app.chats.allowance import Allowance
 from app.chats.decoders import Decoders
 from app.chats.endpoints import Analysis, Needs, Question, upload_image
@@ -30,6 +35,7 @@ from tests.chats.pictures import base64_of, bomb, halves, picture, png, slow_jpe
 from tests.serving import client_of, serving
 
 JPEG = picture("JPEG")
+_STREAM = "0197c1a2-7b3c-7def-8a01-23456789abcd"
 
 
 @pytest.fixture
@@ -60,7 +66,7 @@ async def test_an_upload_is_stored_once_and_described(client: httpx2.AsyncClient
     response = await _upload(client, written(halves((300, 200)), "GIF"), message_text=None)
     assert response.status_code == 200
     answer = response.json()
-    assert answer.keys() == {"success", "image", "analysis", "streaming_session_id"}
+    assert answer.keys() == {"success", "image", "analysis", "streaming_session_id", "streaming_url"}
     assert (answer["success"], answer["analysis"], answer["streaming_session_id"]) == (True, None, None)
     image = answer["image"]
     assert image.keys() == {"id", "mime", "width", "height", "bytes", "sha256"}
@@ -176,22 +182,28 @@ async def test_before_there_is_a_database_uploads_come_again() -> None:
         assert int(response.headers["retry-after"]) >= 1
 
 
+class _State(Needs, GuardNeeds):
+    """What the route finds without the rest of the gateway."""
+
+
 @asynccontextmanager
 async def _alone(database: str, asked: list[Question], total: int) -> AsyncGenerator[httpx2.AsyncClient, None]:
     """The route without the rest of the gateway, and a flow that answers questions."""
 
     async def analyse(question: Question) -> Analysis:
         asked.append(question)
-        return Analysis("A picture.", "stream-1")
+        return Analysis("A picture.", _STREAM)
 
     async def welcome(user_id: str) -> None:
         assert user_id in ("ann", "")
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncGenerator[Needs, None]:
+    async def lifespan(_: Starlette) -> AsyncGenerator[_State, None]:
         pool, decoders = await open_pool(database, 2), Decoders(Limits(), processes=1)
-        yield Needs(
+        yield _State(
+            credentials=Credentials("open", Keys(pool), local=True),
             settings=load(),
+            links=Links(None, run_s=1, queue=0),
             images=Images(pool, decoders),
             uploads=Allowance(total, of="uploads", wait_s=0.05),
             admit_upload=lambda: None,
@@ -206,6 +218,7 @@ async def _alone(database: str, asked: list[Question], total: int) -> AsyncGener
         return Response(error.code, error.status)
 
     routes = [Route("/api/upload-image", upload_image, methods=["POST"])]
+    guard(routes, {("POST", "/api/upload-image"): "process"})
     app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={ParleyError: refuse})
     async with serving_app(app, "127.0.0.1", 0) as url, client_of(url) as client:
         yield client
@@ -218,7 +231,8 @@ async def test_a_question_goes_to_the_flow_with_its_picture(database: str) -> No
         answer = (await _upload(client, message_text="What is\x00 it?", configuration={"topK": 3})).json()
         anonymous = await _upload(client, message_text="And this?", user_id=None)
     assert (silent.json()["analysis"], silent.json()["streaming_session_id"]) == (None, None)
-    assert (answer["analysis"], answer["streaming_session_id"]) == ("A picture.", "stream-1")
+    assert (answer["analysis"], answer["streaming_session_id"]) == ("A picture.", _STREAM)
+    assert answer["streaming_url"] == f"/api/stream-events/{_STREAM}"
     assert anonymous.status_code == 200
     first, second = asked
     assert (first.chatbot_id, first.text, first.configuration) == ("demo", "What is\ufffd it?", {"topK": 3})
