@@ -6,7 +6,7 @@ import re
 import socket
 from collections import Counter
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from time import monotonic
 
@@ -29,7 +29,7 @@ UNKNOWN = "/api/stream-events/0197c1a2-7b3c-7def-8a01-23456789abcd"
 
 
 @asynccontextmanager
-async def watched(home: House) -> AsyncGenerator[None, None]:
+async def watched(home: House, *, within_s: float) -> AsyncGenerator[None, None]:
     """While the block runs health is asked all the time, and serves for most of it.
 
     Not all of it: a probe of the database may take a second at most, and the machine may be busy with something else.
@@ -43,7 +43,7 @@ async def watched(home: House) -> AsyncGenerator[None, None]:
                 began = monotonic()
                 served = (await client.get(path)).status_code == 200
                 took = monotonic() - began
-                if served and took < 2:
+                if served and took < within_s:
                     served_s += took
                 else:
                     missed_s += took
@@ -67,9 +67,11 @@ async def test_health_answers_while_everybody_waits_for_locks(house: Open, datab
         url = (await home.post("mute")).json()["streaming_url"]
         counted = await home.count("streaming_sessions")
         blocker = await asyncpg.connect(database)
-        async with watched(home), client_of(str(home.client.base_url)) as client:
+        async with watched(home, within_s=2), client_of(str(home.client.base_url)) as client:
             await blocker.execute("begin; lock table streaming_sessions in access exclusive mode")
-            posts = [home.post("mute", session_id=f"s{n}") for n in range(30)]
+            body = {"user_id": "ann", "chatbot_id": "mute", "message_text": "Hello"}
+            # Waiting for its turn and for locks, each with an end, may add up to more than the client's patience.
+            posts = [client.post("/api/process-message", json=body, timeout=30) for _ in range(30)]
             pages = [client.get(UNKNOWN) for _ in range(30)]
             streams = [client.get(UNKNOWN, headers={"Accept": "text/event-stream"}) for _ in range(30)]
             answers = await asyncio.gather(*posts, *pages, *streams)
@@ -94,6 +96,7 @@ class Raw:
 
     def __init__(self, home: House, url: str) -> None:
         self._home = home
+        self._writer: asyncio.StreamWriter | None = None
         self._url = url
 
     async def first_event(self) -> bytes:
@@ -106,6 +109,8 @@ class Raw:
 
     async def leave(self) -> None:
         """Without a word."""
+        if self._writer is None:
+            return
         self._writer.transport.abort()
         self._writer.close()
         with suppress(ConnectionError):
@@ -118,11 +123,12 @@ async def test_k2_readers_who_come_back_all_at_once_are_all_served(house: Open) 
         _, finished = await home.ask()
         urls.append(f"/api/stream-events/{finished[0].stream}")
         readers = [Raw(home, url) for url in urls * 50]
-        async with watched(home), asyncio.timeout(20):
+        # How soon is the benchmark's to say: here readers and gateway share one loop.
+        async with AsyncExitStack() as leaving, watched(home, within_s=10), asyncio.timeout(30):
+            for reader in readers:
+                leaving.push_async_callback(reader.leave)
             frames = await asyncio.gather(*(reader.first_event() for reader in readers))
         assert Counter(b"event: stream_start" in frame for frame in frames) == {True: 300}
-        for reader in readers:
-            await reader.leave()
 
 
 async def test_k4_a_slow_reader_of_loud_streams_gets_each_event_once(house: Open) -> None:
