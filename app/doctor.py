@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import asyncpg
 
 from app import __version__, journal
+from app.access.credentials import require_safe
+from app.access.keys import all_keys
 from app.errors import Misconfigured, ParleyError
 from app.flows import chatbots
 from app.jobs import runs
@@ -34,7 +36,7 @@ async def examine(settings: Settings) -> AsyncGenerator[Finding, None]:
     """Findings as they are made; what cannot be looked at because something before it is wrong is left out."""
     python = platform.python_version()
     yield Finding("versions", True, f"Parley {__version__}, Python {python}, asyncpg {asyncpg.__version__}")
-    yield Finding("configuration", True, "every setting is valid")
+    yield _examine_settings(settings)
     if settings.database_url is None:
         yield Finding("database", False, "DATABASE_URL is not set; `parley serve` needs it (`parley dev` does not).")
         return
@@ -50,7 +52,7 @@ async def examine(settings: Settings) -> AsyncGenerator[Finding, None]:
         yield Finding("database", False, why(error))
         return
     try:
-        async with aclosing(_examine_database(settings.database_url, connection)) as findings:
+        async with aclosing(_examine_database(settings, settings.database_url, connection)) as findings:
             async for finding in findings:
                 yield finding
     except Misconfigured as error:
@@ -61,7 +63,15 @@ async def examine(settings: Settings) -> AsyncGenerator[Finding, None]:
         await connection.close()
 
 
-async def _examine_database(dsn: str, connection: Connection) -> AsyncGenerator[Finding, None]:
+def _examine_settings(settings: Settings) -> Finding:
+    try:
+        require_safe(settings)
+    except Misconfigured as error:
+        return Finding("configuration", False, error.detail)
+    return Finding("configuration", True, "every setting is valid")
+
+
+async def _examine_database(settings: Settings, dsn: str, connection: Connection) -> AsyncGenerator[Finding, None]:
     version = connection.get_server_version()
     # asyncpg counts as before PostgreSQL 10: the second number of today's versions is its third.
     name = f"PostgreSQL {version.major}.{version.micro}"
@@ -76,6 +86,7 @@ async def _examine_database(dsn: str, connection: Connection) -> AsyncGenerator[
         yield Finding("schema", False, error.detail)
         return
     yield Finding("schema", True, "up to date")
+    yield await _examine_access(settings, connection)
     for subject, sentence in zip(("answers", "errors"), await journal.last_day(connection), strict=False):
         yield Finding(subject, True, sentence)
     async for finding in _examine_jobs(connection):
@@ -85,6 +96,15 @@ async def _examine_database(dsn: str, connection: Connection) -> AsyncGenerator[
         yield Finding("chatbots", False, "there are none; write a chatbots file and run `parley apply FILE`.")
     for endpoint in endpoints:
         yield await _examine_provider(endpoint)
+
+
+async def _examine_access(settings: Settings, connection: Connection) -> Finding:
+    if settings.auth == "open":
+        return Finding("access", True, f"anybody who reaches {settings.host} is any user: PARLEY_AUTH=open")
+    valid = sum(key.revoked_at is None for key in await all_keys(connection))
+    if settings.auth == "keys" and not valid:
+        return Finding("access", False, "nobody gets in: make an API key with `parley keys create NAME --scope SCOPE`.")
+    return Finding("access", True, f"PARLEY_AUTH={settings.auth}, API keys that are valid: {valid}")
 
 
 async def _examine_jobs(connection: Connection) -> AsyncGenerator[Finding, None]:

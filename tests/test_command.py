@@ -258,9 +258,32 @@ async def test_doctor_of_a_healthy_installation(database: str) -> None:
         await apply_demo(database, url, {"one": "demo"})
         code, found = await diagnosis(DATABASE_URL=database)
     assert code == 0
-    assert list(found) == ["versions", "configuration", "database", "schema", "answers", "jobs", "provider demo"]
+    assert list(found) == [
+        "versions",
+        "configuration",
+        "database",
+        "schema",
+        "access",
+        "answers",
+        "jobs",
+        "provider demo",
+    ]
     assert all(said.startswith("ok ") for said in found.values())
     assert app.__version__ in found["versions"]
+
+
+async def test_doctor_says_who_gets_in(database: str) -> None:
+    _, found = await diagnosis(DATABASE_URL=database, PARLEY_AUTH="open")
+    assert found["access"].startswith("ok anybody who reaches 127.0.0.1")
+    code, found = await diagnosis(DATABASE_URL=database, PARLEY_AUTH="keys")
+    assert (code, found["access"].partition(":")[0]) == (1, "FAIL nobody gets in")
+    for name in ("one", "two"):
+        (key,) = (await run("keys", "create", name, "--scope", "read", DATABASE_URL=database)).out
+    await run("keys", "revoke", key, DATABASE_URL=database)
+    _, found = await diagnosis(DATABASE_URL=database, PARLEY_AUTH="keys")
+    assert found["access"] == "ok PARLEY_AUTH=keys, API keys that are valid: 1"
+    _, found = await diagnosis(DATABASE_URL=database, PARLEY_AUTH="open", PARLEY_HOST="0.0.0.0")
+    assert "PARLEY_OPEN_ANYWHERE" in found["configuration"]
 
 
 async def test_doctor_sums_up_the_last_day(database: str, house: Open) -> None:
