@@ -82,10 +82,8 @@ def _jwks(document: bytes, allowed: Collection[str]) -> list[SigningKey]:
 def _jwk(given: dict[str, Any], allowed: Collection[str]) -> SigningKey | None:
     """None for keys that are of no use here, as an issuer may have others: for encryption, of other kinds."""
     kid, use, operations = given.get("kid"), given.get("use", "sig"), given.get("key_ops", ["verify"])
-    # Symmetric ones and private halves have no business in what everybody may read.
-    private = given.get("kty") == "oct" or "d" in given
     verifies = use == "sig" and isinstance(operations, list) and "verify" in operations
-    if private or not verifies or not isinstance(kid, str | None):
+    if not verifies or not isinstance(kid, str | None):
         return None
     try:
         key = jwt.PyJWK({name: value for name, value in given.items() if name != "alg"}).key
@@ -103,6 +101,6 @@ def _algorithms_of(key: object, named: object, allowed: Collection[str]) -> froz
             fitting = frozenset({_CURVES[key.curve.name]})
         case Ed25519PublicKey():
             fitting = frozenset({"EdDSA"})
-        case _:
+        case _:  # secrets and private halves, too: they have no business in what everybody may read
             fitting = frozenset()
     return frozenset(one for one in fitting if one in allowed and named in (None, one))

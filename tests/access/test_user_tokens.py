@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from jwt.algorithms import RSAAlgorithm
 
 from app.access.issuer import Issuer, from_file, from_secret, from_url
-from app.access.signing_keys import ALGORITHMS, Keys, parse
+from app.access.signing_keys import ALGORITHMS, Keys, find, parse
 from app.access.user_tokens import Expected, UserTokens, user_tokens
 from app.errors import Misconfigured, Unauthorized, Unavailable
 from app.settings import Settings, load
@@ -300,6 +300,16 @@ async def test_ten_thousand_strangers_make_the_issuer_asked_once(
     assert local.fetches == 2
 
 
+async def test_an_algorithm_that_is_not_allowed_makes_nobody_look(
+    local: LocalIssuer, tokens: UserTokens, clock: Clock
+) -> None:
+    await tokens.principal(token())
+    clock.now += 30
+    assert "algorithm" in await _refusal(tokens, jwt.encode(claims(), _SECRET, "HS256", {"kid": "stranger"}))
+    await tokens.principal(token())
+    assert local.fetches == 1
+
+
 async def test_a_new_key_is_found_without_waiting_for_the_next_round(
     local: LocalIssuer, tokens: UserTokens, clock: Clock
 ) -> None:
@@ -428,6 +438,19 @@ def test_only_public_keys_for_signatures_of_good_size_are_taken() -> None:
         parse(json.dumps({"keys": [good]}).encode(), {"ES256"})
     with pytest.raises(ValueError, match="list"):
         parse(json.dumps({"keys": [good] * 101}).encode(), ALGORITHMS)
+
+
+def test_a_key_is_found_by_its_name_and_algorithm_and_never_guessed() -> None:
+    one, three = _KEYS
+    nameless = replace(one, kid=None)
+    assert find(_KEYS, "one", "RS256") is one
+    assert find(_KEYS, None, "EdDSA") is three
+    assert find((nameless, one), "one", "RS256") is one
+    assert find((nameless, three), "new", "RS256") is nameless
+    assert find(_KEYS, "one", "EdDSA") is None
+    assert find(_KEYS, "new", "RS256") is None
+    assert find((one, replace(one, kid="other")), None, "RS256") is None
+    assert find((one, one), "one", "RS256") is None
 
 
 @pytest.mark.parametrize("kid", ["one", "anything", None])
