@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+import asyncpg
 import httpx2
 
 from tests.flows.events import kinds, only, text
@@ -157,6 +158,32 @@ async def test_a_turn_comes_although_the_replica_that_should_give_it_has_gone(ho
         await home.database.execute(IDLE)
         frames = await asyncio.wait_for(read_stream(home.client, second["streaming_url"]), 20)
         assert text(frames) == "Yes."
+
+
+async def test_a_message_edited_while_its_turn_comes_is_asked_as_it_was_edited(house: Open, database: str) -> None:
+    blocked = "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and datname = current_database()"
+
+    async def until_blocked(connection: asyncpg.Connection) -> None:
+        async with asyncio.timeout(10):
+            while not await connection.fetchval(blocked):
+                pass
+
+    async with house(scan_s=0.1) as home:
+        await home.apply(shop={"flows": {"main": flow(wishes=ENDLESS)}}, quick={"flows": {"main": flow("Yes.")}})
+        await send(home)
+        waiting = (await home.post("quick", session_id="chat", message_text="first thought")).json()
+        editor = await asyncpg.connect(database)
+        async with editor.transaction():
+            async with home.database.transaction():
+                await home.database.execute(IDLE)
+                lock = asyncio.create_task(editor.execute("select from conversation_sessions for update"))
+                await until_blocked(home.database)
+            await lock  # ours before anybody can see that the session is idle
+            await until_blocked(home.database)  # the turn has read the message
+            await editor.execute("update queued_messages set text = 'second thought'")
+        await editor.close()
+        assert text(await asyncio.wait_for(read_stream(home.client, waiting["streaming_url"]), 10)) == "Yes."
+        assert (await said(home))[1] == ("user", "second thought")
 
 
 async def test_a_message_that_its_chatbot_takes_no_more_ends_failed(house: Open) -> None:

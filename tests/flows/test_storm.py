@@ -3,14 +3,18 @@
 import asyncio
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
+from itertools import pairwise
 from random import Random
 from typing import Any
 from uuid import UUID
 
+from httpx2 import AsyncClient, Response
+
 from app.flows.run import answer_id
 from tests.flows.events import data_of, text
 from tests.house import House, Open, flow
+from tests.serving import serving
 from tests.sse import Frame, read_stream
 
 RUNS = int(os.environ.get("PARLEY_TEST_STORM", "60"))
@@ -141,6 +145,92 @@ async def check(home: House, accepted: dict[str, Any], frames: list[Frame]) -> l
     if "[[1" in "".join(text(frames, name) for name in ("main", "other")):
         found.append("a marker in the text")
     return found
+
+
+class Visitor:
+    """Sends messages into one session, gives orders about those that wait, and keeps what it is told."""
+
+    def __init__(self, clients: list[AsyncClient], chance: Random, session: str) -> None:
+        self._clients = clients
+        self._chance = chance
+        self._url = f"/api/sessions/{session}/queue"
+        self._session = session
+        self.streams: dict[str, str] = {}
+        self.texts: dict[str, str] = {}
+        self.removed: set[str] = set()
+
+    async def act(self) -> None:
+        for number in range(12):
+            await asyncio.sleep(self._chance.random() * 0.05)
+            client = self._chance.choice(self._clients)
+            match self._chance.randrange(6):
+                case 0 | 1 | 2:
+                    await self._send(client, f"m{number}")
+                case 3:
+                    await self._edit(client, number)
+                case 4:
+                    await self._order(client)
+                case 5 if self.streams:
+                    url = f"/api/stream-events/{self._chance.choice([*self.streams.values()])}/cancel"
+                    assert (await client.post(url)).status_code == 200
+
+    async def _send(self, client: AsyncClient, name: str) -> None:
+        body = {"user_id": "ann", "session_id": self._session, "chatbot_id": self._chance.choice(["short", "long"])}
+        on_busy = self._chance.choice(["enqueue", "enqueue", "interrupt", "reject"])
+        body |= {"message_text": name, "client_message_id": f"{self._session}-{name}", "on_busy": on_busy}
+        response = await client.post("/api/process-message", json=body)
+        if response.status_code == 200:
+            self.streams[body["client_message_id"]] = response.json()["streaming_session_id"]
+            self.texts[body["client_message_id"]] = name
+        else:
+            assert (on_busy, response.json()["code"]) == ("reject", "session_busy"), response.text
+
+    async def _edit(self, client: AsyncClient, number: int) -> None:
+        if name := self._some():
+            body = {"message_text": f"edited {number}"}
+            if await self._told(client.patch(f"{self._url}/{name}", params={"user_id": "ann"}, json=body)):
+                self.texts[name] = f"edited {number}"
+
+    async def _order(self, client: AsyncClient) -> None:
+        if not (name := self._some()):
+            return
+        if self._chance.random() < 0.5:
+            await self._told(client.post(f"{self._url}/{name}/send-now", params={"user_id": "ann"}))
+        elif await self._told(client.delete(f"{self._url}/{name}", params={"user_id": "ann"})):
+            self.removed.add(name)
+
+    def _some(self) -> str | None:
+        return self._chance.choice([*self.streams]) if self.streams else None
+
+    async def _told(self, asked: Awaitable[Response]) -> bool:
+        """Whether it was done; else it waits no more."""
+        response = await asked
+        assert response.status_code == 200 or response.json()["code"] == "message_not_queued", response.text
+        return response.status_code == 200
+
+
+async def test_whatever_is_done_to_waiting_messages(house: Open, database: str) -> None:
+    chance = Random(SEED)
+    async with house(scan_s=0.2, user_queue=1000, user_runs=1000) as home, serving(database, drain_s=0) as other:
+        long = {"flows": {"main": flow(wishes={"tokens": 40, "delay_ms": 5})}}
+        await home.apply(short={"flows": {"main": flow("Yes.")}}, long=long)
+        clients = [home.client, other]
+        visitors = [Visitor(clients, Random(f"{SEED} {n}"), f"session{n}") for n in range(10)]
+        await asyncio.gather(*(visitor.act() for visitor in visitors))
+        for visitor in visitors:
+            for name, stream_id in visitor.streams.items():
+                reading = read_stream(chance.choice(clients), f"/api/stream-events/{stream_id}")
+                frames = await asyncio.wait_for(reading, 30)
+                asked = await home.database.fetchval("select content from messages where id = $1", name)
+                if [frame.event for frame in frames] == ["stream_end"]:
+                    assert asked is None, f"{name} was removed and asked"
+                else:
+                    assert list(wrong(frames)) == []
+                    assert (asked, name in visitor.removed) == (visitor.texts[name], False)
+        assert await home.count("queued_messages") == 0
+        assert await home.database.fetchval("select count(*) from conversation_sessions where status <> 'idle'") == 0
+        rows = await home.database.fetch("select role from messages order by chat_id, position")
+        assert not any(a == b == "assistant" for a, b in pairwise(row["role"] for row in rows))
 
 
 async def test_whatever_happens(house: Open) -> None:
