@@ -26,7 +26,7 @@ from tests.access.test_guard import bearer, key_with
 from tests.access.test_stream_token import token_of
 from tests.command import run
 from tests.house import House, Open
-from tests.sse import Frame, frames, read_stream
+from tests.sse import frames, read_stream
 
 MATERIAL = "0123456789abcdef" * 4
 SSE = {"Accept": "text/event-stream"}
@@ -188,12 +188,12 @@ async def test_a5_a_connection_ends_with_its_token_at_a_frame_boundary(home: Hou
     token = forged(stream, for_s=2)
     until = StreamToken.parse(token)
     assert until is not None
-    got: list[Frame] = []
-    async with home.client.stream("GET", f"/api/stream-events/{stream}?token={token}", headers=SSE) as response:
+    url = f"/api/stream-events/{stream}?token={token}"
+    async with asyncio.timeout(20), home.client.stream("GET", url, headers=SSE) as response:
         got = [frame async for frame in frames(response)]
     assert until.until - 0.5 <= time() < until.until + 3
     assert got[-1].event == "token"
-    response = await home.client.get(f"/api/stream-events/{stream}?token={token}", headers=SSE)
+    response = await home.client.get(url, headers=SSE)
     assert (response.status_code, response.json()["code"]) == (401, "token_expired")
     rest = await home.client.get(f"/api/stream-events/{stream}?token={forged(stream)}&after={got[-1].number}&limit=1")
     assert rest.json()["events"][0]["id"] == got[-1].number + 1
