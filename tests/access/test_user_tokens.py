@@ -24,11 +24,12 @@ from jwt.algorithms import RSAAlgorithm
 from app.access.issuer import Issuer, from_file, from_secret, from_url
 from app.access.signing_keys import ALGORITHMS, Keys, find, parse
 from app.access.user_tokens import Expected, UserTokens, user_tokens
+from app.demo import demo_provider
 from app.errors import Misconfigured, Unauthorized, Unavailable
 from app.settings import Settings, load
 from tests.access.issuer import AUDIENCE, NAME, LocalIssuer, claims, jwk, local_issuer, private_key, token
 from tests.access.test_guard import bearer, key_with
-from tests.serving import serving
+from tests.serving import apply_demo, serving
 
 _ALLOWED = frozenset({"RS256", "ES256", "EdDSA"})
 _EXPECTED = Expected(NAME, (AUDIENCE,), (), _ALLOWED, 30, frozenset({"process", "read", "sync"}))
@@ -577,3 +578,18 @@ async def test_while_the_issuer_is_down_the_answer_is_503(database: str, local: 
 def test_a_secret_reference_is_required_to_lead_somewhere() -> None:
     with pytest.raises(Misconfigured, match="not set"):
         from_secret("env:PARLEY_NOTHING_OF_THIS_NAME")
+
+
+async def test_a_user_is_the_tokens_own_all_the_way(database: str, local: LocalIssuer) -> None:
+    async with demo_provider() as demo_url, serving(database, **_jwt_settings(local)) as client:
+        await apply_demo(database, f"{demo_url}", {"bot": "demo?delay_ms=0"})
+        message = {"chatbot_id": "bot", "message_text": "hello"}
+        ann, bob = bearer(token(sub="ann")), bearer(token(sub="bob"))
+        sent = await client.post("/api/process-message", json=message, headers=ann)
+        assert sent.status_code in (200, 202), sent.text
+        # Without the stream token, which lets whoever holds it read.
+        url = sent.json()["streaming_url"].partition("?")[0]
+        assert (await client.get(url, headers=ann, params={"wait": 5})).status_code == 200
+        assert (await client.get(url, headers=bob)).status_code == 404
+        other = await client.post("/api/process-message", json={**message, "user_id": "bob"}, headers=ann)
+        assert (other.status_code, other.json()["code"]) == (403, "user_mismatch")
