@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 import httpx2
 
-from app.access.signing_keys import Keys, SigningKey, find, parse, shared_secret
+from app.access.issuer_keys import IssuerKey, Keys, find, parse, shared_secret
 from app.errors import Misconfigured, Unavailable
 from app.references import resolve
 from app.ticker import every
@@ -44,7 +44,7 @@ class Issuer:
     async def run(self, failing: set[str]) -> None:
         """Read the keys now and then, until cancelled."""
         await every(
-            _REFRESH_S, self.run_once, name="signing keys", failing=failing, sooner=self._wanted, again_s=_PAUSE_S
+            _REFRESH_S, self.run_once, name="issuer keys", failing=failing, sooner=self._wanted, again_s=_PAUSE_S
         )
 
     async def run_once(self) -> None:
@@ -67,7 +67,7 @@ class Issuer:
             self._keys = ()
         return self._keys
 
-    async def key_for(self, kid: str | None, algorithm: str) -> SigningKey | None:
+    async def key_for(self, kid: str | None, algorithm: str) -> IssuerKey | None:
         """Raises Unavailable while no key at all is known."""
         found = find(self.keys, kid, algorithm)
         if found is None and (self._reading or self._is_due()):

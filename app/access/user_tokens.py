@@ -11,8 +11,8 @@ import jwt
 
 from app.access import issuer as issuers
 from app.access.issuer import Issuer, Read
+from app.access.issuer_keys import ALGORITHMS, IssuerKey, Keys
 from app.access.principal import Principal, Scope
-from app.access.signing_keys import ALGORITHMS, Keys, SigningKey
 from app.errors import Misconfigured, Unauthorized
 from app.settings import Settings
 from app.text import PRINTABLE, clean
@@ -90,7 +90,7 @@ class UserTokens:
         if len(self._known) > self._most:
             self._known.popitem(last=False)
 
-    def _claims(self, token: str, key: SigningKey) -> dict[str, Any]:
+    def _claims(self, token: str, key: IssuerKey) -> dict[str, Any]:
         expected = self._expected
         try:
             claims = jwt.decode(

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from jwt.algorithms import RSAAlgorithm
 
 from app.access.issuer import Issuer, from_file, from_secret, from_url
-from app.access.signing_keys import ALGORITHMS, Keys, find, parse
+from app.access.issuer_keys import ALGORITHMS, Keys, find, parse
 from app.access.user_tokens import Expected, UserTokens, user_tokens
 from app.demo import demo_provider
 from app.errors import Misconfigured, Unauthorized, Unavailable
@@ -381,7 +381,7 @@ async def test_without_any_key_nobody_is_refused_for_good(local: LocalIssuer, cl
         tokens = UserTokens(issuer, _EXPECTED)
         with pytest.raises(Unavailable):
             await tokens.principal(token())
-        assert failing == {"signing keys"}
+        assert failing == {"issuer keys"}
         local.status = "200 OK"
         clock.now += 30
         await tokens.principal(token())

@@ -24,7 +24,7 @@ _MOST = 100
 
 
 @dataclass(frozen=True, slots=True)
-class SigningKey:
+class IssuerKey:
     """`algorithms` says what it may verify, whatever a token says of itself. `kid` is None where it has no name."""
 
     kid: str | None
@@ -32,7 +32,7 @@ class SigningKey:
     key: PublicKey | bytes = field(repr=False)
 
 
-Keys = tuple[SigningKey, ...]
+Keys = tuple[IssuerKey, ...]
 
 
 def parse(document: bytes, allowed: Collection[str]) -> Keys:
@@ -49,10 +49,10 @@ def shared_secret(secret: str) -> Keys:
         raise ValueError(f"a secret for HS256 has at least {_SECRET_BYTES} bytes")
     if "-----BEGIN" in secret or secret.startswith(("ssh-", "{")):
         raise ValueError("this is a public key, or a file of keys, and no secret")
-    return (SigningKey(None, frozenset({"HS256"}), secret.encode()),)
+    return (IssuerKey(None, frozenset({"HS256"}), secret.encode()),)
 
 
-def find(keys: Sequence[SigningKey], kid: str | None, algorithm: str) -> SigningKey | None:
+def find(keys: Sequence[IssuerKey], kid: str | None, algorithm: str) -> IssuerKey | None:
     """The key of this name, else the only one that fits where the token or the key has no name."""
     fitting = [key for key in keys if algorithm in key.algorithms]
     named = [key for key in fitting if key.kid == kid]
@@ -60,16 +60,16 @@ def find(keys: Sequence[SigningKey], kid: str | None, algorithm: str) -> Signing
     return found[0] if len(found) == 1 else None
 
 
-def _pem(document: bytes, allowed: Collection[str]) -> list[SigningKey]:
+def _pem(document: bytes, allowed: Collection[str]) -> list[IssuerKey]:
     try:
         key = load_pem_public_key(document)
     except Exception:  # noqa: BLE001  cryptography promises no type for what is no key
         raise ValueError("no public key in PEM; a certificate or a private key is none") from None
     algorithms = _algorithms_of(key, None, allowed)
-    return [SigningKey(None, algorithms, key)] if algorithms else []  # type: ignore[arg-type]
+    return [IssuerKey(None, algorithms, key)] if algorithms else []  # type: ignore[arg-type]
 
 
-def _jwks(document: bytes, allowed: Collection[str]) -> list[SigningKey]:
+def _jwks(document: bytes, allowed: Collection[str]) -> list[IssuerKey]:
     try:
         given = orjson.loads(document)["keys"]
     except (orjson.JSONDecodeError, KeyError, TypeError):
@@ -79,7 +79,7 @@ def _jwks(document: bytes, allowed: Collection[str]) -> list[SigningKey]:
     return [key for one in given if isinstance(one, dict) and (key := _jwk(one, allowed)) is not None]
 
 
-def _jwk(given: dict[str, Any], allowed: Collection[str]) -> SigningKey | None:
+def _jwk(given: dict[str, Any], allowed: Collection[str]) -> IssuerKey | None:
     """None for keys that are of no use here, as an issuer may have others: for encryption, of other kinds."""
     kid, use, operations = given.get("kid"), given.get("use", "sig"), given.get("key_ops", ["verify"])
     verifies = use == "sig" and isinstance(operations, list) and "verify" in operations
@@ -90,7 +90,7 @@ def _jwk(given: dict[str, Any], allowed: Collection[str]) -> SigningKey | None:
     except Exception:  # noqa: BLE001  PyJWT promises no type for members of wrong types; its texts quote the key
         return None
     algorithms = _algorithms_of(key, given.get("alg"), allowed)
-    return SigningKey(kid, algorithms, key) if algorithms else None
+    return IssuerKey(kid, algorithms, key) if algorithms else None
 
 
 def _algorithms_of(key: object, named: object, allowed: Collection[str]) -> frozenset[str]:
