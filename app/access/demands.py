@@ -43,12 +43,14 @@ def demands(*, metrics_open: bool = False) -> Demands:
 
 def demands_of(route: Route, table: Demands) -> dict[str, Demand]:
     """What a route demands, by "METHOD" or "METHOD?name". Raises LookupError for a method that the table lacks."""
+    if route.methods is None:
+        raise LookupError(f"{route.path} takes any method; name those it takes")
     found = {}
     for (method, where), demand in table.items():
         path, mark, name = where.partition("?")
         if path == route.path:
             found[f"{method}{mark}{name}"] = demand
-    if missing := (route.methods or set()) - {"HEAD"} - found.keys():
+    if missing := route.methods - {"HEAD"} - found.keys():
         raise LookupError(f"{', '.join(sorted(missing))} {route.path} has no entry in app/access/demands.py")
     return found
 

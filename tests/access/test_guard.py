@@ -79,6 +79,11 @@ def test_a_route_without_an_entry_does_not_start() -> None:
     guard(_routes(), table)
 
 
+def test_a_route_of_any_method_does_not_start() -> None:
+    with pytest.raises(LookupError, match="any method"):
+        guard([Route("/one", Response())], {})
+
+
 def test_an_entry_without_a_route_does_not_start() -> None:
     table: dict[tuple[str, str], Any] = {
         ("GET", "/one"): "read",
