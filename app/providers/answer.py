@@ -95,6 +95,7 @@ class Answer:
         self._spoke = False
         self._half = ""  # a high surrogate whose low half may open the next delta
         self._usage: Usage | None = None
+        self._told: Usage | None = None
         self._failure: ProviderError | None = None
 
     def hear(self, payloads: Sequence[bytes]) -> list[Chunk]:
@@ -107,6 +108,10 @@ class Answer:
         except ProviderError as error:
             self._failure = error
             self.over = True
+        # What is known so early is paid for, even where the answer is stopped before its end.
+        if self._chunks and not (self.over or self.finished) and self._usage not in (None, self._told):
+            self._told = self._usage
+            self._chunks.insert(0, self._usage)
         return self._taken()
 
     def end(self) -> list[Chunk]:

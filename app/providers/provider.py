@@ -55,6 +55,8 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
+    """Totals of the call so far: the last one counts."""
+
     prompt_tokens: int
     completion_tokens: int
 

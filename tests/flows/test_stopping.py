@@ -57,6 +57,19 @@ async def test_g9_cancel_closes_the_provider_and_keeps_the_text(house: Open) -> 
         assert await home.count("error_logs") == 0
 
 
+async def test_what_a_stopped_answer_has_cost_is_recorded_as_far_as_it_was_told(house: Open) -> None:
+    async with house() as home:
+        await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS) | {"provider": "claude"}}})
+        url = (await home.post("slow")).json()["streaming_url"]
+        await until_event(home, url, 6)
+        await home.client.post(url + "/cancel")
+        told = only(await read_stream(home.client, url), "stream_end")["usage"]
+        assert told["prompt_tokens"] > 0
+        row = await home.database.fetchrow("select prompt_tokens, completion_tokens from usage_ledger")
+        assert row is not None
+        assert dict(row) == told
+
+
 async def test_k10_cancel_twice_and_after_the_end(house: Open) -> None:
     async with house() as home:
         await home.apply(slow={"flows": {"main": flow(wishes=ENDLESS)}})
