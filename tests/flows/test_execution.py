@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -93,6 +94,21 @@ async def test_side_flows_run_beside_the_answer_and_never_delay_it(house: Open) 
         row = await home.database.fetchrow("select mode, attempts, flows from conversation_processing_metrics")
         assert row is not None
         assert (row["mode"], row["attempts"]) == ("parallel", 3)
+
+
+async def test_flows_of_a_stage_run_at_once_and_their_texts_never_mix(house: Open) -> None:
+    words = {name: " ".join(f"{name}{n}" for n in range(20)) for name in ("main", "one", "two")}
+    flows = {name: flow(said, stream=True, wishes={"delay_ms": 10}) for name, said in words.items()}
+    async with house() as home:
+        await home.apply(shop={"flows": flows, "answers": ["main"]})
+        answer, frames = await home.ask("shop")
+        assert {name: text(frames, name) for name in words} == words
+        order = [(frame.event, frame.data["data"].get("flow")) for frame in frames]
+        assert max(order.index(("flow_start", name)) for name in words) < order.index(("token", "main"))
+        spoken = [name for kind, name in order if kind == "token"]
+        changes = sum(before != name for before, name in pairwise(spoken))
+        assert changes > 10, "one after the other"
+        assert (await messages(home, answer["session_id"]))[1][2] == words["main"]
 
 
 async def test_u15_a_side_flow_that_fails_leaves_the_answer_complete(house: Open) -> None:
@@ -407,6 +423,7 @@ async def test_history_is_cut_by_whole_messages_and_the_dropping_is_told(house: 
         _, frames = await home.ask("shop", conversation_history=history)
         start = only(frames, "flow_start")
         assert 10 <= start["history_dropped"] < 20
+        assert "Be brief." in text(frames)
         assert "19:" in text(frames)
         assert "0:xx" not in text(frames).replace("10:xx", "")
         _, frames = await home.ask("shop", message_text="y" * 9000)
