@@ -312,6 +312,7 @@ class Gateway:
             run_s=settings.run_timeout_s,
             queue=settings.queue_limit,
         )
+        self._uploads = Allowance(_UPLOADS * settings.upload_limit, of="uploads")
         self.state = State(
             credentials=Credentials(
                 settings.auth,
@@ -338,7 +339,7 @@ class Gateway:
             turns=turns,
             stopping=stopping,
             images=images,
-            uploads=Allowance(_UPLOADS * settings.upload_limit, of="uploads"),
+            uploads=self._uploads,
             admit_upload=replica.admit,
             admit_question=intake.admit,
             analyse=partial(_analyse, intake),
@@ -447,7 +448,7 @@ class Gateway:
         log.warning("replica_renewed", replica=str(self._replica.id))
 
     async def drain_when_asked(self) -> None:
-        """Refuse new work, let answers end, leave the others to whoever lives, send the readers away at a frame
+        """Refuse new work, let answers and uploads end, leave the others to whoever lives, send the readers away at a frame
         boundary.
         """
         await self._life.leave.wait()
@@ -455,7 +456,8 @@ class Gateway:
         try:
             began = monotonic()
             await self._intake.close(_ACCEPTS_S)
-            await self._runner.drain(max(0, self._settings.drain_s - (monotonic() - began)))
+            left = max(0, self._settings.drain_s - (monotonic() - began))
+            await asyncio.gather(self._runner.drain(left), self._uploads.settle(left))
             async with asyncio.timeout(_GOODBYE_S):
                 await self._streams.let_go()
                 await self._replica.retire()

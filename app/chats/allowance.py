@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from app.errors import Unavailable
 
@@ -14,7 +14,7 @@ class Allowance:
     """
 
     def __init__(self, total: int, *, of: str, wait_s: float = 5) -> None:
-        self._left = total
+        self._total = self._left = total
         self._of = of
         self._wait_s = wait_s
         self._returned = asyncio.Condition()
@@ -34,3 +34,9 @@ class Allowance:
             self._left += units
             async with self._returned:
                 self._returned.notify_all()
+
+    async def settle(self, within_s: float) -> None:
+        """Wait for so long at most until nobody holds anything any more."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(within_s), self._returned:
+                await self._returned.wait_for(lambda: self._left == self._total)

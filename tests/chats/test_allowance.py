@@ -57,3 +57,22 @@ async def test_whoever_leaves_the_queue_or_fails_takes_nothing_along() -> None:
             await task
     async with asyncio.timeout(1), allowance.take():
         pass
+
+
+async def test_settling_waits_for_all_of_it_and_not_for_ever() -> None:
+    allowance, enough = Allowance(2, of="uploads"), asyncio.Event()
+    await allowance.settle(60)
+
+    async def hold() -> None:
+        async with allowance.take(2):
+            await enough.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(hold())
+        await asyncio.sleep(0)
+        await allowance.settle(0.01)
+        settled = tasks.create_task(allowance.settle(60))
+        await asyncio.sleep(0)
+        assert not settled.done()
+        enough.set()
+    await settled

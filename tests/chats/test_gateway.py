@@ -110,7 +110,7 @@ async def test_a_killed_gateway_leaves_no_decoder(database: str) -> None:
 
 
 async def test_a_gateway_that_is_told_to_go_leaves_no_decoder(database: str) -> None:
-    async with served(database, PARLEY_IMAGE_TIMEOUT_S="4") as gateway:
+    async with served(database, PARLEY_IMAGE_TIMEOUT_S="6") as gateway:
         job, decoders = await _busy(gateway)
         done = await gateway.command.stop()
         assert done.code == 0
