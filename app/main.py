@@ -14,7 +14,8 @@ from starlette.middleware import Middleware
 from starlette.routing import Route
 
 from app import health, problems
-from app.access import guard
+from app.access import client, guard
+from app.access.client import trusted_proxies
 from app.access.credentials import Credentials, is_loopback, require_safe
 from app.access.demands import demands
 from app.access.keys import Keys
@@ -93,6 +94,7 @@ class State(
     health.Needs,
     problems.Needs,
     guard.Needs,
+    client.Needs,
 ):
     """What requests find in `request.state`."""
 
@@ -322,6 +324,7 @@ class Gateway:
                 links=links,
             ),
             links=links,
+            proxies=trusted_proxies(settings),
             settings=settings,
             pool=pool,
             probe=health.Probe(reserve, on_silence=self._distrust),

@@ -122,6 +122,7 @@ async def serving(
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # app/access/client.py believes fewer, and those that the settings name
             timeout_graceful_shutdown=_CLOSE_S,
             timeout_keep_alive=75,
         )

@@ -46,6 +46,11 @@ class Settings(BaseSettings):
     metrics_open: bool = Field(
         False, description="Whether `/metrics` and `/readyz?verbose` are for everybody instead of administrators."
     )
+    trusted_proxies: str | None = Field(
+        None,
+        description="Addresses and networks, separated by commas, of the proxies in front whose X-Forwarded-For is "
+        "believed; without any the peer is the client.",
+    )
     jwt_issuer: str | None = Field(None, description="Issuer of users' tokens, exactly as their `iss` says it.")
     jwt_audience: str | None = Field(
         None, description="Audiences, separated by commas, of which `aud` must have one; may be left out with an azp."

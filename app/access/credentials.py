@@ -5,6 +5,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Literal
 from urllib.parse import urlsplit
 
+from app.access.client import trusted_proxies
 from app.access.keys import PREFIX, Keys
 from app.access.links import Links
 from app.access.principal import SCOPES, Principal
@@ -99,8 +100,11 @@ def is_loopback(host: str) -> bool:
 
 
 def require_safe(settings: Settings) -> None:
-    """Raises Misconfigured where tokens cannot be checked, or a whole network would be let in without a word of it."""
+    """Raises Misconfigured where tokens cannot be checked, anybody would be believed about the address of another, or
+    a whole network would be let in without a word of it.
+    """
     user_tokens(settings)
+    trusted_proxies(settings)
     if settings.auth == "open" and not (is_loopback(settings.host) or settings.open_anywhere):
         raise Misconfigured(
             "open_anywhere",
