@@ -105,7 +105,8 @@ async def conversation_health(request: Request[Needs]) -> Response:
 
 async def metrics(request: Request[Needs]) -> Response:
     """Prometheus' text format."""
-    return Response(generate_latest(request.state["metrics"].registry), media_type=CONTENT_TYPE_LATEST)
+    page = generate_latest(request.state["metrics"].registry)
+    return Response(page, headers={"Cache-Control": "no-store"}, media_type=CONTENT_TYPE_LATEST)
 
 
 async def _connected(request: Request[Needs]) -> bool:

@@ -20,6 +20,7 @@ from app.access.credentials import Credentials, is_loopback, require_safe
 from app.access.demands import demands
 from app.access.keys import Keys
 from app.access.links import Links
+from app.access.origins import origins
 from app.access.signing import Signing, given_keys
 from app.access.stream_token import SigningKey
 from app.access.user_tokens import user_tokens
@@ -320,6 +321,7 @@ class Gateway:
                 settings.auth,
                 Keys(pool),
                 local=is_loopback(settings.host),
+                pages=origins(settings),
                 tokens=tokens.principal if tokens else None,
                 links=links,
             ),
@@ -451,8 +453,8 @@ class Gateway:
         log.warning("replica_renewed", replica=str(self._replica.id))
 
     async def drain_when_asked(self) -> None:
-        """Refuse new work, let answers and uploads end, leave the others to whoever lives, send the readers away at a frame
-        boundary.
+        """Refuse new work, let answers and uploads end, leave the others to whoever lives, send the readers away at a
+        frame boundary.
         """
         await self._life.leave.wait()
         self._replica.refusal = Unavailable("draining", "The server is stopping; ask another one.", retry_after=1)

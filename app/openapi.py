@@ -173,7 +173,7 @@ _SCHEMES: Json = {
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
 }
 _UNAUTHORIZED = "Problem: `credentials_missing`, `credentials_invalid`, `token_invalid`, `token_expired`."
-_FORBIDDEN = "Problem: `scope_missing`, `user_mismatch`."
+_FORBIDDEN = "Problem: `scope_missing`, `user_mismatch`, `origin_unknown`."
 
 
 def _security(demand: Demand) -> list[Json]:
@@ -270,13 +270,10 @@ def _page() -> tuple[bytes, Mapping[str, str]]:
         "img-src": "data:",
         "base-uri": "'none'",
         "form-action": "'none'",
-        "frame-ancestors": "'none'",
         "require-trusted-types-for": "'script'",
     }
     return page, {
         "Content-Security-Policy": "; ".join(f"{name} {value}" for name, value in policy.items()),
-        "X-Content-Type-Options": "nosniff",
-        "Referrer-Policy": "no-referrer",
         "Cross-Origin-Opener-Policy": "same-origin",
         "Cache-Control": "no-cache",
     }

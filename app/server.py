@@ -5,12 +5,13 @@ import contextlib
 import signal
 import socket
 import sys
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app.access.origins import cors
 from app.errors import Misconfigured, ParleyError
 from app.main import Life, create_app
 from app.settings import Settings
@@ -19,6 +20,13 @@ from app.settings import Settings
 _CLOSE_S = 1
 _BACKLOG = 2048
 _UNACKNOWLEDGED_S = 20.0
+# What we answer is read by programs and by pages of ours: it is no script, frame or picture of somebody else's page.
+_SAFE = (
+    ("X-Content-Type-Options", "nosniff"),
+    ("Content-Security-Policy", "frame-ancestors 'none'"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Referrer-Policy", "no-referrer"),
+)
 
 
 class _Server(uvicorn.Server):
@@ -84,13 +92,25 @@ async def gateway(settings: Settings, life: Life | None = None) -> AsyncGenerato
     group, when the app crashes.
     """
     life = life or Life()
-    app = _Ending(create_app(settings, life), life)
-    async with serving(app, settings.host, settings.port, unacknowledged_s=settings.sse_send_timeout_s) as url:
+    app = _Ending(cors(create_app(settings, life), settings), life)
+    async with serving(
+        app,
+        settings.host,
+        settings.port,
+        unacknowledged_s=settings.sse_send_timeout_s,
+        headers=_headers(settings),
+    ) as url:
         try:
             yield url
         finally:
             life.leave.set()
             await life.drained.wait()
+
+
+def _headers(settings: Settings) -> list[tuple[str, str]]:
+    """Of every answer, also those that the app knows nothing of."""
+    hsts = [("Strict-Transport-Security", f"max-age={settings.hsts_s}")] if settings.hsts_s else []
+    return [*_SAFE, *hsts]
 
 
 class _Ending:
@@ -110,9 +130,14 @@ class _Ending:
 
 @asynccontextmanager
 async def serving(
-    app: ASGIApp, host: str, port: int, *, unacknowledged_s: float = _UNACKNOWLEDGED_S
+    app: ASGIApp,
+    host: str,
+    port: int,
+    *,
+    unacknowledged_s: float = _UNACKNOWLEDGED_S,
+    headers: Sequence[tuple[str, str]] = (),
 ) -> AsyncGenerator[str, None]:
-    """Any app served while the block runs; yields its URL."""
+    """Any app served while the block runs, each answer with these headers; yields its URL."""
     listener = bind(host, port, unacknowledged_s=unacknowledged_s)
     server = _Server(
         uvicorn.Config(
@@ -122,6 +147,7 @@ async def serving(
             log_config=None,
             access_log=False,
             server_header=False,
+            headers=list(headers),
             proxy_headers=False,  # app/access/client.py believes fewer, and those that the settings name
             timeout_graceful_shutdown=_CLOSE_S,
             timeout_keep_alive=75,

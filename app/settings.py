@@ -51,6 +51,17 @@ class Settings(BaseSettings):
         description="Addresses and networks, separated by commas, of the proxies in front whose X-Forwarded-For is "
         "believed; without any the peer is the client.",
     )
+    cors_origins: str | None = Field(
+        None,
+        description="Origins of the web pages that may ask from a browser, separated by commas, like "
+        "`https://chat.example.org`; no others may.",
+    )
+    hsts_s: int = Field(
+        0,
+        ge=0,
+        description="How long browsers shall insist on https, in seconds; 0 does not say it. For a name that is never "
+        "served without TLS.",
+    )
     jwt_issuer: str | None = Field(None, description="Issuer of users' tokens, exactly as their `iss` says it.")
     jwt_audience: str | None = Field(
         None, description="Audiences, separated by commas, of which `aud` must have one; may be left out with an azp."
