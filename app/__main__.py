@@ -18,6 +18,7 @@ from app.settings import Settings, load
 if TYPE_CHECKING:
     from app.flows.chatbots import Change
     from app.postgres import Connection
+    from app.safe import Safe
 
 T = TypeVar("T")
 
@@ -138,7 +139,7 @@ def apply(file: Path, dry_run: bool) -> None:
     from app.flows import chatbots
     from app.flows.file import load as load_file
 
-    wanted = load_file(file)
+    wanted = load_file(file, safe=_safe(settings))
     changes = _connected(settings, lambda connection: chatbots.apply(connection, wanted, dry_run=dry_run))
     for change in changes:
         click.echo(_difference(change))
@@ -178,7 +179,7 @@ def plan(chatbot: str, message: str, file: Path | None, image: bool, language: s
     from app.flows.file import load as load_file
     from app.flows.preview import preview
 
-    found = load_file(file).chatbots if file else _connected(_with_database(), chatbots.all_newest)
+    found = load_file(file, safe=_safe(load())).chatbots if file else _connected(_with_database(), chatbots.all_newest)
     if chatbot not in found:
         raise _no_such_chatbot(chatbot, found)
     ask = Ask(message, image, language or found[chatbot].language, flow_type)
@@ -188,7 +189,7 @@ def plan(chatbot: str, message: str, file: Path | None, image: bool, language: s
 
 @main.group()
 def keys() -> None:
-    """API keys that servers ask with, and the key that signs streaming URLs."""
+    """API keys that servers ask with, the key that signs streaming URLs, and secrets that are stored encrypted."""
 
 
 @keys.command("create")
@@ -235,8 +236,43 @@ def renew_signing_key() -> None:
         )
     from app.access.signing import renew
 
-    _connected(settings, renew)
+    _connected(settings, lambda connection: renew(connection, _safe(settings)))
     click.echo("Renewed: replicas use the new key within half a minute.")
+
+
+@keys.command("generate-master")
+def generate_master_key() -> None:
+    """Print a new master key, which encrypts secrets in the database. Nothing replaces a lost one."""
+    from secrets import token_hex
+
+    click.echo(token_hex(32))
+    click.echo("Keep it out of the database and its backups; name its place in PARLEY_MASTER_KEY.", err=True)
+
+
+@keys.command("encrypt")
+def encrypt_secret() -> None:
+    """Read a provider's key from standard input and print it encrypted, for `api_key` in a chatbots file."""
+    safe = _safe(load())
+    safe.require()
+    secret = click.prompt("Secret", hide_input=True, err=True) if sys.stdin.isatty() else sys.stdin.read(16 * 1024)
+    secret = secret.strip()
+    if not secret or len(secret) > 8 * 1024 or not (secret.isascii() and secret.isprintable() and " " not in secret):
+        raise Misconfigured("secret_refused", "That is no key: it must be one word of printable ASCII, at most 8 KiB.")
+    click.echo(safe.seal(secret, "chatbot"))
+
+
+@keys.command("rotate")
+def rotate_keys() -> None:
+    """Encrypt all secrets of the database with the newest master key. Only then leave the older one away."""
+    settings = _with_database()
+    safe = _safe(settings)
+    from app.flows.rotation import Holdings, holdings, rotate
+
+    async def run(connection: "Connection") -> tuple[int, Holdings]:
+        return await rotate(connection, safe), await holdings(connection)
+
+    changed, found = _connected(settings, run)
+    click.echo(f"{changed} rows encrypted anew; {found.sealed.total()} values have the master key {safe.newest} now.")
 
 
 @main.command("demo-provider")
@@ -307,6 +343,12 @@ def _connected(settings: Settings, work: Callable[["Connection"], Coroutine[None
 def _no_such_chatbot(name: str, found: Mapping[str, Any]) -> Misconfigured:
     known = ", ".join(sorted(found)) or "none"
     return Misconfigured("chatbot_missing", f"There is no chatbot named {name!r} ({known}).")
+
+
+def _safe(settings: Settings) -> "Safe":
+    from app.safe import Safe
+
+    return Safe.of(settings.master_key)
 
 
 def _log(settings: Settings) -> None:

@@ -17,6 +17,7 @@ from app.errors import Misconfigured
 from app.flows import chatbots, file
 from app.main import Life
 from app.postgres import open_connection
+from app.safe import Safe
 from app.schema import migrate, require_current
 from app.settings import Settings
 
@@ -45,7 +46,7 @@ async def dev(settings: Settings, apply: Path | None) -> None:
     settings = _for_dev(settings)
     require_safe(settings)
     leave = server.signals()
-    wanted = file.load(apply) if apply else file.parse("chatbots: {}")
+    wanted = file.load(apply, safe=Safe.of(settings.master_key)) if apply else file.parse("chatbots: {}")
     async with embedded_postgres(settings.data_dir) as postgres, demo_provider() as demo_url:
         # The demo chatbot's configuration names this variable: the demo provider's port changes with each start.
         os.environ["PARLEY_DEMO_URL"] = demo_url

@@ -10,14 +10,17 @@ import asyncpg
 from app import __version__, journal
 from app.access.credentials import require_safe
 from app.access.keys import all_keys
+from app.access.signing import given_keys
 from app.errors import Misconfigured, ParleyError
 from app.flows import chatbots
+from app.flows.rotation import holdings
 from app.jobs import runs
 from app.jobs.schedule import SCHEDULE
 from app.jobs.scheduler import complaint
 from app.postgres import AWAY, OLDEST, Connection, open_connection, refuse_pooler, why
 from app.providers.provider import Deadlines, Endpoint
 from app.providers.registry import Providers
+from app.safe import NO_SAFE, Safe
 from app.schema import require_current
 from app.settings import Settings
 
@@ -66,12 +69,22 @@ async def examine(settings: Settings) -> AsyncGenerator[Finding, None]:
 def _examine_settings(settings: Settings) -> Finding:
     try:
         require_safe(settings)
+        Safe.of(settings.master_key)
+        given_keys(settings)
     except Misconfigured as error:
         return Finding("configuration", False, error.detail)
     return Finding("configuration", True, "every setting is valid")
 
 
+def _safe(settings: Settings) -> Safe:
+    try:
+        return Safe.of(settings.master_key)
+    except Misconfigured:
+        return NO_SAFE  # the line of the configuration says so
+
+
 async def _examine_database(settings: Settings, dsn: str, connection: Connection) -> AsyncGenerator[Finding, None]:
+    safe = _safe(settings)
     version = connection.get_server_version()
     # asyncpg counts as before PostgreSQL 10: the second number of today's versions is its third.
     name = f"PostgreSQL {version.major}.{version.micro}"
@@ -87,6 +100,7 @@ async def _examine_database(settings: Settings, dsn: str, connection: Connection
         return
     yield Finding("schema", True, "up to date")
     yield await _examine_access(settings, connection)
+    yield await _examine_secrets(safe, connection)
     for subject, sentence in zip(("answers", "errors"), await journal.last_day(connection), strict=False):
         yield Finding(subject, True, sentence)
     async for finding in _examine_jobs(connection):
@@ -95,7 +109,7 @@ async def _examine_database(settings: Settings, dsn: str, connection: Connection
     if not endpoints:
         yield Finding("chatbots", False, "there are none; write a chatbots file and run `parley apply FILE`.")
     for endpoint in endpoints:
-        yield await _examine_provider(endpoint)
+        yield await _examine_provider(endpoint, safe)
 
 
 async def _examine_access(settings: Settings, connection: Connection) -> Finding:
@@ -105,6 +119,18 @@ async def _examine_access(settings: Settings, connection: Connection) -> Finding
     if settings.auth == "keys" and not valid:
         return Finding("access", False, "nobody gets in: make an API key with `parley keys create NAME --scope SCOPE`.")
     return Finding("access", True, f"PARLEY_AUTH={settings.auth}, API keys that are valid: {valid}")
+
+
+async def _examine_secrets(safe: Safe, connection: Connection) -> Finding:
+    found = await holdings(connection)
+    if unknown := [key for key in found.sealed if not safe.knows(key)]:
+        sentence = f"secrets are encrypted with {', '.join(sorted(unknown))}: name that key in PARLEY_MASTER_KEY, too."
+        return Finding("master key", False, sentence)
+    if safe.newest is None:
+        return Finding("master key", True, "none: providers' keys are references, signing keys are in the database")
+    if others := found.others(safe):
+        return Finding("master key", True, f"{safe.newest}; {others} secrets lack it: run `parley keys rotate`")
+    return Finding("master key", True, f"{safe.newest}, secrets encrypted with it: {found.sealed.total()}")
 
 
 async def _examine_jobs(connection: Connection) -> AsyncGenerator[Finding, None]:
@@ -123,8 +149,8 @@ async def _endpoints(connection: Connection) -> list[Endpoint]:
     return list(dict.fromkeys(choice.endpoint for flow in flows for choice in flow.choices))
 
 
-async def _examine_provider(endpoint: Endpoint) -> Finding:
-    providers = Providers(deadlines=Deadlines(), concurrency=1)
+async def _examine_provider(endpoint: Endpoint, safe: Safe) -> Finding:
+    providers = Providers(deadlines=Deadlines(), concurrency=1, safe=safe)
     subject = f"provider {endpoint.name}"
     try:
         return Finding(subject, True, await providers.get(endpoint).check())

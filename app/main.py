@@ -53,6 +53,7 @@ from app.operations import HEADERS, OPERATIONS
 from app.postgres import AWAY, Leadership, Pool, open_pool, wait_for_database, warm
 from app.providers.provider import Deadlines, Effort
 from app.providers.registry import Providers
+from app.safe import Safe
 from app.schema import require_current
 from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
@@ -112,10 +113,10 @@ class Life:
 def create_app(settings: Settings, life: Life | None = None) -> Starlette:
     """The gateway over `settings.database_url`, which may still be down: it serves as soon as the database does.
 
-    Raises Misconfigured where it would let everybody in, or could not sign.
+    Raises Misconfigured where it would let everybody in, or lacks a key that a setting names.
     """
     require_safe(settings)
-    signing_keys = given_keys(settings)
+    signing_keys, safe = given_keys(settings), Safe.of(settings.master_key)
     reference = Reference(OPERATIONS, HEADERS)
     body_limit = [Middleware(problems.BodyLimit, settings.body_limit)]
     routes = [
@@ -160,7 +161,7 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
         routes=routes,
         middleware=[Middleware(RequestIds)],
         exception_handlers=problems.HANDLERS,
-        lifespan=partial(_lifespan, settings, life or Life(), signing_keys),
+        lifespan=partial(_lifespan, settings, life or Life(), signing_keys, safe),
     )
     # A path with a slash too many is an unknown path, not a redirect that drops the body of a POST.
     app.router.redirect_slashes = False
@@ -169,7 +170,7 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
 
 @asynccontextmanager
 async def _lifespan(
-    settings: Settings, life: Life, signing_keys: Sequence[SigningKey], _: Starlette
+    settings: Settings, life: Life, signing_keys: Sequence[SigningKey], safe: Safe, _: Starlette
 ) -> AsyncGenerator[State, None]:
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(_pool(settings, settings.pool_size))
@@ -177,6 +178,7 @@ async def _lifespan(
         providers = Providers(
             deadlines=Deadlines(settings.connect_timeout_s, settings.first_token_timeout_s, settings.gap_timeout_s),
             concurrency=settings.provider_concurrency,
+            safe=safe,
         )
         stack.push_async_callback(providers.aclose)
         providers.preload()
@@ -187,6 +189,7 @@ async def _lifespan(
                 settings,
                 life,
                 signing_keys=signing_keys,
+                safe=safe,
                 pool=pool,
                 reserve=reserve,
                 providers=providers,
@@ -225,6 +228,7 @@ class Gateway:
         life: Life,
         *,
         signing_keys: Sequence[SigningKey],
+        safe: Safe,
         pool: Pool,
         reserve: Pool,
         providers: Providers,
@@ -309,7 +313,7 @@ class Gateway:
         )
         tokens = user_tokens(settings)
         self._issuer = tokens.issuer if tokens else None
-        self._signing = Signing(pool, given=signing_keys)
+        self._signing = Signing(pool, given=signing_keys, safe=safe)
         links = Links(
             None if settings.auth == "open" else self._signing,
             run_s=settings.run_timeout_s,
@@ -340,6 +344,7 @@ class Gateway:
             tail=tail,
             runner=runner,
             chatbots=chatbots,
+            safe=safe,
             intake=intake,
             turns=turns,
             stopping=stopping,

@@ -94,6 +94,12 @@ class Settings(BaseSettings):
         description="Where the key is that signs streaming URLs: `env:NAME` or `file:/path`; several with a comma "
         "between two, the first signs. Default: a key in the database.",
     )
+    master_key: str | None = Field(
+        None,
+        repr=False,
+        description="Where the key is that encrypts secrets in the database: `env:NAME` or `file:/path`; several with "
+        "a comma between two, the newest first. Default: secrets are references only.",
+    )
     data_dir: Path = Field(
         default_factory=_default_data_dir,
         description="Folder of the embedded PostgreSQL (`parley dev` only).",

@@ -1,18 +1,20 @@
 """The tables of chatbots and templates: what is applied is a version, and a stream keeps the one it began with."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
 import orjson
 
-from app.errors import NotFound
+from app.errors import Misconfigured, NotFound
 from app.flows.config import Assignment, Chatbot, Flow
 from app.flows.document import Place
 from app.flows.file import File, problems
 from app.postgres import Connection, Pool, prompt_connection
+from app.safe import Safe, is_sealed
 from app.text import clean
 
 _KEPT = 256
@@ -30,6 +32,12 @@ _TEMPLATES = "select name, version, text from prompt_templates order by name, ve
 _ADD_TEMPLATE = "insert into prompt_templates (name, version, text) values ($1, $2, $3)"
 _LOCK = "lock table chatbots in share row exclusive mode"
 _ALL = "select distinct on (id) id, version, configuration from chatbots order by id, version desc"
+# Of every version, as a stream keeps the one it began with; so many at a time.
+_ENCRYPTED = """
+select id, version, configuration from chatbots
+where configuration like '%"enc:%' and (id, version) > ($1, $2) order by id, version limit 100
+"""
+_REWRITE = "update chatbots set configuration = $3 where id = $1 and version = $2 and configuration = $4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,3 +190,60 @@ def _assigned(flow: Flow, texts: Mapping[Assignment, str]) -> Flow:
     name = flow.assignment.template
     version = flow.assignment.version or max(known.version for known in texts if known.template == name)
     return replace(flow, system=texts[flow.assignment], assignment=Assignment(name, version))
+
+
+# -- encrypted keys
+
+
+async def sealed_keys(connection: Connection) -> list[str]:
+    """The encrypted keys of every version, as often as they are there."""
+    found: list[str] = []
+
+    def note(key: str) -> str:
+        found.append(key)
+        return key
+
+    async with aclosing(_encrypted(connection)) as rows:
+        async for row in rows:
+            _with_keys(row["configuration"], note)
+    return found
+
+
+async def rotate(connection: Connection, safe: Safe) -> int:
+    """Encrypt the keys of every version with the newest master key; returns how many versions that changed.
+
+    Raises Misconfigured, once all others are done, where a key cannot be decrypted.
+    """
+    changed, unreadable = 0, list[str]()
+    async with aclosing(_encrypted(connection)) as rows:
+        async for row in rows:
+            try:
+                after = _with_keys(row["configuration"], lambda key: safe.renewed(key, "chatbot"))
+            except Misconfigured as error:
+                unreadable.append(f"chatbot {row['id']} version {row['version']}: {error.detail}")
+                continue
+            if orjson.loads(after) != orjson.loads(row["configuration"]):
+                await connection.execute(_REWRITE, row["id"], row["version"], after, row["configuration"])
+                changed += 1
+    if unreadable:
+        more = f" (and {len(unreadable) - 5} more)" if len(unreadable) > 5 else ""
+        raise Misconfigured("secret_unreadable", " ".join(unreadable[:5]) + more)
+    return changed
+
+
+async def _encrypted(connection: Connection) -> AsyncGenerator[Any, None]:
+    last = ("", 0)
+    while rows := await connection.fetch(_ENCRYPTED, *last):
+        for row in rows:
+            yield row
+        last = (rows[-1]["id"], rows[-1]["version"])
+
+
+def _with_keys(configuration: str, rewrite: Callable[[str], str]) -> str:
+    """A stored chatbot with each encrypted key rewritten."""
+    chatbot = orjson.loads(configuration)
+    for flow in chatbot["flows"].values():
+        for choice in flow["choices"]:
+            if (key := choice["endpoint"].get("api_key")) and is_sealed(key):
+                choice["endpoint"]["api_key"] = rewrite(key)
+    return orjson.dumps(chatbot).decode()

@@ -16,7 +16,7 @@ from app.flows.config import Chatbot, Choice
 from app.flows.export import to_file
 from app.flows.file import FILE_LIMIT, File, parse_one
 from app.postgres import ACQUIRE_S, Pool, retry_conflicts
-from app.references import resolve
+from app.safe import Safe
 from app.text import clean, parse_object
 
 # Largest body of a PUT, in bytes: as large as the chatbots file may be.
@@ -26,13 +26,14 @@ BODY_LIMIT = FILE_LIMIT
 class Needs(TypedDict):
     chatbots: Chatbots
     pool: Pool
+    safe: Safe
 
 
 class FrontEndConfiguration(BaseModel):
     """What front ends need; secrets, prompts, URLs and templates stay here.
 
     `flowApiKeys` says of each flow whether its key can be used on this server: "configured", or "" where it has none or
-    its reference leads nowhere.
+    its reference leads nowhere, or it cannot be decrypted.
     """
 
     chatbot_id: str
@@ -82,7 +83,7 @@ async def conversation_config(request: Request[Needs]) -> Response:
 async def _show(request: Request[Needs]) -> Response:
     chatbot_id = request.path_params["chatbot_id"]
     version, chatbot = await request.state["chatbots"].newest(chatbot_id)
-    answer = ConfigurationAnswer(configuration=_shown(chatbot_id, version, chatbot))
+    answer = ConfigurationAnswer(configuration=_shown(chatbot_id, version, chatbot, request.state["safe"]))
     if principal_of(request).may("admin"):
         answer.definition = await _definition(request.state["pool"], chatbot_id, chatbot)
     body = answer.model_dump_json(exclude=None if answer.definition else {"definition"}).encode()
@@ -94,7 +95,7 @@ async def _show(request: Request[Needs]) -> Response:
     return Response(body, media_type="application/json", headers=headers)
 
 
-def _shown(chatbot_id: str, version: int, chatbot: Chatbot) -> FrontEndConfiguration:
+def _shown(chatbot_id: str, version: int, chatbot: Chatbot, safe: Safe) -> FrontEndConfiguration:
     allow = chatbot.allow
     return FrontEndConfiguration(
         chatbot_id=chatbot_id,
@@ -107,7 +108,7 @@ def _shown(chatbot_id: str, version: int, chatbot: Chatbot) -> FrontEndConfigura
         markers=[marker.name for marker in chatbot.markers],
         on_busy=chatbot.on_busy,
         topKSettings={name: flow.top_k for name, flow in chatbot.flows.items() if flow.top_k is not None},
-        flowApiKeys={name: _key(flow.choices[0]) for name, flow in chatbot.flows.items()},
+        flowApiKeys={name: _key(flow.choices[0], safe) for name, flow in chatbot.flows.items()},
         allowed={
             "temperature": allow.temperature,
             "topKSettings": allow.top_k,
@@ -118,7 +119,7 @@ def _shown(chatbot_id: str, version: int, chatbot: Chatbot) -> FrontEndConfigura
 
 
 async def _definition(pool: Pool, chatbot_id: str, chatbot: Chatbot) -> ReplaceConfiguration:
-    """As in the chatbots file: keys are references in it."""
+    """As in the chatbots file: keys are references in it, or encrypted."""
     async with pool.acquire(timeout=ACQUIRE_S) as connection:
         file = to_file({chatbot_id: chatbot}, newest=await chatbots.newest_templates(connection))
     return ReplaceConfiguration(
@@ -126,11 +127,11 @@ async def _definition(pool: Pool, chatbot_id: str, chatbot: Chatbot) -> ReplaceC
     )
 
 
-def _key(choice: Choice) -> Literal["configured", ""]:
+def _key(choice: Choice, safe: Safe) -> Literal["configured", ""]:
     if choice.endpoint.api_key is None:
         return ""
     try:
-        return "configured" if resolve(choice.endpoint.api_key) else ""
+        return "configured" if safe.resolve(choice.endpoint.api_key) else ""
     except Misconfigured:
         return ""
 
@@ -139,7 +140,7 @@ async def _replace(request: Request[Needs]) -> Response:
     chatbot_id = request.path_params["chatbot_id"]
     given = _parsed(await request.body())
     try:
-        file = parse_one(chatbot_id, given)
+        file = parse_one(chatbot_id, given, safe=request.state["safe"])
         version, changed = await retry_conflicts(lambda: _apply(request.state["pool"], chatbot_id, file))
     except Misconfigured as error:
         mistakes = error.extra.get("mistakes", [error.detail])

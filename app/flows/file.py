@@ -19,6 +19,7 @@ from app.flows.plan import mistakes
 from app.flows.shapes import ChatbotShape, ChoiceShape, ConditionShape, FileShape, FlowShape, StepShape, told
 from app.flows.templates import Template, TemplateError, compiled
 from app.providers.provider import Endpoint, is_chatflow
+from app.safe import NO_SAFE, Safe
 
 FILE_LIMIT = 1 << 20
 _MOST_TOLD = 100
@@ -39,23 +40,23 @@ class File:
     refused: Refused = field(compare=False)
 
 
-def load(path: Path) -> File:
-    """The chatbots of a file by id. Raises Misconfigured naming every mistake at once."""
+def load(path: Path, *, safe: Safe = NO_SAFE) -> File:
+    """The chatbots of a file by id, their keys as they may be stored. Raises Misconfigured naming all mistakes."""
     try:
         if path.stat().st_size > FILE_LIMIT:
             raise Misconfigured("configuration_invalid", f"{path} is larger than 1 MiB.")
-        return parse(path.read_text(encoding="utf-8"), str(path))
+        return parse(path.read_text(encoding="utf-8"), str(path), safe=safe)
     except (OSError, UnicodeDecodeError) as error:
         raise Misconfigured("configuration_unreadable", f"{path} cannot be read: {error}") from None
 
 
-def parse(text: str, source: str = "configuration") -> File:
+def parse(text: str, source: str = "configuration", *, safe: Safe = NO_SAFE) -> File:
     """As `load`, for a text."""
     document = Document(text, source)
-    return _checked(document.value, document.refused)
+    return _checked(document.value, document.refused, safe)
 
 
-def parse_one(chatbot_id: str, given: Mapping[str, Any]) -> File:
+def parse_one(chatbot_id: str, given: Mapping[str, Any], *, safe: Safe = NO_SAFE) -> File:
     """One chatbot, `{"chatbot": {...}, "providers": {...}, "templates": {...}}` in the file's shapes.
 
     Raises Misconfigured naming every mistake at once.
@@ -63,7 +64,7 @@ def parse_one(chatbot_id: str, given: Mapping[str, Any]) -> File:
     if unknown := sorted(given.keys() - {"chatbot", "providers", "templates"}):
         raise _refused([([], f"there is no member named {name!r}") for name in unknown])
     parts = {name: given[name] for name in ("providers", "templates") if name in given}
-    return _checked({**parts, "chatbots": {chatbot_id: given.get("chatbot")}}, _refused)
+    return _checked({**parts, "chatbots": {chatbot_id: given.get("chatbot")}}, _refused, safe)
 
 
 def _refused(mistakes: Sequence[tuple[Place, str]]) -> Misconfigured:
@@ -73,11 +74,11 @@ def _refused(mistakes: Sequence[tuple[Place, str]]) -> Misconfigured:
     )
 
 
-def _checked(value: Any, refused: Refused) -> File:
+def _checked(value: Any, refused: Refused, safe: Safe) -> File:
     if wrong := list(faults(value)):
         raise refused(wrong)
     try:
-        shapes = FileShape.model_validate(value)
+        shapes = FileShape.model_validate(value, context=safe)
     except ValidationError as error:
         raise refused(told(error)) from None
     wrong = [*_unknown_providers(shapes), *_bad_templates(shapes)]

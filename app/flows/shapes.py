@@ -9,11 +9,13 @@ from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from app.errors import Misconfigured
 from app.flows.config import ANSWER_TOKENS, OnBusy
 from app.flows.document import Place
 from app.providers.provider import Kind, LimitName
+from app.safe import NO_SAFE
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _TEMPLATE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[1-9][0-9]{0,8})?$"
@@ -63,10 +65,12 @@ class ProviderShape(_Strict):
 
     @field_validator("api_key")
     @classmethod
-    def _reference(cls, value: str | None) -> str | None:
-        if value is not None and not (_ENV.fullmatch(value) or value.removeprefix("file:") not in ("", value)):
-            raise ValueError("must be a reference, env:NAME or file:/path, never the key itself")
-        return value
+    def _stored(cls, value: str | None, info: ValidationInfo) -> str | None:
+        """As it may be stored; the safe is the context."""
+        try:
+            return None if value is None else (info.context or NO_SAFE).stored(value)
+        except Misconfigured as error:
+            raise ValueError(error.detail) from None
 
 
 class ChoiceShape(_Strict):

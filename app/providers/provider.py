@@ -76,7 +76,8 @@ CONCURRENCY = 2000
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """Where a provider is and how to speak to it. `base_url` may be env:NAME, `api_key` env:NAME or file:PATH.
+    """Where a provider is and how to speak to it. `base_url` may be env:NAME; `api_key` is env:NAME, file:PATH or
+    encrypted.
 
     The last two are for the kind openai: whether it is asked for token counts, and what it calls a limit of tokens.
     """

@@ -8,6 +8,7 @@ from typing import TypedDict, Unpack
 
 from app.providers.provider import Deadlines, Endpoint, Kind, Provider
 from app.references import resolve
+from app.safe import NO_SAFE, Safe
 
 # Each holds a connection pool; a server with more endpoints than this rebuilds the idle one unused for longest.
 _KEPT = 64
@@ -19,15 +20,16 @@ class Providers:
     At most _KEPT are kept, and those with calls under way.
     """
 
-    def __init__(self, *, deadlines: Deadlines, concurrency: int) -> None:
+    def __init__(self, *, deadlines: Deadlines, concurrency: int, safe: Safe = NO_SAFE) -> None:
         self._deadlines = deadlines
         self._concurrency = concurrency
+        self._safe = safe
         self._providers: OrderedDict[tuple[Endpoint, str, str | None], Provider] = OrderedDict()
         self._closing: set[asyncio.Task[None]] = set()
 
     def get(self, endpoint: Endpoint) -> Provider:
-        """Raises Misconfigured where a reference leads nowhere."""
-        key = (endpoint, resolve(endpoint.base_url), endpoint.api_key and resolve(endpoint.api_key))
+        """Raises Misconfigured where a reference leads nowhere, or an encrypted key cannot be read."""
+        key = (endpoint, resolve(endpoint.base_url), endpoint.api_key and self._safe.resolve(endpoint.api_key))
         if key not in self._providers:
             self._providers[key] = self._build(*key)
             self._retire()

@@ -19,6 +19,7 @@ from app.access.signing import Signing, given_keys
 from app.access.stream_token import SigningKey, StreamToken, signed
 from app.errors import Misconfigured
 from app.postgres import Pool, open_pool
+from app.safe import NO_SAFE
 from app.settings import load
 from app.telemetry import configure_logging
 from tests.access.test_guard import _url as url_of
@@ -297,7 +298,7 @@ async def test_after_a_renewal_the_key_before_is_good_and_the_one_before_that_is
     assert await old.find(second.id) == second
     assert old.first == second
     async with pool.acquire() as connection:
-        await signing.renew(connection)
+        await signing.renew(connection, NO_SAFE)
     await new.run_once()
     assert await new.find(first.id) is None
     assert await new.find(second.id) == second
