@@ -19,6 +19,7 @@ from app.access.client import trusted_proxies
 from app.access.credentials import Credentials, is_loopback, require_safe
 from app.access.demands import demands
 from app.access.keys import Keys
+from app.access.limits import limits_of
 from app.access.links import Links
 from app.access.origins import origins
 from app.access.signing import Signing, given_keys
@@ -117,6 +118,7 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
     """
     require_safe(settings)
     signing_keys, safe = given_keys(settings), Safe.of(settings.master_key)
+    limits_of(settings, Metrics())
     reference = Reference(OPERATIONS, HEADERS)
     body_limit = [Middleware(problems.BodyLimit, settings.body_limit)]
     routes = [
@@ -331,6 +333,7 @@ class Gateway:
             ),
             links=links,
             proxies=trusted_proxies(settings),
+            limits=limits_of(settings, metrics),
             settings=settings,
             pool=pool,
             probe=health.Probe(reserve, on_silence=self._distrust),

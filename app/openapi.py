@@ -145,6 +145,7 @@ def document(routes: Iterable[BaseRoute], operations: Operations, headers: Mappi
                 "Problem": _problem("Any other failure.", ()),
                 "Unauthorized": _problem(_UNAUTHORIZED, ("WWW-Authenticate",)),
                 "Forbidden": _problem(_FORBIDDEN, ("WWW-Authenticate",)),
+                "TooMany": _problem(_TOO_MANY, _LIMITED),
             },
         },
     }
@@ -175,13 +176,16 @@ _SCHEMES: Json = {
 _UNAUTHORIZED = "Problem: `credentials_missing`, `credentials_invalid`, `token_invalid`, `token_expired`."
 _FORBIDDEN = "Problem: `scope_missing`, `user_mismatch`, `origin_unknown`."
 
+_TOO_MANY = "Problem: `rate_limited`, `too_many_failures`."
+_LIMITED = ("Retry-After", "RateLimit", "RateLimit-Policy")
+
 
 def _security(demand: Demand) -> list[Json]:
     return [] if demand == "public" else [{name: [demand]} for name in _SCHEMES]
 
 
 def _refusals(demand: Demand) -> Json:
-    names = {} if demand == "public" else {"401": "Unauthorized", "403": "Forbidden"}
+    names = {} if demand == "public" else {"401": "Unauthorized", "403": "Forbidden", "429": "TooMany"}
     return {status: {"$ref": f"#/components/responses/{name}"} for status, name in names.items()}
 
 
@@ -233,8 +237,9 @@ def _content(content: Content) -> Json:
 
 
 def _failure(status: int, codes: Sequence[str]) -> Json:
-    again = ("Retry-After",) if status == 503 else ()
-    return _problem("Problem: " + ", ".join(f"`{code}`" for code in codes) + ".", again)
+    told = [*codes, "rate_limited", "too_many_failures"] if status == 429 else codes
+    again = _LIMITED if status == 429 else ("Retry-After",) if status == 503 else ()
+    return _problem("Problem: " + ", ".join(f"`{code}`" for code in told) + ".", again)
 
 
 def _problem(description: str, headers: Sequence[str]) -> Json:

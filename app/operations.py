@@ -62,6 +62,9 @@ HEADERS: Mapping[str, str] = {
     "Cache-Control": "`private, max-age=3600` for a stream that has ended, `private, no-cache` for a chatbot, "
     "otherwise `no-store`; SSE is never cached.",
     "Vary": "What changes the answer: `Accept`, `Last-Event-ID`, and who asks.",
+    "RateLimit": "Of the tightest of the limits that the request counted for: how often more now (`r`), and in how "
+    "many seconds all of it, or, where this was one too many, the next (`t`); draft-ietf-httpapi-ratelimit-headers-10.",
+    "RateLimit-Policy": "That limit: how often (`q`) in how many seconds (`w`).",
     "WWW-Authenticate": "How to become somebody, as RFC 6750 says it.",
     "Content-Security-Policy": "Only the page's own script and style run; it talks to this server alone.",
 }

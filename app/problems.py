@@ -1,6 +1,7 @@
 """Where failures become answers, and only here: `application/problem+json` (RFC 9457), each noted in the journal."""
 
 from collections.abc import Awaitable, Callable, Mapping
+from math import ceil
 from typing import Any, TypedDict
 
 import orjson
@@ -11,6 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.access.limits import headers_of
 from app.errors import BadRequest, NotFound, ParleyError, TooLarge, TooSlow, Unavailable, to_problem
 from app.journal import About, Journal
 from app.postgres import AWAY, CONFLICT, why
@@ -82,9 +84,10 @@ async def answer(request: Request[Any], error: Exception) -> Response:
         return Response(status_code=204, headers=error.headers)
     headers = dict(error.headers or {}) if isinstance(error, HTTPException) else {}
     told = _translate(error)
-    if isinstance(told, Unavailable) and _follows_events(request):
-        # Browsers give up for ever on a 503 to an EventSource (G14).
-        return come_back_later(request.state["settings"].sse_retry_ms)
+    if (isinstance(told, Unavailable) or told.code == "rate_limited") and _follows_events(request):
+        # Browsers give up for ever on a 429 or 503 to an EventSource (G14).
+        wait_ms = 0 if isinstance(told, Unavailable) else ceil((told.retry_after or 0) * 1000)
+        return come_back_later(max(wait_ms, request.state["settings"].sse_retry_ms))
     return _respond(request, told, headers, cause=error)
 
 
@@ -126,8 +129,9 @@ def _respond(request: Request[Any], error: ParleyError, headers: dict[str, str],
     about = About(request_id=request_id(request.scope), context=context)
     stack_of = cause if error.status >= 500 else None
     error_id = journal.record(error.code, error.detail, about=about, error=stack_of, category="REQUEST_ERROR")
+    headers |= headers_of(request.scope)
     if error.retry_after is not None:
-        headers["Retry-After"] = str(max(1, round(error.retry_after)))
+        headers["Retry-After"] = str(max(1, ceil(error.retry_after)))
     if challenge := _challenge(error):
         headers["WWW-Authenticate"] = challenge
     if isinstance(error, TooSlow):

@@ -132,6 +132,16 @@ class Settings(BaseSettings):
     )
     user_queue: int = Field(200, ge=0, description="Messages of one user that may wait in all sessions together.")
     max_runs: int = Field(2000, ge=1, description="Answers under way on this replica; more are refused with 503.")
+    rate_user: str = Field(
+        "messages=120, uploads=60, changes=300, reads=3000, connects=300",
+        description="What one user may do in a minute on this replica, or `none`; more is refused with 429.",
+    )
+    rate_key: str = Field("none", description="What one API key may do in a minute on this replica.")
+    rate_address: str = Field(
+        "failures=60",
+        description="What may be done without an API key from one address in a minute on this replica; `failures` are "
+        "requests with bad credentials.",
+    )
     idempotency_hours: float = Field(24, gt=0, description="How long an Idempotency-Key is remembered, in hours.")
 
     connect_timeout_s: float = Field(5, gt=0, description="Connecting to a provider, in seconds.")

@@ -52,6 +52,9 @@ class Metrics:
         registry.register(_EventCounts(self))
         self.errors = counter("parley_errors", "Errors by their stable code.", ["code"])
         self.streams_ended = counter("parley_streams_ended", "Answers ended, by status.", ["status"])
+        self.limited = counter(
+            "parley_limited", "Requests refused by a limit, by what and whose it is.", ["limit", "of"]
+        )
         self.takeovers = counter(
             "parley_takeovers", "Streams of dead replicas taken over, by what became of them.", ["how"]
         )

@@ -110,7 +110,8 @@ async def run(*args: str, command: Sequence[str] = PARLEY, **variables: str) -> 
 
 def _environment(variables: dict[str, str]) -> dict[str, str]:
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("PARLEY_", "PG", "DATABASE_"))}
-    return ours | {"PARLEY_AUTH": "open"} | variables
+    unlimited = {"PARLEY_RATE_USER": "none", "PARLEY_RATE_ADDRESS": "none"}
+    return ours | {"PARLEY_AUTH": "open"} | unlimited | variables
 
 
 @contextmanager

@@ -12,6 +12,9 @@ from app.flows import chatbots, file
 from app.server import gateway
 from app.settings import load
 
+# Tests ask faster than people.
+UNLIMITED = {"rate_user": "none", "rate_address": "none"}
+
 
 @asynccontextmanager
 async def client_of(url: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
@@ -23,7 +26,7 @@ async def client_of(url: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
 async def serving(database: str, **settings: Any) -> AsyncGenerator[httpx2.AsyncClient, None]:
     """A client of a gateway that is ready, and open to anybody unless the settings say otherwise."""
     async with (
-        gateway(load(**{"auth": "open", **settings}, database_url=database, port=0)) as url,
+        gateway(load(**{"auth": "open", **UNLIMITED, **settings}, database_url=database, port=0)) as url,
         client_of(url) as client,
     ):
         await until_ready(client)

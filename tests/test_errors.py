@@ -17,6 +17,7 @@ ROOT = Path(__file__).parent.parent
 _EVERYWHERE = {"route_unknown", "method_not_allowed", "internal_error"}
 _EVERYWHERE |= {"credentials_missing", "credentials_invalid", "scope_missing", "user_mismatch", "issuer_unavailable"}
 _EVERYWHERE |= {"token_invalid", "token_expired", "origin_unknown"}
+_EVERYWHERE |= {"rate_limited", "too_many_failures"}
 
 # Errors with an HTTP status that are never raised while a request is answered.
 _NO_ANSWER = {

@@ -6,6 +6,7 @@ from typing import Literal
 from starlette.routing import Route
 
 from app.access.principal import Scope
+from app.access.rates import Activity
 
 Demand = Scope | Literal["public"]
 # By method and path; with "?name", where the query has that name.
@@ -33,6 +34,8 @@ _DEMANDS: Demands = {
 }
 # Where the token of a streaming URL is enough. Both may name no other streams than those of the tokens.
 BY_TOKEN = frozenset({("GET", "/api/stream-events/{stream_id}"), ("GET", "/api/stream")})
+# What a request that is no GET counts as, where it is not one of `changes`.
+ACTIVITIES: Mapping[str, Activity] = {"/api/process-message": "messages", "/api/upload-image": "uploads"}
 # What PARLEY_METRICS_OPEN opens.
 _METRICS: Demands = {("GET", "/readyz?verbose"): "public", ("GET", "/metrics"): "public"}
 

@@ -9,32 +9,40 @@ from uuid import UUID
 from starlette.datastructures import QueryParams
 from starlette.requests import Request
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from app.access.credentials import Credentials
-from app.access.demands import BY_TOKEN, Demand, Demands, check, demands_of
+from app.access.demands import ACTIVITIES, BY_TOKEN, Demand, Demands, check, demands_of
+from app.access.limits import Limits, headers_of
 from app.access.principal import Principal
-from app.errors import Invalid
+from app.access.rates import Activity
+from app.errors import Invalid, Unauthorized
 from app.text import clean
+
+# Credentials that were no good, rather than none, or some that were good once.
+_FAILURES = {"credentials_invalid", "token_invalid"}
 
 
 class Needs(TypedDict):
     credentials: Credentials
+    limits: Limits
 
 
 def guard(routes: Sequence[Route], table: Demands) -> None:
     """Put a door before every route. Raises LookupError where the table and the routes are not the same."""
     check(routes, table)
     for route in routes:
-        route.app = _Door(route.app, demands_of(route, table), by_token=("GET", route.path) in BY_TOKEN)
+        by_token, writes = ("GET", route.path) in BY_TOKEN, ACTIVITIES.get(route.path, "changes")
+        route.app = _Door(route.app, demands_of(route, table), by_token=by_token, writes=writes)
 
 
 class _Door:
     """ASGI. Asked before anything of the body is read."""
 
-    def __init__(self, app: ASGIApp, demands: dict[str, Demand], *, by_token: bool) -> None:
+    def __init__(self, app: ASGIApp, demands: dict[str, Demand], *, by_token: bool, writes: Activity) -> None:
         self._app = app
+        self._writes: Activity = writes
         self._by_token = by_token
         self._demands = demands
         self._named = [name.partition("?") for name in demands if "?" in name]
@@ -46,10 +54,21 @@ class _Door:
             return
         principal = scope["principal"] = await self._principal(scope)
         principal.require(demand)
+        limits: Limits = scope["state"]["limits"]
+        limits.count(scope, self._activity(scope), principal)
         with bound_contextvars(principal=principal.id):
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, _telling(scope, send))
 
     async def _principal(self, scope: Scope) -> Principal:
+        try:
+            return await self._known(scope)
+        except Unauthorized as refused:
+            if refused.code in _FAILURES:
+                limits: Limits = scope["state"]["limits"]
+                limits.count_failure(scope)
+            raise
+
+    async def _known(self, scope: Scope) -> Principal:
         credentials: Credentials = scope["state"]["credentials"]
         # A word that is not in the query needs no parsing of it.
         if self._by_token and scope["method"] in ("GET", "HEAD") and b"token" in scope["query_string"]:
@@ -57,11 +76,29 @@ class _Door:
             return await credentials.reader([token for token in tokens if token], scope["headers"])
         return await credentials.principal(scope["headers"])
 
+    def _activity(self, scope: Scope) -> Activity:
+        if scope["method"] not in ("GET", "HEAD"):
+            return self._writes
+        accept = next((value for name, value in scope["headers"] if name == b"accept"), b"")
+        return "connects" if b"text/event-stream" in accept else "reads"
+
     def _demand(self, scope: Scope) -> Demand:
         method = "GET" if scope["method"] == "HEAD" else scope["method"]
         query = QueryParams(scope["query_string"]) if self._named else ()
         stricter = (self._demands[f"{of}?{name}"] for of, _, name in self._named if of == method and name in query)
         return next(stricter, self._demands[method])
+
+
+def _telling(scope: Scope, send: Send) -> Send:
+    """Say in an answer how much is left, unless it says so already: failures are answered elsewhere."""
+
+    async def tell(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            told = [(name.lower().encode(), value.encode()) for name, value in headers_of(scope).items()]
+            message["headers"] = [*message["headers"], *told]
+        await send(message)
+
+    return tell
 
 
 def principal_of(request: Request[Any]) -> Principal:

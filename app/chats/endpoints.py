@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access.guard import principal_of
+from app.access.limits import Limits
 from app.access.links import Links
 from app.chats.allowance import Allowance
 from app.chats.images import Images, StoredImage
@@ -83,6 +84,7 @@ class Analysis:
 class Needs(TypedDict):
     settings: Settings
     links: Links
+    limits: Limits
     images: Images
     uploads: Allowance
     # Raises Unavailable where nothing may be stored now.
@@ -100,6 +102,7 @@ async def upload_image(request: Request[Needs]) -> Response:
     async with request.state["uploads"].take(_size(request)):
         upload = await _received(request)
         user_id = principal_of(request).acting_for(upload.user_id)
+        request.state["limits"].count_named(request.scope, "uploads", user_id)
         if upload.message_text:
             await request.state["admit_question"](user_id or "")
         image = await request.state["images"].accept(upload_of(upload.image_data), user_id=user_id or "")

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access.guard import owner_of, principal_of
+from app.access.limits import Limits
 from app.access.links import Links
 from app.access.principal import Principal
 from app.chats.chat import Message
@@ -42,6 +43,7 @@ class Needs(TypedDict):
     pool: Pool
     settings: Settings
     links: Links
+    limits: Limits
 
 
 class HistoryMessage(BaseModel):
@@ -133,6 +135,7 @@ async def process_message(request: Request[Needs]) -> Response:
     """Accept a message; answers as soon as it is durable, before the model is asked."""
     body = await request.body()
     incoming = _incoming(request, principal_of(request), body)
+    request.state["limits"].count_named(request.scope, "messages", incoming.user_id)
     accepted = await request.state["intake"].accept(incoming)
     return _answer(accepted, request.state["links"])
 

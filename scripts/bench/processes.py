@@ -93,7 +93,7 @@ async def _started(arguments: tuple[str, ...], environment: Mapping[str, str] | 
 def _environment(more: Mapping[str, str] | None) -> dict[str, str]:
     """Ours without anybody's settings of a gateway."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PARLEY_", "DATABASE_URL"))}
-    return {**kept, **(more or {})}
+    return {**kept, "PARLEY_RATE_USER": "none", **(more or {})}
 
 
 async def _stop(process: Process) -> None:

@@ -70,6 +70,7 @@ class Replica:
         path = os.pathsep.join(filter(None, (str(_CLOCK), os.environ.get("PYTHONPATH"))))
         dsn = f"postgresql://{self.role}@127.0.0.1:{self.database.port}/parley?sslmode=disable"
         mine = {"DATABASE_URL": dsn, "PARLEY_PORT": str(self.port), "PARLEY_LOG_FORMAT": "text", "PARLEY_AUTH": "open"}
+        mine["PARLEY_RATE_USER"] = "none"
         return {**kept, **self._variables, **mine, "PYTHONPATH": path, "PARLEY_CHAOS_CLOCK_S": self.clock}
 
     async def ready(self, within_s: float = _READY_S) -> None:

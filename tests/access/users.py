@@ -13,7 +13,7 @@ from app.access.principal import Principal
 from app.main import State, create_app
 from app.server import serving
 from app.settings import Settings, load
-from tests.serving import client_of, until_ready
+from tests.serving import UNLIMITED, client_of, until_ready
 
 
 async def signed_in(token: str) -> Principal:
@@ -27,7 +27,7 @@ def as_user(name: str) -> dict[str, str]:
 @asynccontextmanager
 async def serving_users(database: str, **settings: Any) -> AsyncGenerator[httpx2.AsyncClient, None]:
     """A client of a gateway that is ready and takes API keys and users."""
-    app = _with_users(load(**{"drain_s": 0, **settings}, database_url=database, port=0))
+    app = _with_users(load(**{"drain_s": 0, **UNLIMITED, **settings}, database_url=database, port=0))
     async with serving(app, "127.0.0.1", 0) as url, client_of(url) as client:
         await until_ready(client)
         yield client

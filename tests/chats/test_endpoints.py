@@ -19,6 +19,7 @@ from app.access.credentials import Credentials
 from app.access.guard import Needs as GuardNeeds
 from app.access.guard import guard
 from app.access.keys import Keys
+from app.access.limits import Limits as RateLimits
 from app.access.links import Links
 from app.chats.allowance import Allowance
 from app.chats.decoders import Decoders
@@ -31,6 +32,7 @@ from app.postgres import open_pool
 from app.server import gateway
 from app.server import serving as serving_app
 from app.settings import load
+from app.telemetry import Metrics
 from tests.chats.pictures import base64_of, bomb, halves, picture, png, slow_jpeg, written
 from tests.serving import client_of, serving
 
@@ -204,6 +206,7 @@ async def _alone(database: str, asked: list[Question], total: int) -> AsyncGener
             credentials=Credentials("open", Keys(pool), local=True),
             settings=load(),
             links=Links(None, run_s=1, queue=0),
+            limits=RateLimits({}, Metrics()),
             images=Images(pool, decoders),
             uploads=Allowance(total, of="uploads", wait_s=0.05),
             admit_upload=lambda: None,
