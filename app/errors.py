@@ -75,6 +75,11 @@ class TooMany(ParleyError):
     title = "Too many requests"
 
 
+class HeadTooLarge(ParleyError):
+    status = 431
+    title = "Request header fields too large"
+
+
 class UpstreamFailed(ParleyError):
     status = 502
     title = "Bad gateway"

@@ -120,7 +120,7 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
     signing_keys, safe = given_keys(settings), Safe.of(settings.master_key)
     limits_of(settings, Metrics())
     reference = Reference(OPERATIONS, HEADERS)
-    body_limit = [Middleware(problems.BodyLimit, settings.body_limit)]
+    body_limit = [Middleware(problems.BodyLimit, settings.body_limit, within_s=settings.body_timeout_s)]
     routes = [
         Route(
             "/api/process-message",
@@ -132,13 +132,19 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
             "/api/upload-image",
             chat_endpoints.upload_image,
             methods=["POST"],
-            middleware=[Middleware(problems.BodyLimit, settings.upload_limit)],
+            middleware=[Middleware(problems.BodyLimit, settings.upload_limit)],  # it has a time limit of its own
         ),
         Route(
             "/api/conversation-config/{chatbot_id}",
             configuration.conversation_config,
             methods=["GET", "PUT"],
-            middleware=[Middleware(problems.BodyLimit, min(settings.body_limit, configuration.BODY_LIMIT))],
+            middleware=[
+                Middleware(
+                    problems.BodyLimit,
+                    min(settings.body_limit, configuration.BODY_LIMIT),
+                    within_s=settings.body_timeout_s,
+                )
+            ],
         ),
         Route("/api/stream-events/{stream_id}", stream_endpoints.stream_events),
         Route("/api/stream", stream_endpoints.several_streams),

@@ -123,6 +123,7 @@ _PROCESS_MESSAGE = Operation(
         404: ["chatbot_unknown", "image_unknown"],
         409: ["session_busy", "message_exists"],
         429: ["queue_full", "too_many_runs"],
+        408: ["body_too_slow"],
         413: ["body_too_large"],
         422: [
             "invalid_request",
@@ -360,6 +361,7 @@ _PUT_CONFIG = Operation(
     ),
     problems={
         400: ["invalid_json"],
+        408: ["body_too_slow"],
         413: ["body_too_large"],
         422: ["configuration_invalid"],
         503: ["database_unavailable", "database_busy"],
@@ -397,6 +399,7 @@ _CANCEL = Operation(
     problems={
         400: ["invalid_json"],
         404: ["stream_unknown"],
+        408: ["body_too_slow"],
         413: ["body_too_large"],
         422: ["invalid_request"],
         503: ["database_unavailable"],
@@ -444,6 +447,7 @@ _EDIT_QUEUED = Operation(
     problems={
         **_QUEUE_PROBLEMS,
         400: ["invalid_json"],
+        408: ["body_too_slow"],
         413: ["body_too_large"],
         422: ["invalid_request", "message_too_long"],
     },

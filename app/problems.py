@@ -1,7 +1,8 @@
 """Where failures become answers, and only here: `application/problem+json` (RFC 9457), each noted in the journal."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
-from math import ceil
+from math import ceil, inf
 from typing import Any, TypedDict
 
 import orjson
@@ -48,24 +49,36 @@ def _of_http(error: HTTPException) -> ParleyError:
 
 
 class BodyLimit:
-    """ASGI middleware: a body over `limit` bytes is refused as soon as that shows, whether it is declared or not.
+    """ASGI middleware: a body over `limit` bytes is refused as soon as that shows, whether it is declared or not, and
+    one that is not whole `within_s` after it is first asked for.
 
     Starlette's own answers a declared one in plain text, whatever the handlers below say.
     """
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(self, app: ASGIApp, limit: int, *, within_s: float = inf) -> None:
         self._app = app
         self._limit = limit
+        self._within_s = within_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         declared = Headers(scope=scope).get("content-length", "0")
-        read = 0
+        read, more = 0, True
+        due: float | None = None
 
         async def bounded() -> Message:
-            nonlocal read
+            nonlocal read, more, due
+            if not more:  # nobody is slow who has sent everything; what comes now is the end of the connection
+                return await receive()
             self._check(int(declared) if declared.isdecimal() else 0)
-            message = await receive()
+            due = due or asyncio.get_running_loop().time() + self._within_s
+            try:
+                async with asyncio.timeout_at(due):
+                    message = await receive()
+            except TimeoutError:
+                detail = f"The body did not arrive within {self._within_s:g} seconds."
+                raise TooSlow("body_too_slow", detail) from None
             read += len(message.get("body", b""))
+            more = message.get("more_body", False)
             self._check(read)
             return message
 

@@ -7,10 +7,12 @@ import socket
 import sys
 from collections.abc import AsyncGenerator, Generator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from app import connection
 from app.access.origins import cors
 from app.errors import Misconfigured, ParleyError
 from app.main import Life, create_app
@@ -136,13 +138,15 @@ async def serving(
     *,
     unacknowledged_s: float = _UNACKNOWLEDGED_S,
     headers: Sequence[tuple[str, str]] = (),
+    head_s: float = connection.HEAD_S,
 ) -> AsyncGenerator[str, None]:
     """Any app served while the block runs, each answer with these headers; yields its URL."""
     listener = bind(host, port, unacknowledged_s=unacknowledged_s)
     server = _Server(
         uvicorn.Config(
             app,
-            http="httptools",
+            http=partial(connection.Connection, head_s=head_s),  # type: ignore[arg-type]
+            ws="none",
             lifespan="on",
             log_config=None,
             access_log=False,

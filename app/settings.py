@@ -110,6 +110,7 @@ class Settings(BaseSettings):
     pool_size: int = Field(10, ge=2, le=200, description="Database connections of the API, beside the log's own one.")
 
     body_limit: int = Field(4 * MIB, ge=KIB, description="Largest request body, in bytes.")
+    body_timeout_s: float = Field(30, gt=0, description="How long a request's body may take, in seconds.")
     upload_limit: int = Field(10 * MIB, ge=KIB, description="Largest body of upload-image, in bytes.")
     upload_timeout_s: float = Field(30, gt=0, description="How long the body of an upload may take, in seconds.")
     image_pixels: int = Field(40_000_000, ge=1, description="Most pixels of a picture; asked before it is decoded.")

@@ -16,6 +16,10 @@ PRINTABLE = r"^[^\x00-\x1f\x7f\ufffd]+$"
 # U+0000 is refused by PostgreSQL, lone surrogates by every encoder.
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
+# Arrays and objects in one another. What is written as JSON again may have 254.
+_DEEPEST = 64
+# Members of a body, about: each costs some 60 bytes of memory when it is two in the body. Commas in texts count, too.
+_MOST_PARTS = 500_000
 
 # Vendors repeat keys in part ("sk-ab***yz"), so the look of a key counts as well as the key itself.
 # A word with stars is looked for from its beginning only, so that the time is linear.
@@ -43,13 +47,28 @@ def clean(text: str) -> str:
 
 def parse_object(body: bytes | bytearray) -> dict[str, Any]:
     """A JSON object from a request body. Raises BadRequest for anything else, whatever it holds."""
+    if (nested := body.count(b"[") + body.count(b"{")) + body.count(b",") > _MOST_PARTS:
+        raise BadRequest("invalid_json", "The body has too many members.")
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError:
         value = _parse_leniently(body)
     if not isinstance(value, dict):
         raise BadRequest("invalid_json", "The body must be a JSON object.")
+    if nested > _DEEPEST and _is_deep(value):
+        raise BadRequest("invalid_json", f"The body is nested more than {_DEEPEST} deep.")
     return value
+
+
+def _is_deep(value: Any) -> bool:
+    """Without recursion: whoever reads or writes the value later may use some, up to a limit of its own."""
+    level = [value]
+    for _ in range(_DEEPEST):
+        inside = (part for parent in level for part in (parent.values() if isinstance(parent, dict) else parent))
+        level = [part for part in inside if isinstance(part, dict | list)]
+        if not level:
+            return False
+    return True
 
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -68,9 +87,15 @@ def validated(model: type[Body], given: Mapping[str, Any]) -> Body:
 def _parse_leniently(body: bytes | bytearray) -> Any:
     # orjson refuses lone surrogate escapes, which JavaScript front ends do send (a text cut inside an emoji).
     try:
-        return _cleaned(json.loads(body.decode(), parse_constant=_refuse))
+        return _cleaned(json.loads(body.decode(), parse_constant=_refuse, parse_int=_number))
     except (ValueError, RecursionError):
         raise BadRequest("invalid_json", "The body is not valid JSON in UTF-8, or is nested too deeply.") from None
+
+
+def _number(digits: str) -> int | float:
+    # As orjson reads them: nobody could write a larger integer back.
+    number = int(digits)
+    return number if -(2**63) <= number < 2**64 else float(digits)
 
 
 def _refuse(constant: str) -> None:

@@ -2,10 +2,12 @@
 
 from time import perf_counter
 
+import orjson
 import pytest
 
+from app.errors import BadRequest
 from app.providers.refusal import Refusals
-from app.text import redacted
+from app.text import parse_object, redacted
 
 SECRETS = {
     "key sk-ab***yz.": "key [key].",
@@ -30,3 +32,22 @@ def test_no_text_takes_long(word: str) -> None:
     Refusals("vendor", secret="tree").scrubbed(text)
     # Quadratic time would be many seconds.
     assert perf_counter() - began < 1.5
+
+
+@pytest.mark.parametrize("lone", ["", "\\ud800"])
+def test_numbers_are_such_as_can_be_written_again_whichever_way_they_are_read(lone: str) -> None:
+    numbers = f"[{2**64}, {-(2**63) - 1}, {2**64 - 1}, 1, 1.5, {'9' * 300}]"
+    found = parse_object(f'{{"lone": "{lone}", "numbers": {numbers}}}'.encode())
+    assert found["numbers"] == [float(2**64), float(-(2**63) - 1), 2**64 - 1, 1, 1.5, float("9" * 300)]
+    orjson.dumps(found)
+
+
+@pytest.mark.parametrize("lone", ["", "\\ud800"])
+def test_a_body_may_be_64_deep(lone: str) -> None:
+    for depth in (63, 64):
+        body = f'{{"lone": "{lone}", "deep": {"[" * depth}{"]" * depth}}}'.encode()
+        if depth == 63:
+            parse_object(body)
+        else:
+            with pytest.raises(BadRequest, match="nested"):
+                parse_object(body)

@@ -156,7 +156,7 @@ def _incoming(request: Request[Needs], principal: Principal, body: bytes) -> Inc
         on_busy=message.on_busy,
         image_data=message.image_data,
         image_id=message.image_id,
-        key=_key(request, principal, message, body, given),
+        key=_key(request, principal, message, given),
         request_id=request_id(request.scope),
     )
 
@@ -193,9 +193,7 @@ def _history(message: ProcessMessage) -> list[Message] | None:
     return [Message(past.role, clean(past.content)) for past in message.conversation_history]
 
 
-def _key(
-    request: Request[Needs], principal: Principal, message: ProcessMessage, body: bytes, given: dict[str, Any]
-) -> Key | None:
+def _key(request: Request[Needs], principal: Principal, message: ProcessMessage, given: dict[str, Any]) -> Key | None:
     """The header wins; a client_message_id alone makes the POST repeatable too.
 
     Each principal has its own keys, and of one that acts for many users each user.
@@ -206,10 +204,7 @@ def _key(
     key = f"key:{header}" if header else f"message:{message.client_message_id}" if message.client_message_id else None
     if key is None:
         return None
-    try:
-        canonical = orjson.dumps(given, option=orjson.OPT_SORT_KEYS)
-    except orjson.JSONEncodeError:  # what is not looked at may be nested deeper, or larger, than can be written again
-        canonical = body
+    canonical = orjson.dumps(given, option=orjson.OPT_SORT_KEYS)
     return Key(f"{principal.id} {message.user_id}", "process-message", key, hashlib.sha256(canonical).hexdigest())
 
 
