@@ -264,6 +264,7 @@ async def test_doctor_of_a_healthy_installation(database: str) -> None:
         "database",
         "schema",
         "access",
+        "master key",
         "answers",
         "jobs",
         "provider demo",

@@ -22,6 +22,8 @@ _LONGEST = 8 * 1024
 # Verified tokens that are remembered; about 500 bytes each.
 _REMEMBERED = 10_000
 _LONGEST_USER = 256
+# Later ends are no numbers that one can calculate with.
+_NEVER = 1 << 53
 # Headers that bring a key of their own, or change what the others mean.
 _REFUSED_HEADERS = {"jku", "jwk", "x5u", "crit", "b64", "zip"}
 _TYPES = {"jwt", "at+jwt", "application/jwt", "application/at+jwt"}
@@ -72,8 +74,10 @@ class UserTokens:
         if key is None:
             raise _refused(_DEFAULT)
         claims = self._claims(token, key)
-        principal = _principal(claims, self._expected.scopes)
-        self._remember(digest, principal, until=int(claims["exp"]))
+        expires = min(int(claims["exp"]), _NEVER)
+        # As long as the token would be taken, connections that it has opened may go on.
+        principal = _principal(claims, self._expected.scopes, until=expires + self._expected.leeway_s)
+        self._remember(digest, principal, until=expires)
         return principal
 
     def _recall(self, digest: bytes) -> Principal | None:
@@ -123,11 +127,11 @@ def _header(token: str) -> tuple[str | None, str]:
     return kid, algorithm
 
 
-def _principal(claims: dict[str, Any], usual: frozenset[Scope]) -> Principal:
+def _principal(claims: dict[str, Any], usual: frozenset[Scope], *, until: float) -> Principal:
     user_id: str = claims["sub"]
     if len(user_id) > _LONGEST_USER or not re.fullmatch(PRINTABLE, clean(user_id)):
         raise _refused("without a usable user in sub")
-    return Principal("user", f"user:{user_id}", _named(claims) or usual, user_id)
+    return Principal("user", f"user:{user_id}", _named(claims) or usual, user_id, until=until)
 
 
 def _named(claims: dict[str, Any]) -> frozenset[Scope]:

@@ -188,7 +188,8 @@ async def _frames(
                     if batch.frames:
                         yield opening + batch.frames
                         opening = b""
-    if request.state["hub"].closing:
+    # Also to a reader that was never told, as nothing came before its time was over.
+    if request.state["hub"].closing or opening:
         yield retry_line(settings.sse_retry_ms)
 
 

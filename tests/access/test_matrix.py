@@ -74,8 +74,15 @@ def _reading(things: Things) -> list[Attempt]:
 
 
 def _reading_several(things: Things) -> list[Attempt]:
-    streams = (things.running, things.ended, things.queued, f"{things.ended}:1", f"{things.own_stream},{things.ended}")
-    return [Attempt("/api/stream", {"streams": named}) for named in streams]
+    """Beside one's own as alone, whatever is said of where one stands; as if it were no stream at all."""
+    own, theirs = things.own_stream, (things.running, things.ended, things.queued)
+    streams = [*theirs, f"{things.ended}:1", f"{things.ended}:999999", f"{things.ended},{things.running}"]
+    streams += [named for one in theirs for named in (f"{own},{one}", f"{one},{own}:1", f"{own}:1,{one}:1")]
+    attempts = [Attempt("/api/stream", {"streams": named}) for named in streams]
+    for header in (f"{things.ended}:1", f"{own}:1,{things.ended}:999999"):
+        seen = {**_SSE, "Last-Event-ID": header}
+        attempts.append(Attempt("/api/stream", {"streams": f"{own},{things.ended}"}, seen))
+    return attempts
 
 
 def _stopping(things: Things) -> list[Attempt]:

@@ -30,6 +30,7 @@ from app.settings import Settings, load
 from tests.access.issuer import AUDIENCE, NAME, LocalIssuer, claims, jwk, local_issuer, private_key, token
 from tests.access.test_guard import bearer, key_with
 from tests.serving import apply_demo, serving
+from tests.sse import frames
 
 _ALLOWED = frozenset({"RS256", "ES256", "EdDSA"})
 _EXPECTED = Expected(NAME, (AUDIENCE,), (), _ALLOWED, 30, frozenset({"process", "read", "sync"}))
@@ -573,6 +574,51 @@ async def test_while_the_issuer_is_down_the_answer_is_503(database: str, local: 
         answer = await client.get("/api/stream", headers=bearer(token()))
         assert (answer.status_code, answer.json()["code"]) == (503, "issuer_unavailable")
         assert answer.headers["retry-after"] == "5"
+
+
+@pytest.mark.parametrize("chatbots", [["steady"], ["steady", "mute"], ["mute"]], ids=" and ".join)
+async def test_a_stream_ends_with_the_token_that_opened_it(
+    database: str, local: LocalIssuer, chatbots: list[str]
+) -> None:
+    """Between two frames (the strict reader fails on anything that is cut), and with a time to come back."""
+    models = {"steady": "demo?delay_ms=50&tokens=5000", "mute": "demo?fault=silent"}
+    settings = _jwt_settings(local, jwt_leeway_s=0, poll_s=0.05)
+    async with demo_provider() as demo_url, serving(database, **settings) as client:
+        await apply_demo(database, demo_url, models)
+        ann, streams = bearer(token()), []
+        for name in chatbots:
+            message = {"chatbot_id": name, "message_text": "hello", "session_id": name}
+            sent = await client.post("/api/process-message", json=message, headers=ann)
+            streams.append(stream := sent.json()["streaming_session_id"])
+            # Up to where one that says nothing stands.
+            async with asyncio.timeout(10):
+                while (await client.get(f"/api/stream-events/{stream}", headers=ann)).json()["last_event_id"] < 2:
+                    pass
+        url, several = f"/api/stream?streams={','.join(f'{stream}:2' for stream in streams)}", len(streams) > 1
+        if not several:
+            url = f"/api/stream-events/{streams[0]}?after=2"
+        expires = int(time()) + 3
+        short = {**bearer(token(exp=expires)), "Accept": "text/event-stream"}
+        async with asyncio.timeout(20), client.stream("GET", url, headers=short) as response:
+            said = await response.aread()
+        assert expires - 0.5 <= time() < expires + 3
+        assert said.count(b"retry: ") == 1
+        got = [frame async for frame in frames(_again(said), several=several)]
+        assert bool(got) == ("steady" in chatbots)
+        refused = await client.get(url, headers=short)
+        assert (refused.status_code, refused.json()["code"]) == (401, "credentials_invalid")
+        if got:
+            seen = {**ann, "Last-Event-ID": got[-1].id}
+            async with client.stream("GET", url, headers={**seen, "Accept": "text/event-stream"}) as again:
+                first = await anext(frames(again, several=several))
+            assert first.number == got[-1].number + 1
+
+
+def _again(said: bytes) -> httpx2.Response:
+    async def pieces() -> AsyncGenerator[bytes, None]:
+        yield said
+
+    return httpx2.Response(200, content=pieces())
 
 
 def test_a_secret_reference_is_required_to_lead_somewhere() -> None:
