@@ -25,7 +25,7 @@ insert into messages (user_id, chat_id, id, content, role, attachments, position
 values ($1, $2, $4, $5, 'user', $6,
         (select coalesce(max(position), 0) + 1 from messages where user_id = $1 and chat_id = $2))
 on conflict (user_id, id) do nothing
-returning 1
+returning position
 """
 _SAVE_ANSWER = """
 with chat as (
@@ -34,6 +34,7 @@ insert into messages (user_id, chat_id, id, content, role, status, attachments, 
 values ($1, $2, $3, $4, 'assistant', $5, $6,
         (select coalesce(max(position), 0) + 1 from messages where user_id = $1 and chat_id = $2))
 on conflict (user_id, id) do nothing
+returning position
 """
 _HAS_CHAT = "select exists (select from chats where user_id = $1 and id = $2)"
 _QUESTION = "select content, position from messages where user_id = $1 and id = $2 and role = 'user' and not is_deleted"
@@ -52,14 +53,18 @@ async def save_question(
     message_id: str,
     content: str,
     attachments: Sequence[Attachment] = (),
-) -> None:
-    """The user's message at the end of its chat, which is made where it is new. Raises Conflict for a used id.
+) -> int:
+    """The user's message at the end of its chat, which is made where it is new; returns its position there.
+
+    Raises Conflict for a used id.
 
     The caller holds the lock of the chat's session, so positions do not collide.
     """
     values = (user_id, chat_id, title_from(content), message_id, content, orjson.dumps(attachments).decode())
-    if not await connection.fetchval(_SAVE_QUESTION, *values):
+    position: int | None = await connection.fetchval(_SAVE_QUESTION, *values)
+    if position is None:
         raise Conflict("message_exists", "A message with this client_message_id was stored before; choose a new id.")
+    return position
 
 
 async def save_answer(
@@ -71,10 +76,11 @@ async def save_answer(
     content: str,
     status: MessageStatus,
     attachments: Sequence[Attachment] = (),
-) -> None:
-    """The assistant's message; saving it again under the same id changes nothing."""
+) -> bool:
+    """The assistant's message; saving it again under the same id changes nothing. Whether it is new."""
     kept = orjson.dumps(attachments).decode()
-    await connection.execute(_SAVE_ANSWER, user_id, chat_id, message_id, content, status, kept)
+    position = await connection.fetchval(_SAVE_ANSWER, user_id, chat_id, message_id, content, status, kept)
+    return position is not None
 
 
 async def has_chat(connection: Connection | Pool, *, user_id: str, chat_id: str) -> bool:

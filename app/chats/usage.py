@@ -12,8 +12,9 @@ Outcome = Literal["completed", "failed", "cancelled"]
 
 _RECORD = """
 insert into usage_ledger (stream_id, flow, attempt, user_id, chatbot_id, provider, model, outcome,
-                          error_code, prompt_tokens, completion_tokens, first_token_ms, duration_ms, started_at)
-values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)
+                          error_code, prompt_tokens, completion_tokens, first_token_ms, duration_ms, started_at,
+                          chat_id)
+values ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)
 on conflict (stream_id, flow, attempt) do nothing
 """
 
@@ -36,6 +37,7 @@ class Entry:
     first_token_ms: int | None
     duration_ms: int
     started_at: datetime
+    chat_id: str
 
 
 async def record(connection: Connection, entries: Sequence[Entry]) -> None:

@@ -11,6 +11,7 @@ from app.chats import store
 from app.chats.chat import Message, most_recent
 from app.chats.images import Images
 from app.chats.picture import Picture
+from app.conversations import index
 from app.errors import Invalid, NotFound
 from app.flows.chatbots import Chatbots
 from app.flows.conditions import Ask
@@ -99,7 +100,7 @@ class Beginning:
         history = incoming.history
         if history is None:
             history = () if new else await self._stored(connection, incoming.user_id, session_id)
-        await store.save_question(
+        position = await store.save_question(
             connection,
             user_id=incoming.user_id,
             chat_id=session_id,
@@ -107,6 +108,8 @@ class Beginning:
             content=incoming.text,
             attachments=[{"type": "image", "id": incoming.image_id}] if incoming.image_id else [],
         )
+        chat = index.Chat(incoming.user_id, session_id, incoming.chatbot_id)
+        await index.asked(connection, chat, incoming.text, position=position, client_ip=incoming.client_ip)
         stream = Stream(
             stream_id, incoming.user_id, session_id, incoming.chatbot_id, prepared.version, prepared.flow_type
         )

@@ -5,6 +5,7 @@ from typing import Any
 import orjson
 
 from app.chats import store, usage
+from app.conversations import index
 from app.flows import sessions
 from app.flows.run import Attempt, Progress, Result, answer_id
 from app.journal import RunFigures, record_run
@@ -36,7 +37,7 @@ class Ending:
         await self._streams.conclude(writer, "message", told, work=work)
 
     async def _store_answer(self, connection: Connection, stream: Stream, answer: Progress) -> None:
-        await store.save_answer(
+        new = await store.save_answer(
             connection,
             user_id=stream.user_id,
             chat_id=stream.session_id,
@@ -45,6 +46,9 @@ class Ending:
             attachments=[_attachment(*marker) for marker in answer.markers],
             status="complete" if answer.failure is None else "partial",
         )
+        if new:
+            model = answer.attempts[-1].model if answer.attempts else ""
+            await index.answered(connection, _chat(stream), model=model)
 
     async def conclude(self, stream: Stream, writer: Writer, result: Result) -> None:
         """The terminal event, in one commit with the status, the session's release and what is left to record.
@@ -62,6 +66,7 @@ class Ending:
             )
             for progress in result.flows:
                 await usage.record(connection, _entries(stream, progress))
+            await index.spent(connection, _chat(stream), _costs(result))
             await record_run(connection, _figures(stream, writer.last_id + 1, result))
 
         await self._streams.conclude(writer, "stream_end", data, work=work, status=result.status)
@@ -81,6 +86,7 @@ class Ending:
             if answer.shown:
                 await self._store_answer(connection, stream, answer)
             await usage.record(connection, _entries(stream, answer))
+            await index.spent(connection, _chat(stream), _costs(result))
             await record_run(connection, _figures(stream, last_id, result))
 
         await self._streams.lose(stream.id, last_id, work=work)
@@ -98,6 +104,20 @@ class Ending:
         counted = result.usage_json()
         self._metrics.tokens.labels("input").inc(counted["prompt_tokens"])
         self._metrics.tokens.labels("output").inc(counted["completion_tokens"])
+
+
+def _chat(stream: Stream) -> index.Chat:
+    return index.Chat(stream.user_id, stream.session_id, stream.chatbot_id)
+
+
+def _costs(result: Result) -> list[index.Spent]:
+    """What each model has cost, all its attempts in all flows together."""
+    costs: dict[str, index.Spent] = {}
+    for attempt in (attempt for progress in result.flows for attempt in progress.attempts):
+        before, counted = costs.get(attempt.model, index.Spent(attempt.model, 0, 0)), attempt.usage or Usage(0, 0)
+        tokens = before.tokens + counted.prompt_tokens + counted.completion_tokens
+        costs[attempt.model] = index.Spent(attempt.model, tokens, before.duration_ms + attempt.duration_ms)
+    return list(costs.values())
 
 
 def _attachment(name: str, content: str, offset: int) -> dict[str, Any]:
@@ -126,6 +146,7 @@ def _entry(stream: Stream, flow: str, attempt: Attempt) -> usage.Entry:
         first_token_ms=attempt.first_token_ms,
         duration_ms=attempt.duration_ms,
         started_at=attempt.started_at,
+        chat_id=stream.session_id,
     )
 
 

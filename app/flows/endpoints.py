@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.access.client import client_address
 from app.access.guard import owner_of, principal_of
 from app.access.limits import Limits
 from app.access.links import Links
@@ -158,6 +159,7 @@ def _incoming(request: Request[Needs], principal: Principal, body: bytes) -> Inc
         image_id=message.image_id,
         key=_key(request, principal, message, given),
         request_id=request_id(request.scope),
+        client_ip=client_address(request.scope),
     )
 
 

@@ -27,6 +27,8 @@ class Incoming:
     image_id: str | None = None
     key: idempotency.Key | None = None
     request_id: str | None = None
+    # The address it came from, empty where that is not known.
+    client_ip: str = ""
     # perf_counter's time. No part of what the message is: read twice, it is the same message.
     received: float = field(default_factory=perf_counter, compare=False)
 
@@ -40,6 +42,7 @@ def encode(incoming: Incoming) -> str:
         "image_id": incoming.image_id,
         "request_id": incoming.request_id,
         "message_id": incoming.message_id,
+        "client_ip": incoming.client_ip,
     }
     return orjson.dumps(request).decode()
 
@@ -58,4 +61,5 @@ def decode(request: str, *, user_id: str, chatbot_id: str, session_id: str, text
         configuration=kept["configuration"],
         image_id=kept["image_id"],
         request_id=kept["request_id"],
+        client_ip=kept.get("client_ip", ""),
     )

@@ -12,6 +12,7 @@ from uuid import UUID
 from httpx2 import AsyncClient, Response
 
 from app.flows.run import answer_id
+from tests.conversations.counted import agreed
 from tests.flows.events import data_of, text
 from tests.house import House, Open, flow
 from tests.serving import serving
@@ -231,6 +232,7 @@ async def test_whatever_is_done_to_waiting_messages(house: Open, database: str) 
         assert await home.database.fetchval("select count(*) from conversation_sessions where status <> 'idle'") == 0
         rows = await home.database.fetch("select role from messages order by chat_id, position")
         assert not any(a == b == "assistant" for a, b in pairwise(row["role"] for row in rows))
+        await agreed(home.database)
 
 
 async def test_whatever_happens(house: Open) -> None:
@@ -246,3 +248,4 @@ async def test_whatever_happens(house: Open) -> None:
                 assert not found, f"{name} of seed {SEED}: {found}\n{bots[name]}\n{[f.data for f in frames]}"
         assert await home.database.fetchval("select count(*) from conversation_sessions where status <> 'idle'") == 0
         assert (await home.client.get("/api/conversation-health")).json()["active_streams"] == 0
+        await agreed(home.database)

@@ -1,0 +1,39 @@
+"""What the index says of our own chats beside what a count over their messages and the ledger says."""
+
+from typing import Any
+
+import asyncpg
+
+_COUNTED = """
+select c.conversation_id, c.message_count as count, m.count as of_messages, c.first_question, m.first,
+       c.last_question, m.last, c.total_tokens, l.tokens, c.chatbot_id, c.first_message_at, m.since,
+       c.last_message_at, m.until
+from conversations c
+join lateral (
+    select count(*) as count, min(created_at) as since, max(created_at) as until,
+        (array_agg(left(content, 300) order by position) filter (where role = 'user'))[1] as first,
+        (array_agg(left(content, 300) order by position desc) filter (where role = 'user'))[1] as last
+    from messages where user_id = c.username and chat_id = c.conversation_id) m on true
+join lateral (
+    select coalesce(sum(prompt_tokens + completion_tokens), 0) as tokens from usage_ledger
+    where user_id = c.username and chat_id = c.conversation_id) l on true
+order by c.conversation_id
+"""
+
+
+async def agreed(database: asyncpg.Connection) -> list[dict[str, Any]]:
+    """Every conversation, each of which says what its messages and the ledger say."""
+    rows = [dict(row) for row in await database.fetch(_COUNTED)]
+    for row in rows:
+        assert row["count"] == row["of_messages"]
+        assert (row["first_question"], row["last_question"]) == (row["first"], row["last"])
+        assert (row["first_message_at"], row["last_message_at"]) == (row["since"], row["until"])
+        assert row["total_tokens"] == row["tokens"]
+    assert len(rows) == await database.fetchval("select count(*) from chats")
+    assert len(rows) == await database.fetchval("select coalesce(sum(conversations), 0) from conversation_counts")
+    days = await database.fetchrow("select sum(messages) as messages, sum(tokens) as tokens from conversation_days")
+    assert days is not None
+    if rows:
+        assert days["messages"] == sum(row["count"] for row in rows)
+        assert days["tokens"] == sum(row["tokens"] for row in rows)
+    return rows
