@@ -42,6 +42,7 @@ class Parameter:
     place: Literal["path", "query", "header"]
     description: str
     schema: Json = field(default_factory=lambda: {"type": "string"})
+    required: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +161,8 @@ def _name(route: Route, method: str) -> str:
 _REQUEST_ID = Parameter(
     "X-Request-Id",
     "header",
-    "An id of yours for this request, in every log line and error row of it; one is made where it is absent.",
-    {"type": "string", "pattern": "^[A-Za-z0-9._-]{1,64}$"},
+    "An id of yours for this request, in every log line and error row of it: 1 to 64 letters, digits, `.`, `_` or `-`. "
+    "One is made where it is absent, or something else.",
 )
 
 
@@ -215,7 +216,7 @@ def _parameter(parameter: Parameter) -> Json:
     return {
         "name": parameter.name,
         "in": parameter.place,
-        "required": parameter.place == "path",
+        "required": parameter.required or parameter.place == "path",
         "description": parameter.description,
         "schema": parameter.schema,
     }

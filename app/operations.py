@@ -225,6 +225,15 @@ _OWNER = Parameter(
     "any user, anybody's.",
     {"type": "string", "minLength": 1},
 )
+# Frames: not one of OpenAPI 3.1's types, and readers of the document differ about what it would describe.
+_ANY: dict[str, Any] = {}
+
+
+def _or_empty(schema: dict[str, Any]) -> dict[str, Any]:
+    """A header that says nothing is as none."""
+    return {**schema, "pattern": f"^$|{schema['pattern']}"}
+
+
 _STREAM_EVENTS = Operation(
     "Read a stream",
     "One URL for both kinds of readers: a page of JSON by default, server-sent events where `Accept` names "
@@ -241,7 +250,7 @@ _STREAM_EVENTS = Operation(
             "Events after the cursor.",
             {
                 _JSON: Content(_PAGE, Page),
-                "text/event-stream": Content(_FRAMES),
+                "text/event-stream": Content(_FRAMES, schema=_ANY),
             },
             headers=["ETag", "Cache-Control", "Vary", "Retry-After"],
         ),
@@ -251,7 +260,7 @@ _STREAM_EVENTS = Operation(
     parameters=[
         Parameter("stream_id", "path", "The `streaming_session_id`.", {"type": "string", "format": "uuid"}),
         _TOKEN,
-        Parameter("Last-Event-ID", "header", "The cursor: a number, or the `id:` of a frame.", _CURSOR),
+        Parameter("Last-Event-ID", "header", "The cursor: a number, or the `id:` of a frame.", _or_empty(_CURSOR)),
         Parameter("after", "query", "The cursor; 0, the default, is the beginning.", _CURSOR),
         Parameter("last_event_id", "query", "Means `after`.", _CURSOR),
         Parameter("starting_after", "query", "Means `after`.", _CURSOR),
@@ -288,17 +297,21 @@ _STREAMS = Operation(
     answers={
         200: Answer(
             "Events after the cursors.",
-            {"text/event-stream": Content(with_more_in_id(_FRAMES.encode(), f",{_OTHER}:7").decode())},
+            {"text/event-stream": Content(with_more_in_id(_FRAMES.encode(), f",{_OTHER}:7").decode(), schema=_ANY)},
             headers=["Cache-Control"],
         ),
         204: Answer("All streams have ended and the reader has their last events. EventSource stops."),
     },
     parameters=[
         Parameter(
-            "streams", "query", "The streams, each with the id of the last event read of it where there is one.", _PAIRS
+            "streams",
+            "query",
+            "The streams, each with the id of the last event read of it where there is one.",
+            _PAIRS,
+            required=True,
         ),
         _TOKEN,
-        Parameter("Last-Event-ID", "header", "The `id:` of the last frame; it wins over the query.", _PAIRS),
+        Parameter("Last-Event-ID", "header", "The `id:` of the last frame; it wins over the query.", _or_empty(_PAIRS)),
         _OWNER,
     ],
     problems={
