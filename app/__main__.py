@@ -84,7 +84,9 @@ def migrate(check: bool) -> None:
     async def run() -> list[str]:
         await wait_for_database(dsn, settings.database_wait_s, lambda reason: click.echo(reason, err=True))
         if not check:
-            return await schema.migrate(dsn)
+            migrated = await schema.migrate(dsn, role=settings.row_security != "off")
+            _warn_of_role(settings, migrated.complaint)
+            return migrated.revisions
         connection = await open_connection(dsn)
         try:
             return await schema.pending(connection)
@@ -96,6 +98,14 @@ def migrate(check: bool) -> None:
         click.echo(f"Missing: {', '.join(found)}. Run `parley migrate`.")
         sys.exit(1)
     click.echo(f"Applied: {', '.join(found)}." if found else "The schema is up to date.")
+
+
+def _warn_of_role(settings: Settings, complaint: str | None) -> None:
+    if complaint is None:
+        return
+    if settings.row_security == "require":
+        raise Misconfigured("row_security_missing", complaint)
+    click.echo(f"Users are kept apart by Parley's own queries only. {complaint}", err=True)
 
 
 @main.command()

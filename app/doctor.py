@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import asyncpg
 
-from app import __version__, journal
+from app import __version__, journal, roles
 from app.access.credentials import require_safe
 from app.access.keys import all_keys
 from app.access.signing import given_keys
@@ -101,6 +101,7 @@ async def _examine_database(settings: Settings, dsn: str, connection: Connection
     yield Finding("schema", True, "up to date")
     yield await _examine_access(settings, connection)
     yield await _examine_secrets(safe, connection)
+    yield await _examine_row_security(settings, connection)
     for subject, sentence in zip(("answers", "errors"), await journal.last_day(connection), strict=False):
         yield Finding(subject, True, sentence)
     async for finding in _examine_jobs(connection):
@@ -131,6 +132,15 @@ async def _examine_secrets(safe: Safe, connection: Connection) -> Finding:
     if others := found.others(safe):
         return Finding("master key", True, f"{safe.newest}; {others} secrets lack it: run `parley keys rotate`")
     return Finding("master key", True, f"{safe.newest}, secrets encrypted with it: {found.sealed.total()}")
+
+
+async def _examine_row_security(settings: Settings, connection: Connection) -> Finding:
+    if settings.row_security == "off":
+        return Finding("row security", True, "PARLEY_ROW_SECURITY=off: Parley's own queries alone keep users apart")
+    try:
+        return Finding("row security", True, f"users' requests run as {await roles.find(connection)}")
+    except Misconfigured as error:
+        return Finding("row security", settings.row_security == "auto", error.detail)
 
 
 async def _examine_jobs(connection: Connection) -> AsyncGenerator[Finding, None]:

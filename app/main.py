@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from time import monotonic
@@ -69,6 +69,7 @@ from app.streams.stream import Streams
 from app.streams.tail import Tail
 from app.telemetry import Metrics, RequestIds
 from app.ticker import every
+from app.wall import Wall
 
 log = structlog.get_logger(__name__)
 
@@ -81,6 +82,8 @@ _LEADER = 0x7061_726C_6579_0003
 _GOODBYE_S = 1
 # Connections for heartbeats and health alone, so that they never wait for anybody's work.
 _RESERVE = 2
+# Connections behind the wall beside those of readers: for stopping, for what waits, for pictures.
+_ORDERS = 2
 # Bodies of uploads in memory at once, in largest ones. Each is there twice while it is read and parsed.
 _UPLOADS = 3
 # How long a stopping server waits for accepts that were under way, in seconds; longer than one waits for locks.
@@ -183,6 +186,7 @@ async def _lifespan(
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(_pool(settings, settings.pool_size))
         reserve = await stack.enter_async_context(_pool(settings, _RESERVE))
+        wall = await stack.enter_async_context(_wall(settings, pool))
         providers = Providers(
             deadlines=Deadlines(settings.connect_timeout_s, settings.first_token_timeout_s, settings.gap_timeout_s),
             concurrency=settings.provider_concurrency,
@@ -200,6 +204,7 @@ async def _lifespan(
                 safe=safe,
                 pool=pool,
                 reserve=reserve,
+                wall=wall,
                 providers=providers,
                 decoders=decoders,
                 tasks=tasks,
@@ -227,6 +232,11 @@ async def _pool(settings: Settings, size: int) -> AsyncGenerator[Pool, None]:
         pool.terminate()
 
 
+def _wall(settings: Settings, pool: Pool) -> AbstractAsyncContextManager[Wall]:
+    assert settings.database_url is not None
+    return Wall(pool, demand=settings.row_security).open(settings.database_url, _share(settings) + _ORDERS)
+
+
 class Gateway:
     """All parts of one server and the loops that keep them going."""
 
@@ -239,6 +249,7 @@ class Gateway:
         safe: Safe,
         pool: Pool,
         reserve: Pool,
+        wall: Wall,
         providers: Providers,
         decoders: Decoders,
         tasks: asyncio.TaskGroup,
@@ -248,7 +259,7 @@ class Gateway:
         self._settings = settings
         self._life = life
         self._dsn = settings.database_url
-        self._pool, self._reserve = pool, reserve
+        self._pool, self._reserve, self._wall = pool, reserve, wall
         self._metrics = metrics = Metrics()
         self._journal = journal = Journal(pool, metrics)
         self._replica = replica = Replica(pool, reserve=reserve, lease_s=settings.lease_s)
@@ -257,7 +268,7 @@ class Gateway:
         self._bus = bus = self._open_bus()
         self._partitions = Partitions(pool, days_ahead=settings.partition_days)
         self._streams = streams = Streams(pool, replica)
-        tail = Tail(pool, hub, event_log, at_once=_share(settings))
+        tail = Tail(wall, hub, event_log, at_once=_share(settings))
         ending = Ending(streams, metrics)
         self._runner = runner = Runner(
             tasks,
@@ -268,7 +279,7 @@ class Gateway:
         )
         tail.user_of = runner.user_of
         chatbots = Chatbots(pool)
-        images = Images(pool, decoders)
+        images = Images(wall, decoders)
         memory = Memory(settings.history_limit, settings.history_bytes)
         beginning = Beginning(streams, chatbots=chatbots, images=images, memory=memory)
         self._takeover = Takeover(
@@ -299,10 +310,10 @@ class Gateway:
             at_once=_share(settings),
         )
         self._turns = turns = Turns(
-            pool, replica, hub=hub, bus=bus, streams=streams, beginning=beginning, runner=runner
+            pool, replica, wall=wall, hub=hub, bus=bus, streams=streams, beginning=beginning, runner=runner
         )
         runner.on_end = turns.give_next
-        self._stopping = stopping = Stopping(pool, streams, bus=bus, tail=tail, runner=runner, turns=turns)
+        self._stopping = stopping = Stopping(wall, streams, bus=bus, tail=tail, runner=runner, turns=turns)
         self._abandonment = Abandonment(hub, streams, runner)
         self._leadership = Leadership(self._dsn, _LEADER)
         retention = Retention(pool, expiring(settings, chatbots=chatbots, turns=turns))
@@ -342,6 +353,7 @@ class Gateway:
             limits=limits_of(settings, metrics),
             settings=settings,
             pool=pool,
+            wall=wall,
             probe=health.Probe(reserve, on_silence=self._distrust),
             failing=self._failing,
             metrics=metrics,
@@ -421,6 +433,7 @@ class Gateway:
             await wait_for_database(self._dsn, float("inf"), lambda reason: log.warning("database_waiting", why=reason))
             async with self._pool.acquire() as connection:
                 await require_current(connection)
+                await self._wall.look_for_role(connection)
             await self._signing.run_once()
             await self._partitions.run_once()
             await self._replica.register()
@@ -459,6 +472,7 @@ class Gateway:
         """One connection is dead without a word: none of the others is used again, so that nobody waits in vain."""
         for pool in (self._pool, self._reserve):
             await pool.expire_connections()
+        await self._wall.expire()
         self._log.disconnect()
 
     async def _renew(self) -> None:

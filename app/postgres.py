@@ -1,10 +1,10 @@
 """PostgreSQL for everybody else: the pool, patient connecting, and what to try again."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from time import monotonic
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
 from asyncpg.pool import PoolConnectionProxy
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     Pool = asyncpg.Pool[asyncpg.Record]
 else:
     Connection, Pool = asyncpg.Connection, asyncpg.Pool
+
+T = TypeVar("T")
+# What a connection does first.
+First = Callable[[Connection], Coroutine[Any, Any, None]]
 
 OLDEST = 15
 # How long a request waits for a free connection before it is told that the database is away (G12: under 2 s).
@@ -73,10 +77,26 @@ async def prompt_connection(pool: Pool, within_s: float = ACQUIRE_S) -> AsyncGen
             raise
 
 
-async def open_pool(dsn: str, size: int) -> Pool:
+async def roll_back(connection: Connection) -> None:
+    """What a broken transaction needs; a connection that cannot even do that is given up."""
+    try:
+        async with asyncio.timeout(2):
+            await connection.execute("rollback")
+    except (*AWAY, asyncio.CancelledError):
+        connection.terminate()
+
+
+async def open_pool(dsn: str, size: int, *, first: First | None = None) -> Pool:
     """A pool of at most `size` connections; opened when first needed; it survives restarts of the server."""
     return await asyncpg.create_pool(
-        dsn, min_size=0, max_size=size, timeout=5, command_timeout=10, server_settings=_SESSION, reset=_keep_session
+        dsn,
+        min_size=0,
+        max_size=size,
+        timeout=5,
+        command_timeout=10,
+        server_settings=_SESSION,
+        init=first,
+        reset=_keep_session,
     )
 
 
@@ -159,7 +179,7 @@ def _pooler() -> Misconfigured:
     return Misconfigured(
         "database_pooler",
         "A connection pooler (PgBouncer?) stands between here and PostgreSQL and keeps no session of ours. Name the "
-        "host and port of PostgreSQL itself in DATABASE_URL: a replica holds PARLEY_POOL_SIZE and three connections.",
+        "host and port of PostgreSQL itself in DATABASE_URL: each replica has some connections of its own.",
     )
 
 
@@ -186,9 +206,6 @@ def why(error: Exception) -> str:
             return f"it cannot be reached ({error.strerror or type(error).__name__}); check the host in DATABASE_URL."
         case _:
             return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no detail'}"
-
-
-T = TypeVar("T")
 
 
 async def retry_conflicts(work: Callable[[], Awaitable[T]]) -> T:

@@ -1,11 +1,13 @@
 """The schema's version: which one this build wants, which one a database has, and the way from one to the other."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import asyncpg
 
 from app.errors import Misconfigured
 from app.postgres import Connection
+from app.roles import make
 
 _PACKAGED = Path(__file__).parent / "_migrations"
 MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent / "migrations"
@@ -40,8 +42,16 @@ async def require_current(connection: Connection) -> None:
         raise Misconfigured("schema_old", f"The database lacks migrations {', '.join(missing)}: run `parley migrate`.")
 
 
-async def migrate(dsn: str) -> list[str]:
-    """Bring the database to the newest revision, one transaction each; returns the revisions applied.
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """The revisions applied, and why there is no role for users' requests where there is none."""
+
+    revisions: list[str]
+    complaint: str | None
+
+
+async def migrate(dsn: str, *, role: bool = True) -> Migrated:
+    """Bring the database to the newest revision, one transaction each, and see to the role of users' requests.
 
     Several may call it at once: one works under an advisory lock, the others wait and find nothing to do.
     """
@@ -51,9 +61,17 @@ async def migrate(dsn: str) -> list[str]:
         missing = await pending(connection)
         if missing:
             await _upgrade(dsn)
-        return missing
+        return Migrated(missing, await _without_role(connection) if role else None)
     finally:
         await connection.close()
+
+
+async def _without_role(connection: Connection) -> str | None:
+    try:
+        await make(connection)
+    except Misconfigured as error:
+        return error.detail
+    return None
 
 
 async def _upgrade(dsn: str) -> None:

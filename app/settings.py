@@ -88,6 +88,11 @@ class Settings(BaseSettings):
         "process,read,sync",
         description="Scopes of a user whose token names none of ours in `scope` or `scp`; `none` for none.",
     )
+    row_security: Literal["auto", "require", "off"] = Field(
+        "auto",
+        description="Whether PostgreSQL itself keeps users apart as well: where `parley migrate` found a way, always "
+        "(without one the server refuses to serve), or never.",
+    )
     signing_key: str | None = Field(
         None,
         repr=False,

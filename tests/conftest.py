@@ -66,6 +66,11 @@ class Server:
 
     def drop(self, name: str) -> None:
         self.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        # Roles belong to the whole server; what this one could do went with the database.
+        self.execute(f"""do $$ declare r text; begin
+            for r in select rolname from pg_roles where rolname ~ '^parley_users_{name[:40]}_' loop
+                execute format('drop role %I', r);
+            end loop; end $$""")
 
     def dsn_of(self, name: str) -> str:
         return urlunsplit(urlsplit(self.dsn)._replace(path=f"/{name}"))

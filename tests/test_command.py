@@ -265,6 +265,7 @@ async def test_doctor_of_a_healthy_installation(database: str) -> None:
         "schema",
         "access",
         "master key",
+        "row security",
         "answers",
         "jobs",
         "provider demo",

@@ -19,6 +19,7 @@ from app.access.principal import Principal
 from app.access.rates import Activity
 from app.errors import Invalid, Unauthorized
 from app.text import clean
+from app.wall import Reach, narrow, within
 
 # Credentials that were no good, rather than none, or some that were good once.
 _FAILURES = {"credentials_invalid", "token_invalid"}
@@ -56,7 +57,8 @@ class _Door:
         principal.require(demand)
         limits: Limits = scope["state"]["limits"]
         limits.count(scope, self._activity(scope), principal)
-        with bound_contextvars(principal=principal.id):
+        reach = Reach(principal.user_id, principal.streams)
+        with bound_contextvars(principal=principal.id), within(reach):
             await self._app(scope, receive, _telling(scope, send))
 
     async def _principal(self, scope: Scope) -> Principal:
@@ -107,6 +109,14 @@ def principal_of(request: Request[Any]) -> Principal:
     return principal
 
 
+def acting_for(request: Request[Any], user_id: str | None) -> str | None:
+    """The user whom a request is about, as `Principal.acting_for`; from here on it reaches nobody else's rows."""
+    user_id = principal_of(request).acting_for(user_id)
+    if user_id is not None:
+        narrow(user_id)
+    return user_id
+
+
 def owner_of(request: Request[Any]) -> str | None:
     """Whose things the ids of a request may name: the user who asks, or whom `?user_id=` names; None: anybody's.
 
@@ -115,7 +125,7 @@ def owner_of(request: Request[Any]) -> str | None:
     given = request.query_params.get("user_id")
     if given == "":
         raise Invalid("invalid_request", "user_id is empty; name the user, or leave it out.")
-    return principal_of(request).acting_for(None if given is None else clean(given))
+    return acting_for(request, None if given is None else clean(given))
 
 
 def require_readable(request: Request[Any], stream_ids: Collection[UUID]) -> float:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.access.guard import principal_of
+from app.access.guard import acting_for
 from app.access.limits import Limits
 from app.access.links import Links
 from app.chats.allowance import Allowance
@@ -101,7 +101,7 @@ async def upload_image(request: Request[Needs]) -> Response:
     # Before the body is read: what waits here waits at its sender.
     async with request.state["uploads"].take(_size(request)):
         upload = await _received(request)
-        user_id = principal_of(request).acting_for(upload.user_id)
+        user_id = acting_for(request, upload.user_id)
         request.state["limits"].count_named(request.scope, "uploads", user_id)
         if upload.message_text:
             await request.state["admit_question"](user_id or "")

@@ -15,7 +15,8 @@ from app.chats.picture import Picture
 from app.chats.uploads import Upload, inline_upload
 from app.errors import NotFound
 from app.expiry import Rows
-from app.postgres import ACQUIRE_S, Pool, retry_conflicts
+from app.postgres import retry_conflicts
+from app.wall import Wall
 
 _COLUMNS = "id, mime, width, height, bytes, encode(sha256, 'hex') as sha256, name"
 _SAVE = f"""
@@ -52,8 +53,8 @@ class Images:
     """Rows are at most `Limits.size` bytes. They are written before the message that names them, in a statement of
     their own: one that no message came to name stays, until retention removes it."""
 
-    def __init__(self, pool: Pool, decoders: Decoders) -> None:
-        self._pool = pool
+    def __init__(self, wall: Wall, decoders: Decoders) -> None:
+        self._wall = wall
         self._decoders = decoders
 
     async def accept_inline(self, image_data: Mapping[str, Any], *, user_id: str) -> StoredImage:
@@ -70,7 +71,7 @@ class Images:
 
     async def _save(self, picture: Picture, *, user_id: str, name: str | None) -> StoredImage:
         about = (picture.sha256, picture.mime, picture.width, picture.height, len(picture.data))
-        async with self._pool.acquire(timeout=ACQUIRE_S) as connection:
+        async with self._wall.connection() as connection:
             row = await connection.fetchrow(_SAVE, uuid4(), user_id, *about, name, picture.data)
         assert row is not None
         return StoredImage(**row)
@@ -84,7 +85,7 @@ class Images:
         return Picture(**await self._row(_READ, image_id, user_id))
 
     async def _row(self, query: str, image_id: str, user_id: str) -> Mapping[str, Any]:
-        async with self._pool.acquire(timeout=ACQUIRE_S) as connection:
+        async with self._wall.connection() as connection:
             row = await connection.fetchrow(query, _uuid(image_id), user_id)
         if row is None:
             raise NotFound("image_unknown", "There is no image with this id.")

@@ -83,7 +83,7 @@ async def save_answer(
     return position is not None
 
 
-async def has_chat(connection: Connection | Pool, *, user_id: str, chat_id: str) -> bool:
+async def has_chat(connection: Connection, *, user_id: str, chat_id: str) -> bool:
     """Whether the user ever wrote in it."""
     known: bool = await connection.fetchval(_HAS_CHAT, user_id, chat_id)
     return known

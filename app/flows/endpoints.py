@@ -11,7 +11,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access.client import client_address
-from app.access.guard import owner_of, principal_of
+from app.access.guard import acting_for, owner_of, principal_of
 from app.access.limits import Limits
 from app.access.links import Links
 from app.access.principal import Principal
@@ -24,11 +24,11 @@ from app.flows.incoming import Incoming
 from app.flows.intake import Accepted, Intake
 from app.flows.stopping import Stopping
 from app.flows.turns import Turns
-from app.postgres import Pool
 from app.settings import Settings
 from app.streams.identity import stream_id_of
 from app.telemetry import request_id
 from app.text import PRINTABLE, clean, parse_object, validated
+from app.wall import Wall
 
 # Ids travel in URLs and log lines; a user id is whatever the front end calls its users, but for control characters.
 _ID = r"^[A-Za-z0-9._~:-]{1,128}$"
@@ -41,7 +41,7 @@ class Needs(TypedDict):
     intake: Intake
     stopping: Stopping
     turns: Turns
-    pool: Pool
+    wall: Wall
     settings: Settings
     links: Links
     limits: Limits
@@ -144,7 +144,7 @@ async def process_message(request: Request[Needs]) -> Response:
 def _incoming(request: Request[Needs], principal: Principal, body: bytes) -> Incoming:
     given = _with_user(parse_object(body), principal)
     message = _validated(given)
-    principal.acting_for(message.user_id)
+    acting_for(request, message.user_id)
     _check_sizes(message, request.state["settings"])
     return Incoming(
         user_id=message.user_id,
@@ -248,10 +248,10 @@ async def cancel(request: Request[Needs]) -> Response:
 async def queue(request: Request[Needs]) -> Response:
     """The messages that wait in a session."""
     names = _names(request)
-    messages = await waiting.listed(request.state["pool"], **names)
-    if not messages and not await has_chat(
-        request.state["pool"], user_id=names["user_id"], chat_id=names["session_id"]
-    ):
+    async with request.state["wall"].connection() as connection:
+        messages = await waiting.listed(connection, **names)
+        known = messages or await has_chat(connection, user_id=names["user_id"], chat_id=names["session_id"])
+    if not known:
         raise NotFound("session_unknown", "There is no such session; POST /api/process-message says ids.")
     return _json(
         Queue(

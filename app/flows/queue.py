@@ -134,9 +134,9 @@ async def take(connection: Connection, stream_id: UUID) -> None:
     await connection.execute(_TAKE, stream_id)
 
 
-async def listed(pool: Pool, *, user_id: str, session_id: str) -> list[Waiting]:
+async def listed(connection: Connection, *, user_id: str, session_id: str) -> list[Waiting]:
     """In the order of their turns."""
-    return [Waiting(*row) for row in await pool.fetch(_LIST, user_id, session_id)]
+    return [Waiting(*row) for row in await connection.fetch(_LIST, user_id, session_id)]
 
 
 async def edit(connection: Connection, *, user_id: str, session_id: str, message_id: str, text: str) -> None:
@@ -161,9 +161,9 @@ async def to_front(connection: Connection, *, user_id: str, session_id: str, mes
     return stream_id
 
 
-async def of_stream(pool: Pool, stream_id: UUID, *, owner: str | None) -> tuple[str, str, str] | None:
+async def of_stream(connection: Connection, stream_id: UUID, *, owner: str | None) -> tuple[str, str, str] | None:
     """User, session and message of a queued stream of this user; with None, of anybody's."""
-    row = await pool.fetchrow(_FIND, stream_id, owner)
+    row = await connection.fetchrow(_FIND, stream_id, owner)
     return (row["user_id"], row["session_id"], row["message_id"]) if row else None
 
 

@@ -10,11 +10,11 @@ from app.flows import queue
 from app.flows.run import CANCELLED, ms_since
 from app.flows.runner import Runner
 from app.flows.turns import Turns
-from app.postgres import Pool
 from app.streams.bus import Bus
 from app.streams.event import TERMINAL, Status, data_of, kind_of
 from app.streams.stream import Streams
 from app.streams.tail import Tail
+from app.wall import Wall
 
 # How long the caller waits for what the owner records, in seconds.
 _PATIENCE_S = 2
@@ -34,8 +34,8 @@ class Stopped:
 class Stopping:
     """The owner is told directly where it is this process; elsewhere it is poked, and sees the flag in a pass."""
 
-    def __init__(self, pool: Pool, streams: Streams, *, bus: Bus, tail: Tail, runner: Runner, turns: Turns) -> None:
-        self._pool = pool
+    def __init__(self, wall: Wall, streams: Streams, *, bus: Bus, tail: Tail, runner: Runner, turns: Turns) -> None:
+        self._wall = wall
         self._streams = streams
         self._bus = bus
         self._tail = tail
@@ -68,7 +68,8 @@ class Stopping:
             await call.over.wait()
         closed_ms = ms_since(began)
         # Also where the run is here: should this process die before the end is written, the takeover writes this one.
-        await self._streams.ask_to_stop(self._pool, stream_id, flow, owner=owner)
+        async with self._wall.connection() as connection:
+            await self._streams.ask_to_stop(connection, stream_id, flow, owner=owner)
         if here:
             await self._runner.ended(stream_id, _PATIENCE_S if flow is None else 0)
         else:
@@ -80,7 +81,9 @@ class Stopping:
 
     async def _taken_out(self, stream_id: UUID, owner: str | None) -> bool:
         """Out of the queue; false where its turn has just come."""
-        if (waiting := await queue.of_stream(self._pool, stream_id, owner=owner)) is None:
+        async with self._wall.connection() as connection:
+            waiting = await queue.of_stream(connection, stream_id, owner=owner)
+        if waiting is None:
             return False
         user_id, session_id, message_id = waiting
         try:

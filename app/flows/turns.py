@@ -19,6 +19,7 @@ from app.streams.bus import Bus
 from app.streams.hub import Hub
 from app.streams.replicas import Fenced, Replica
 from app.streams.stream import Stream, Streams
+from app.wall import Wall
 
 log = structlog.get_logger(__name__)
 
@@ -34,6 +35,7 @@ class Turns:
         pool: Pool,
         replica: Replica,
         *,
+        wall: Wall,
         hub: Hub,
         bus: Bus,
         streams: Streams,
@@ -42,6 +44,7 @@ class Turns:
     ) -> None:
         self._pool = pool
         self._replica = replica
+        self._wall = wall
         self._hub = hub
         self._bus = bus
         self._streams = streams
@@ -122,13 +125,13 @@ class Turns:
 
     async def edit(self, *, user_id: str, session_id: str, message_id: str, text: str) -> None:
         """Raises NotFound for a message that does not wait any more."""
-        async with self._replica.transaction() as connection:
+        async with self._replica.transaction(wall=self._wall) as connection:
             await sessions.lock(connection, user_id=user_id, session_id=session_id)
             await queue.edit(connection, user_id=user_id, session_id=session_id, message_id=message_id, text=text)
 
     async def remove(self, *, user_id: str, session_id: str, message_id: str) -> UUID:
         """Its stream ends cancelled. Raises NotFound for a message that does not wait any more."""
-        async with self._replica.transaction() as connection:
+        async with self._replica.transaction(wall=self._wall) as connection:
             await sessions.lock(connection, user_id=user_id, session_id=session_id)
             stream_id = await queue.remove(connection, user_id=user_id, session_id=session_id, message_id=message_id)
             await self._streams.end_queued(connection, stream_id, "cancelled", {})
@@ -140,7 +143,7 @@ class Turns:
 
         Raises NotFound for a message that does not wait any more.
         """
-        async with self._replica.transaction() as connection:
+        async with self._replica.transaction(wall=self._wall) as connection:
             running = await sessions.lock(connection, user_id=user_id, session_id=session_id)
             names = {"user_id": user_id, "session_id": session_id}
             stream_id = await queue.to_front(connection, **names, message_id=message_id)

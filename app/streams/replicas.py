@@ -5,7 +5,6 @@ lock on that row inside the writing transaction, so whoever declares a replica d
 and ends all further ones.
 """
 
-import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ import asyncpg
 
 from app import __version__
 from app.errors import Unavailable
-from app.postgres import ACQUIRE_S, AWAY, Connection, Pool, prompt_connection
+from app.postgres import ACQUIRE_S, Connection, Pool, prompt_connection, roll_back
+from app.wall import Wall
 
 # Beats live in a table of their own: an UPDATE of the fenced row would starve behind the appends' share locks.
 _REGISTER = "insert into replicas (id, url, version) values ($1, $2, $3)"
@@ -182,40 +182,36 @@ class Replica:
         return await self._pool.execute(_FENCE_SUSPECT, replica_id, since) == "UPDATE 1"
 
     @asynccontextmanager
-    async def transaction(self, owner: UUID | None = None) -> AsyncGenerator[Connection, None]:
+    async def transaction(
+        self, owner: UUID | None = None, *, wall: Wall | None = None
+    ) -> AsyncGenerator[Connection, None]:
         """A transaction of this replica: the fence is taken last, in one round trip with COMMIT.
 
-        With `owner` it is one of that incarnation only. Raises Fenced, and nothing was written, where that is no
-        longer alive.
+        With `owner` it is one of that incarnation only; with `wall` one of the request, behind it.
+
+        Raises Fenced, and nothing was written, where that is no longer alive.
         """
         owner = owner or self.id
-        async with self._pool.acquire(timeout=ACQUIRE_S) as connection:
-            await _begin(connection)
+        pool, begin = (self._pool, "begin") if wall is None else wall.entrance()
+        async with pool.acquire(timeout=ACQUIRE_S) as connection:
+            await _begin(connection, begin)
             try:
                 yield connection
                 await connection.execute(_fence_and_commit(owner))
             except asyncpg.DivisionByZeroError:
-                await _roll_back(connection)
+                await roll_back(connection)
                 raise Fenced(str(owner)) from None
             except BaseException:
-                await _roll_back(connection)
+                await roll_back(connection)
                 raise
 
 
-async def _begin(connection: Connection) -> None:
+async def _begin(connection: Connection, begin: str) -> None:
     try:
-        await connection.execute("begin", timeout=ACQUIRE_S)
+        await connection.execute(begin, timeout=ACQUIRE_S)
     except TimeoutError:
         connection.terminate()
         raise
-
-
-async def _roll_back(connection: Connection) -> None:
-    try:
-        async with asyncio.timeout(2):
-            await connection.execute("rollback")
-    except (*AWAY, asyncio.CancelledError):
-        connection.terminate()
 
 
 def _fence_and_commit(owner: UUID) -> str:

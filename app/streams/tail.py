@@ -1,7 +1,7 @@
 """Reading a stream from any position: subscribe, catch up from the table, follow; each event once and in order."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from dataclasses import dataclass
 from time import monotonic
 from uuid import UUID
@@ -9,10 +9,11 @@ from uuid import UUID
 import asyncpg
 
 from app.errors import BadRequest, Gone, NotFound
-from app.postgres import AWAY, Pool, prompt_connection
+from app.postgres import AWAY
 from app.streams.event import Status
 from app.streams.hub import Batch, Hub, Subscription, batch_of
 from app.streams.log import Log
+from app.wall import Wall
 
 _STATES = """
 select s.id, s.status, s.last_event_id, s.user_id,
@@ -52,8 +53,8 @@ class State:
 class Tail:
     """All reading of streams. Holds no connection while a reader waits."""
 
-    def __init__(self, pool: Pool, hub: Hub, log: Log, *, at_once: int = 4) -> None:
-        self._pool = pool
+    def __init__(self, wall: Wall, hub: Hub, log: Log, *, at_once: int = 4) -> None:
+        self._wall = wall
         self._hub = hub
         self._log = log
         # Readers wait here for their turn, so that any number of them leaves connections to everybody else.
@@ -74,7 +75,7 @@ class Tail:
         here = ((stream_id, self._state_here(stream_id, cursor, owner)) for stream_id, cursor in cursors.items())
         states = {stream_id: state for stream_id, state in here if state is not None}
         if elsewhere := [stream_id for stream_id in cursors if stream_id not in states]:
-            for row in await self._fetch(_STATES, elsewhere, [cursors[stream_id] for stream_id in elsewhere], owner):
+            for row in await self._fetch(elsewhere, _STATES, elsewhere, [cursors[one] for one in elsewhere], owner):
                 ended, cleaned = row["last_event_id"] is not None, bool(row["cleaned"])
                 states[row["id"]] = State(row["status"], ended, row["tail"], row["user_id"], cleaned)
         for stream_id, cursor in cursors.items():
@@ -100,13 +101,13 @@ class Tail:
             if state.cleaned:
                 raise _gone(stream_id)
 
-    async def _fetch(self, statement: str, *values: object) -> list[asyncpg.Record]:
-        async with self._turns, prompt_connection(self._pool, _ANSWER_S) as connection:
+    async def _fetch(self, streams: Collection[UUID], statement: str, *values: object) -> list[asyncpg.Record]:
+        async with self._turns, self._wall.connection(streams=streams, within_s=_ANSWER_S) as connection:
             return await connection.fetch(statement, *values)
 
     async def read(self, stream_id: UUID, cursor: int, limit: int) -> list[str]:
         """Payloads of the events cursor+1, cursor+2, … Raises Gone where the first of them were cleaned up."""
-        rows = await self._fetch(_EVENTS, stream_id, cursor, limit)
+        rows = await self._fetch([stream_id], _EVENTS, stream_id, cursor, limit)
         if rows and rows[-1]["id"] != cursor + len(rows):
             raise _gone(stream_id)
         return [row["payload"] for row in rows]

@@ -205,6 +205,7 @@ async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[A
     from app.streams.stream import NEW_ID, Stream, Streams, random_part
     from app.streams.tail import Tail
     from app.telemetry import Metrics, configure_logging
+    from app.wall import Wall
 
     configure_logging("warning", "text")  # standard output is for the figures
     pool, metrics, settings = await open_pool(dsn, 10), Metrics(), load(database_url=dsn)
@@ -222,7 +223,7 @@ async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[A
             await streams.begin(connection, Stream(new_id, "u", str(new_id), "c", 1, "main"), {})
         writers.append(log.open(new_id, last_id=1))
     seats = Seats(most=settings.max_readers, per_user=settings.max_readers, per_stream=settings.stream_readers)
-    state = {"tail": Tail(pool, hub, log), "hub": hub, "metrics": metrics, "settings": settings}
+    state = {"tail": Tail(Wall(pool), hub, log), "hub": hub, "metrics": metrics, "settings": settings}
     state |= {"replica": replica, "seats": seats, "credentials": Credentials("open", Keys(pool), local=True)}
 
     @asynccontextmanager

@@ -33,6 +33,7 @@ from app.server import gateway
 from app.server import serving as serving_app
 from app.settings import load
 from app.telemetry import Metrics
+from app.wall import Wall
 from tests.chats.pictures import base64_of, bomb, halves, picture, png, slow_jpeg, written
 from tests.serving import client_of, serving
 
@@ -207,7 +208,7 @@ async def _alone(database: str, asked: list[Question], total: int) -> AsyncGener
             settings=load(),
             links=Links(None, run_s=1, queue=0),
             limits=RateLimits({}, Metrics()),
-            images=Images(pool, decoders),
+            images=Images(Wall(pool), decoders),
             uploads=Allowance(total, of="uploads", wait_s=0.05),
             admit_upload=lambda: None,
             admit_question=welcome,

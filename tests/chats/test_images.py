@@ -12,6 +12,7 @@ from app.chats.picture import Limits
 from app.chats.uploads import Upload
 from app.errors import Invalid, NotFound, Unavailable
 from app.postgres import Pool, open_pool
+from app.wall import Wall
 from tests.chats.pictures import base64_of, halves, noise, opened, picture, written
 
 INLINE = {"name": "C:\\photos\\me.jpg", "mime": "image/jpeg", "data": base64_of(picture("JPEG"))}
@@ -27,7 +28,7 @@ async def pool(database: str) -> AsyncGenerator[Pool, None]:
 @pytest.fixture
 async def images(pool: Pool) -> AsyncGenerator[Images, None]:
     decoders = Decoders(Limits(), processes=2)
-    yield Images(pool, decoders)
+    yield Images(Wall(pool), decoders)
     await decoders.aclose()
 
 

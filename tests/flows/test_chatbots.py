@@ -154,7 +154,7 @@ async def test_the_first_format_is_migrated(empty_database: str) -> None:
             "insert into chatbots (id, version, configuration) values ($1, 3, $2)", name, json.dumps(configuration)
         )
     await connection.close()
-    assert (await migrate(empty_database))[0] == "0002"
+    assert (await migrate(empty_database)).revisions[0] == "0002"
     pool = await open_pool(empty_database, 1)
     try:
         assert await Chatbots(pool).newest("old") == (3, MIGRATED)

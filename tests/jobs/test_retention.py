@@ -28,6 +28,7 @@ from app.settings import load
 from app.streams.partitions import Partitions, first_id
 from app.streams.retention import _UNFINISHED, Events
 from app.streams.tail import State
+from app.wall import Wall
 from tests.house import Open
 from tests.migrating import migrate_to
 from tests.serving import client_of
@@ -347,7 +348,7 @@ async def kept_images(pool: Pool) -> set[UUID]:
 async def test_pictures_that_no_message_named_go_and_others_stay(pool: Pool) -> None:
     young, named = await picture_of(pool, days=89), await picture_of(pool, days=300)
     await picture_of(pool, days=91)
-    await Images(pool, Decoders(Limits(), processes=1)).read(str(named), user_id="ann")
+    await Images(Wall(pool), Decoders(Limits(), processes=1)).read(str(named), user_id="ann")
     assert await Retention(pool, [images_expiring(90 * DAY_S)]).run_once() == 1
     assert await kept_images(pool) == {young, named}
 

@@ -14,6 +14,7 @@ from app.streams.replicas import Replica
 from app.streams.stream import NEW_ID, Stream, Streams, random_part
 from app.streams.tail import Tail
 from app.telemetry import Metrics
+from app.wall import Wall
 
 
 @dataclass
@@ -76,7 +77,7 @@ async def engine(
     await replica.register()
     task = asyncio.ensure_future(log.run()) if lane else None
     try:
-        yield Engine(pool, replica, hub, log, Streams(pool, replica), Tail(pool, hub, log), metrics)
+        yield Engine(pool, replica, hub, log, Streams(pool, replica), Tail(Wall(pool), hub, log), metrics)
     finally:
         if task is not None:
             task.cancel()

@@ -9,6 +9,7 @@ import pytest
 from app.errors import BadRequest, Gone, NotFound
 from app.streams.hub import Hub
 from app.streams.tail import Tail
+from app.wall import Wall
 from tests.streams.engine import Engine, engine
 from tests.streams.test_log import say
 from tests.wire import wire_to_postgres
@@ -59,7 +60,7 @@ class PausingTail(Tail):
     """The real reader, paused between the table's answer and its use."""
 
     def __init__(self, parts: Engine) -> None:
-        super().__init__(parts.pool, parts.hub, parts.log)
+        super().__init__(Wall(parts.pool), parts.hub, parts.log)
         self.paused, self.go_on = asyncio.Event(), asyncio.Event()
 
     async def read(self, stream_id: UUID, cursor: int, limit: int) -> list[str]:
