@@ -4,11 +4,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from app.conversations.summary import QUESTION
 from app.postgres import Connection
 
 OWN = "parley"
-# As much of a question as the index shows and searches, in characters.
-QUESTION = 300
 # Rows among which the conversations of a source are counted, so that new ones do not wait for each other.
 _SLOTS = 16
 
