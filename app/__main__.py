@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from app import __version__
-from app.access.principal import SCOPES, Scope
+from app.access.principal import SCOPES, Daily, Scope
 from app.errors import Misconfigured, ParleyError
 from app.settings import Settings, load
 
@@ -205,13 +205,16 @@ def keys() -> None:
 @keys.command("create")
 @click.argument("name")
 @click.option("--scope", "scopes", multiple=True, required=True, type=click.Choice(SCOPES), help="May be repeated.")
-def create_key(name: str, scopes: tuple[Scope, ...]) -> None:
+@click.option("--daily-messages", type=click.IntRange(1), help="Quota of its own; default PARLEY_QUOTA_KEY_MESSAGES.")
+@click.option("--daily-tokens", type=click.IntRange(1), help="Quota of its own; default PARLEY_QUOTA_KEY_TOKENS.")
+def create_key(name: str, scopes: tuple[Scope, ...], daily_messages: int | None, daily_tokens: int | None) -> None:
     """Make a key and print it, this once. NAME is for you."""
     if not (name.isprintable() and 0 < len(name) <= 100):
         raise Misconfigured("key_name", "NAME must be 1 to 100 printable characters.")
     from app.access.keys import create
 
-    click.echo(_connected(_with_database(), lambda connection: create(connection, name, scopes)))
+    daily = Daily(daily_messages, daily_tokens)
+    click.echo(_connected(_with_database(), lambda connection: create(connection, name, scopes, daily=daily)))
     click.echo("Keep it where only its user reads it: it is not shown again.", err=True)
 
 
@@ -223,7 +226,9 @@ def list_keys() -> None:
     for key in _connected(_with_database(), all_keys):
         used = f"used {key.used_at:%Y-%m-%d %H:%M}" if key.used_at else "never used"
         ended = f", revoked {key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else ""
-        click.echo(f"{key.id}  {key.created_at:%Y-%m-%d}  {','.join(key.scopes)}  {used}{ended}  {key.name}")
+        quotas = {"messages": key.daily_messages, "tokens": key.daily_tokens}
+        daily = "".join(f", {most} {what} a day" for what, most in quotas.items() if most)
+        click.echo(f"{key.id}  {key.created_at:%Y-%m-%d}  {','.join(key.scopes)}  {used}{daily}{ended}  {key.name}")
 
 
 @keys.command("revoke")

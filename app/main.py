@@ -22,6 +22,7 @@ from app.access.keys import Keys
 from app.access.limits import limits_of
 from app.access.links import Links
 from app.access.origins import origins
+from app.access.principal import Daily, Principal
 from app.access.signing import Signing, given_keys
 from app.access.stream_token import SigningKey
 from app.access.user_tokens import user_tokens
@@ -41,6 +42,7 @@ from app.flows.ending import Ending
 from app.flows.incoming import Incoming
 from app.flows.intake import Intake
 from app.flows.queue import Room
+from app.flows.quotas import Quotas, settle
 from app.flows.runner import Bounds, Runner
 from app.flows.stopping import Stopping
 from app.flows.takeover import Patience, Takeover
@@ -267,7 +269,7 @@ class Gateway:
         self._log = event_log = Log(self._dsn, replica, hub, limits=_limits(settings), metrics=metrics)
         self._bus = bus = self._open_bus()
         self._partitions = Partitions(pool, days_ahead=settings.partition_days)
-        self._streams = streams = Streams(pool, replica)
+        self._streams = streams = Streams(pool, replica, settle=settle)
         tail = Tail(wall, hub, event_log, at_once=_share(settings))
         ending = Ending(streams, metrics)
         self._runner = runner = Runner(
@@ -307,6 +309,7 @@ class Gateway:
             key_s=self._key_s,
             user_runs=settings.user_runs,
             room=Room(settings.queue_limit, settings.user_queue),
+            quotas=_quotas(settings, metrics),
             at_once=_share(settings),
         )
         self._turns = turns = Turns(
@@ -372,7 +375,7 @@ class Gateway:
             images=images,
             uploads=self._uploads,
             admit_upload=replica.admit,
-            admit_question=intake.admit,
+            admit_question=partial(_admit_question, intake),
             analyse=partial(_analyse, intake),
         )
 
@@ -512,9 +515,19 @@ async def _analyse(intake: Intake, question: chat_endpoints.Question) -> chat_en
         configuration=question.configuration,
         image_id=str(question.image.id),
         request_id=question.request_id,
+        principal=question.principal,
     )
     accepted = await intake.accept(incoming)
     return chat_endpoints.Analysis(streaming_session_id=accepted.streaming_session_id)
+
+
+async def _admit_question(intake: Intake, user_id: str, chatbot_id: str, principal: Principal) -> None:
+    await intake.admit(Incoming(user_id, chatbot_id, "", principal=principal))
+
+
+def _quotas(settings: Settings, metrics: Metrics) -> Quotas:
+    user = Daily(settings.quota_user_messages, settings.quota_user_tokens)
+    return Quotas(user=user, key=Daily(settings.quota_key_messages, settings.quota_key_tokens), metrics=metrics)
 
 
 def _picture_limits(settings: Settings) -> PictureLimits:

@@ -122,8 +122,8 @@ _PROCESS_MESSAGE = Operation(
         400: ["invalid_json", "bad_request"],
         404: ["chatbot_unknown", "image_unknown"],
         409: ["session_busy", "message_exists"],
-        429: ["queue_full", "too_many_runs"],
         408: ["body_too_slow"],
+        429: ["queue_full", "too_many_runs", "quota_exceeded"],
         413: ["body_too_large"],
         422: [
             "invalid_request",
@@ -184,7 +184,7 @@ _UPLOAD_IMAGE = Operation(
         404: ["chatbot_unknown"],
         408: ["upload_too_slow"],
         413: ["body_too_large"],
-        429: ["too_many_runs"],
+        429: ["too_many_runs", "quota_exceeded"],
         422: [
             "invalid_request",
             "message_too_long",

@@ -148,6 +148,16 @@ class Settings(BaseSettings):
         description="What may be done without an API key from one address in a minute on this replica; `failures` are "
         "requests with bad credentials.",
     )
+    quota_user_messages: int | None = Field(
+        None, ge=1, description="Messages of one user that are answered in a day (UTC), on all replicas together."
+    )
+    quota_user_tokens: int | None = Field(None, ge=1, description="Tokens of one user in a day (UTC).")
+    quota_key_messages: int | None = Field(
+        None, ge=1, description="Messages of one API key in a day (UTC), unless the key has a quota of its own."
+    )
+    quota_key_tokens: int | None = Field(
+        None, ge=1, description="Tokens of one API key in a day (UTC), unless the key has a quota of its own."
+    )
     idempotency_hours: float = Field(24, gt=0, description="How long an Idempotency-Key is remembered, in hours.")
 
     connect_timeout_s: float = Field(5, gt=0, description="Connecting to a provider, in seconds.")
@@ -212,6 +222,9 @@ class Settings(BaseSettings):
         gt=0,
         le=3650,
         description="How long pictures are kept that were uploaded and that no message names, in days.",
+    )
+    keep_quotas_days: float = Field(
+        35, ge=2, le=3650, description="How long it is known what quotas were used on a day, in days."
     )
     enable_background_jobs: bool = Field(
         True,

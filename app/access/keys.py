@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import asyncpg
 
-from app.access.principal import Principal, Scope
+from app.access.principal import UNLIMITED, Daily, Principal, Scope
 from app.errors import Misconfigured, Unauthorized, Unavailable
 from app.postgres import ACQUIRE_S, AWAY, CONFLICT, Connection, Pool, prompt_connection, why
 
@@ -27,12 +27,18 @@ T = TypeVar("T")
 PREFIX = "parley_"
 _SHAPE = re.compile(rf"{PREFIX}([0-9a-f]{{16}})_[0-9a-f]{{64}}")
 
-_CREATE = "insert into api_keys (id, hash, name, scopes) values ($1, $2, $3, $4)"
-_ALL = "select id, name, scopes, created_at, used_at, revoked_at from api_keys order by created_at, id"
+_CREATE = """
+insert into api_keys (id, hash, name, scopes, daily_messages, daily_tokens) values ($1, $2, $3, $4, $5, $6)
+"""
+_ALL = """
+select id, name, scopes, created_at, used_at, revoked_at, daily_messages, daily_tokens from api_keys
+order by created_at, id
+"""
 _REVOKE = "update api_keys set revoked_at = coalesce(revoked_at, now()) where id = $1 returning 1"
 # An hour is close enough for people, and keeps requests from writing.
 _LOOK = """
-select hash, scopes, used_at is null or used_at < now() - interval '1 hour' as unused from api_keys
+select hash, scopes, daily_messages, daily_tokens, used_at is null or used_at < now() - interval '1 hour' as unused
+from api_keys
 where id = $1 and revoked_at is null
 """
 # Without waiting for whoever notes it at the same moment.
@@ -58,13 +64,15 @@ class ApiKey:
     created_at: datetime
     used_at: datetime | None
     revoked_at: datetime | None
+    daily_messages: int | None
+    daily_tokens: int | None
 
 
-async def create(connection: Connection, name: str, scopes: Sequence[Scope]) -> str:
-    """A new key, which is known nowhere else."""
+async def create(connection: Connection, name: str, scopes: Sequence[Scope], *, daily: Daily = UNLIMITED) -> str:
+    """A new key, which is known nowhere else. `daily`: quotas of its own."""
     key_id = secrets.token_hex(8)
     key = f"{PREFIX}{key_id}_{secrets.token_hex(32)}"
-    await connection.execute(_CREATE, key_id, _hash(key), name, sorted(set(scopes)))
+    await connection.execute(_CREATE, key_id, _hash(key), name, sorted(set(scopes)), daily.messages, daily.tokens)
     return key
 
 
@@ -145,7 +153,8 @@ class Keys:
         if row is None:
             _remember(self._unknown, key_id, until, most=self._remembered)
         else:
-            principal = Principal("key", f"key:{key_id}", frozenset(row["scopes"]))
+            daily = Daily(row["daily_messages"], row["daily_tokens"])
+            principal = Principal("key", f"key:{key_id}", frozenset(row["scopes"]), daily=daily)
             _remember(self._known, key_id, _Known(row["hash"], principal, until), most=self._remembered)
 
 

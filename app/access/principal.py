@@ -13,11 +13,27 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 
 
 @dataclass(frozen=True, slots=True)
+class Daily:
+    """How much of a UTC day; None: as much as it likes."""
+
+    messages: int | None = None
+    tokens: int | None = None
+
+    @property
+    def limited(self) -> bool:
+        return self.messages is not None or self.tokens is not None
+
+
+UNLIMITED = Daily()
+
+
+@dataclass(frozen=True, slots=True)
 class Principal:
     """`id` is for logs, limits and the scope of idempotency keys, and never a secret.
 
     `user_id`: the one user whom this is; None where it acts for any user, as whoever runs a back end does.
     `streams`: the only ones it may read; None: all of its user. `until`: when it ends, in seconds since 1970.
+    `daily`: the quotas of its own, for API keys.
     """
 
     kind: Literal["open", "key", "user", "token"]
@@ -26,6 +42,7 @@ class Principal:
     user_id: str | None = None
     streams: frozenset[UUID] | None = None
     until: float | None = None
+    daily: Daily = UNLIMITED
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes

@@ -10,9 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.access.guard import acting_for
+from app.access.guard import acting_for, principal_of
 from app.access.limits import Limits
 from app.access.links import Links
+from app.access.principal import Principal
 from app.chats.allowance import Allowance
 from app.chats.images import Images, StoredImage
 from app.chats.uploads import ImageData, upload_of
@@ -71,6 +72,7 @@ class Question:
     configuration: dict[str, Any]
     user_id: str | None
     request_id: str | None
+    principal: Principal
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +91,8 @@ class Needs(TypedDict):
     uploads: Allowance
     # Raises Unavailable where nothing may be stored now.
     admit_upload: Callable[[], None]
-    # Raises TooMany where this user may not ask anything more now.
-    admit_question: Callable[[str], Awaitable[None]]
+    # Raises TooMany where this user may not ask this chatbot anything more now.
+    admit_question: Callable[[str, str, Principal], Awaitable[None]]
     # The chatbot's image flow. None: a question is not answered.
     analyse: Callable[[Question], Awaitable[Analysis]] | None
 
@@ -104,7 +106,7 @@ async def upload_image(request: Request[Needs]) -> Response:
         user_id = acting_for(request, upload.user_id)
         request.state["limits"].count_named(request.scope, "uploads", user_id)
         if upload.message_text:
-            await request.state["admit_question"](user_id or "")
+            await request.state["admit_question"](user_id or "", upload.chatbot_id, principal_of(request))
         image = await request.state["images"].accept(upload_of(upload.image_data), user_id=user_id or "")
     analysis = await _analysis(request, upload, image, user_id=user_id)
     answer = UploadAnswer(
@@ -167,5 +169,6 @@ async def _analysis(
         configuration=upload.configuration or {},
         user_id=user_id,
         request_id=request_id(request.scope),
+        principal=principal_of(request),
     )
     return await analyse(question)

@@ -63,6 +63,10 @@ class Beginning:
         self._images = images
         self._memory = memory
 
+    async def chatbot(self, chatbot_id: str) -> Chatbot:
+        """The one in use. Raises NotFound."""
+        return (await self._chatbots.newest(chatbot_id))[1]
+
     async def prepare(self, incoming: Incoming) -> Prepared:
         """Raises NotFound, Invalid or Unavailable for what this chatbot does not take, or not now.
 

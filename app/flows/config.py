@@ -128,6 +128,8 @@ class Chatbot:
     on_busy: OnBusy = "enqueue"
     cancel_when_abandoned_s: float | None = None
     keep_sessions_days: float | None = None
+    daily_messages: int | None = None
+    daily_tokens: int | None = None
 
     @property
     def takes_images(self) -> bool:

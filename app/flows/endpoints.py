@@ -160,6 +160,7 @@ def _incoming(request: Request[Needs], principal: Principal, body: bytes) -> Inc
         key=_key(request, principal, message, given),
         request_id=request_id(request.scope),
         client_ip=client_address(request.scope),
+        principal=principal,
     )
 
 

@@ -182,6 +182,8 @@ def _chatbot(chatbot: ChatbotShape, file: FileShape) -> Chatbot:
         on_busy=chatbot.on_busy,
         cancel_when_abandoned_s=chatbot.cancel_when_abandoned_s,
         keep_sessions_days=chatbot.keep_sessions_days,
+        daily_messages=chatbot.daily_messages,
+        daily_tokens=chatbot.daily_tokens,
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import orjson
 
+from app.access.principal import Principal
 from app.chats.chat import Message
 from app.flows import idempotency
 
@@ -29,6 +30,8 @@ class Incoming:
     request_id: str | None = None
     # The address it came from, empty where that is not known.
     client_ip: str = ""
+    # Who asked, for its quotas; not kept, as they are reserved when the message is accepted.
+    principal: Principal | None = None
     # perf_counter's time. No part of what the message is: read twice, it is the same message.
     received: float = field(default_factory=perf_counter, compare=False)
 

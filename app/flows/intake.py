@@ -2,7 +2,7 @@
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -12,7 +12,9 @@ import structlog
 from app.errors import Conflict, Invalid, NotFound, TooMany, Unavailable
 from app.flows import idempotency, queue, sessions
 from app.flows.beginning import Beginning, Prepared
+from app.flows.config import Chatbot
 from app.flows.incoming import Incoming
+from app.flows.quotas import Quota, Quotas, estimate
 from app.flows.run import CANCELLED, Run
 from app.flows.runner import Runner
 from app.postgres import Connection, Pool, prompt_connection, retry_conflicts
@@ -38,7 +40,8 @@ class Accepted:
 
 
 class Intake:
-    """The accepting transaction. Its locks, in order: idempotency key, session, user, chat, message, stream, fence.
+    """The accepting transaction. Its locks, in order: idempotency key, session, user, chat, message, stream, quotas,
+    fence.
 
     At most `at_once` of them are under way, so that a burst of messages leaves connections to everybody else.
     `key_s`: how long an idempotency key is remembered; `user_runs`: the most answers of a user under way, on all
@@ -57,8 +60,10 @@ class Intake:
         key_s: float,
         user_runs: int,
         room: queue.Room,
+        quotas: Quotas,
         at_once: int,
     ) -> None:
+        self._quotas = quotas
         self._turns = asyncio.Semaphore(at_once)
         self._at_once = at_once
         self._pool = pool
@@ -81,7 +86,7 @@ class Intake:
             # Its picture is stored before the transaction begins, so it is refused before that.
             if told := await self._recall(incoming):
                 return told
-            await self.admit(incoming.user_id, incoming.session_id)
+            await self.admit(incoming)
         try:
             prepared = await retry_conflicts(lambda: self._beginning.prepare(incoming))
         except (NotFound, Invalid):
@@ -95,10 +100,18 @@ class Intake:
         except Fenced:
             raise Unavailable("replica_lost", "The server is recovering; send it again.", retry_after=2) from None
 
-    async def admit(self, user_id: str, session_id: str | None = None) -> None:
+    async def admit(self, incoming: Incoming) -> None:
         """Raises TooMany where a message would be refused, as far as that can be known before it is accepted."""
+        try:
+            quotas = self._quotas_of(incoming, await self._beginning.chatbot(incoming.chatbot_id))
+        except NotFound:  # it is told that soon
+            quotas = []
         async with prompt_connection(self._pool) as connection:
-            await self._require_place(connection, user_id, session_id)
+            await self._require_place(connection, incoming.user_id, incoming.session_id)
+            await self._quotas.require(connection, quotas)
+
+    def _quotas_of(self, incoming: Incoming, chatbot: Chatbot) -> list[Quota]:
+        return self._quotas.of(incoming.user_id, chatbot, chatbot_id=incoming.chatbot_id, principal=incoming.principal)
 
     async def _require_place(self, connection: Connection, user_id: str, session_id: str | None) -> None:
         if not user_id:
@@ -150,6 +163,8 @@ class Intake:
             accepted = Accepted(stream.session_id, str(stream.id), stream.flow_type, status)
             if incoming.key:
                 await idempotency.remember(connection, incoming.key, asdict(accepted))
+            if quotas := self._quotas_of(incoming, prepared.chatbot):
+                await self._reserve(connection, place, prepared, quotas)
         if isinstance(place, Run):
             self._runner.start(place)
             self._streams.settle(stream.id)
@@ -157,6 +172,22 @@ class Intake:
             self._runner.stop(place.interrupts, CANCELLED)
             self._bus.poke("stop")
         return accepted
+
+    async def _reserve(
+        self, connection: Connection, place: "Run | _Queued", prepared: Prepared, quotas: Sequence[Quota]
+    ) -> None:
+        """Last of all, as many may wait for the row of one chatbot or key. Raises TooMany; nothing is written then."""
+        stream_id, tokens = place.stream.id, 0
+        if any(quota.daily.tokens is not None for quota in quotas):
+            tokens = estimate(
+                prepared, place.inputs.history if isinstance(place, Run) else prepared.incoming.history or ()
+            )
+        try:
+            reservation = await self._quotas.reserve(connection, quotas, tokens)
+        except TooMany:
+            self._streams.settle(stream_id)  # it never was
+            raise
+        await self._streams.reserve(connection, stream_id, reservation)
 
     async def _replay(self, connection: Connection, key: idempotency.Key) -> Accepted | None:
         return _replayed(await idempotency.claim(connection, key, remember_s=self._key_s))

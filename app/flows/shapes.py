@@ -26,6 +26,7 @@ Text = Annotated[str, Field(max_length=64 << 10)]
 Words = Annotated[list[Annotated[str, Field(pattern=r"\S", max_length=200)]], Field(max_length=200)]
 Model = Annotated[str, Field(min_length=1, max_length=256)]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
+Daily = Annotated[int, Field(ge=1, le=10**15)]
 TopK = Annotated[int, Field(ge=1, le=10_000)]
 Seconds = Annotated[float, Field(gt=0, le=86400)]
 
@@ -175,6 +176,8 @@ class ChatbotShape(_Strict):
     on_busy: OnBusy = "enqueue"
     cancel_when_abandoned_s: Seconds | None = None
     keep_sessions_days: Annotated[float, Field(gt=0, le=36500)] | None = None
+    daily_messages: Daily | None = None
+    daily_tokens: Daily | None = None
 
 
 class FileShape(_Strict):

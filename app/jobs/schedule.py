@@ -10,6 +10,7 @@ from app.chats.images import images_expiring
 from app.expiry import Expiring
 from app.flows.chatbots import Chatbots
 from app.flows.idempotency import keys_expiring
+from app.flows.quotas import usage_expiring
 from app.flows.sessions import Sessions
 from app.flows.turns import Forgotten, Turns
 from app.jobs.retention import Retention
@@ -75,5 +76,6 @@ def expiring(settings: Settings, *, chatbots: Chatbots, turns: Turns | None = No
         keys_expiring(settings.idempotency_hours * _HOUR_S),
         errors_expiring(settings.keep_errors_days * _DAY_S),
         figures_expiring(settings.keep_metrics_days * _DAY_S),
+        usage_expiring(settings.keep_quotas_days * _DAY_S),
         images_expiring(settings.keep_images_days * _DAY_S),
     ]

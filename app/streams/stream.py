@@ -5,6 +5,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import date
 from time import monotonic
 from typing import Any
 from uuid import UUID
@@ -44,11 +45,14 @@ insert into streaming_sessions (id, user_id, session_id, chatbot_id, chatbot_ver
 values ({NEW_ID.format(random_part="$1")}, $2, $3, $4, $5, $6, 'queued')
 returning id
 """
-_END_QUEUED = """
+_RESERVE = "update streaming_sessions set quota_day = $2, quota_subjects = $3, quota_tokens = $4 where id = $1"
+_RESERVED = "quota_day, quota_subjects, quota_tokens"
+_END_QUEUED = f"""
 with s as (
     update streaming_sessions set status = $2, last_event_id = 1, ended_at = now()
-    where id = $1 and status = 'queued' returning id)
-insert into streaming_events (stream_id, id, payload) select id, 1, $3 from s
+    where id = $1 and status = 'queued' returning id, {_RESERVED}),
+     e as (insert into streaming_events (stream_id, id, payload) select id, 1, $3 from s)
+select {_RESERVED} from s
 """
 # '{}' stands for the whole run and is never narrowed down again. No chatbot has more flows than are kept here.
 _ASK_TO_STOP = """
@@ -70,16 +74,17 @@ _UNREAD = """
 select id from streaming_sessions
 where id = any($1::uuid[]) and (read_at is null or read_at < now() - make_interval(secs => abandon_s))
 """
-_END = """
+_END = f"""
 update streaming_sessions set status = $2, last_event_id = $3, ended_at = now(), request = null
 where id = $1 and status in ('queued', 'active')
+returning {_RESERVED}
 """
 # No event: the log cannot take one. Its end lies beyond every id that anybody was given, so all readers get 410.
-_LOSE = """
+_LOSE = f"""
 update streaming_sessions set status = 'failed', ended_at = now(), request = null,
     last_event_id = greatest($2, (select max(id) from streaming_events where stream_id = $1)) + 1
 where id = $1 and status in ('queued', 'active')
-returning 1
+returning {_RESERVED}
 """
 _IS_OVER = "select status not in ('queued', 'active') from streaming_sessions where id = $1"
 # Nobody lives who runs it, or it is in doubt. With $4 only what cannot be begun again and is merely to be ended.
@@ -148,14 +153,34 @@ class Orphan:
     age_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What a stream holds of quotas until it ends: so many tokens, and one message, of each subject on that day."""
+
+    day: date
+    subjects: Sequence[str]
+    tokens: Sequence[int]
+
+
+Settle = Callable[[Connection, UUID, Reservation], Awaitable[None]]
+
+
+async def _unsettled(*_: object) -> None:
+    """Nobody keeps quotas."""
+
+
 class _Over(Exception):
     """The stream has ended already, or there is no such stream any more."""
 
 
 class Streams:
-    """The rows of streaming_sessions, as far as this replica owns them."""
+    """The rows of streaming_sessions, as far as this replica owns them.
 
-    def __init__(self, pool: Pool, replica: Replica) -> None:
+    `settle` is done once with what a stream has reserved, in the transaction that ends it.
+    """
+
+    def __init__(self, pool: Pool, replica: Replica, *, settle: Settle = _unsettled) -> None:
+        self._settle = settle
         self._pool = pool
         self._replica = replica
         self._doubtful: dict[UUID, float] = {}
@@ -201,7 +226,16 @@ class Streams:
         """End a stream that never began, with its only event, in the caller's transaction."""
         usage = {"prompt_tokens": 0, "completion_tokens": 0}
         payload = encode(TERMINAL, {"status": status, "usage": usage, **data})
-        await connection.execute(_END_QUEUED, stream_id, status, payload)
+        await self._give_back(connection, stream_id, await connection.fetchrow(_END_QUEUED, stream_id, status, payload))
+
+    async def reserve(self, connection: Connection, stream_id: UUID, reservation: Reservation) -> None:
+        """Note what a new stream holds, in the transaction that makes it."""
+        values = (reservation.day, list(reservation.subjects), list(reservation.tokens))
+        await connection.execute(_RESERVE, stream_id, *values)
+
+    async def _give_back(self, connection: Connection, stream_id: UUID, ended: asyncpg.Record | None) -> None:
+        if ended is not None and ended["quota_day"] is not None:
+            await self._settle(connection, stream_id, Reservation(*ended))
 
     async def ask_to_stop(
         self, connection: Connection | Pool, stream_id: UUID, flow: str | None = None, *, owner: str | None
@@ -246,9 +280,11 @@ class Streams:
             async def transaction() -> None:
                 async with self._replica.transaction(writer.owner) as connection:
                     await work(connection)
+                    ended = None
                     if status is not None:
-                        await connection.execute(_END, writer.stream_id, status, event_id)
+                        ended = await connection.fetchrow(_END, writer.stream_id, status, event_id)
                     await insert_event(connection, writer.stream_id, event_id, payload)
+                    await self._give_back(connection, writer.stream_id, ended)
 
             await self._until_committed(
                 transaction, writer.stream_id, lambda: self._is_stored(writer.stream_id, event_id, payload)
@@ -266,8 +302,9 @@ class Streams:
             with suppress(_Over):
                 async with self._replica.transaction() as connection:
                     await work(connection)
-                    if not await connection.fetchval(_LOSE, stream_id, last_id):
+                    if (ended := await connection.fetchrow(_LOSE, stream_id, last_id)) is None:
                         raise _Over
+                    await self._give_back(connection, stream_id, ended)
 
         await self._until_committed(transaction, stream_id, lambda: self._is_over(stream_id))
 

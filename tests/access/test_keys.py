@@ -181,7 +181,9 @@ async def test_a_lookup_that_was_possible_is_not_refused_because_its_use_cannot_
 
 async def test_the_commands(database: str) -> None:
     made = await run(
-        "keys", "create", "the shop's back end", "--scope", "process", "--scope", "read", DATABASE_URL=database
+        *("keys", "create", "the shop's back end", "--scope", "process", "--scope", "read"),
+        *("--daily-messages", "500", "--daily-tokens", "90000"),
+        DATABASE_URL=database,
     )
     (key,) = made.out
     assert made.code == 0
@@ -189,7 +191,7 @@ async def test_the_commands(database: str) -> None:
     (line,) = listed.out
     key_id = key[7:23]
     assert line.startswith(f"{key_id}  ")
-    assert "process,read  never used  the shop's back end" in line
+    assert "process,read  never used, 500 messages a day, 90000 tokens a day  the shop's back end" in line
     assert key[24:] not in line
     assert (await run("keys", "revoke", key_id, DATABASE_URL=database)).out == ["Revoked."]
     assert ", revoked 20" in (await run("keys", "list", DATABASE_URL=database)).out[0]

@@ -21,6 +21,7 @@ from app.access.guard import guard
 from app.access.keys import Keys
 from app.access.limits import Limits as RateLimits
 from app.access.links import Links
+from app.access.principal import Principal
 from app.chats.allowance import Allowance
 from app.chats.decoders import Decoders
 from app.chats.endpoints import Analysis, Needs, Question, upload_image
@@ -197,8 +198,9 @@ async def _alone(database: str, asked: list[Question], total: int) -> AsyncGener
         asked.append(question)
         return Analysis("A picture.", _STREAM)
 
-    async def welcome(user_id: str) -> None:
+    async def welcome(user_id: str, chatbot_id: str, principal: Principal) -> None:
         assert user_id in ("ann", "")
+        assert (chatbot_id, principal.kind) == ("demo", "open")
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncGenerator[_State, None]:

@@ -126,10 +126,20 @@ async def test_the_survivor_begins_again_what_a_killed_replica_left(database: st
         assert_whole(await poll(survivor.client, following["streaming_url"]), "completed")
 
 
+async def assert_settled(look: Connection, *, messages: int) -> None:
+    """What they had reserved of a quota was given back once, and what they cost is used."""
+    row = await look.fetchrow("select messages_used, messages_reserved, tokens_used, tokens_reserved from quota_usage")
+    assert row is not None
+    tokens = await look.fetchval("select sum(prompt_tokens + completion_tokens) from usage_ledger")
+    assert tuple(row) == (messages, 0, tokens, 0)
+    assert tokens > 0
+
+
 async def test_messages_that_wait_have_their_turns_although_their_replica_was_killed(
     database: str, look: Connection
 ) -> None:
-    async with replicas(database, 2) as (victim, survivor), AsyncExitStack() as stack:
+    quotas = {"PARLEY_QUOTA_USER_MESSAGES": "4", "PARLEY_QUOTA_USER_TOKENS": "100000"}
+    async with replicas(database, 2, **quotas) as (victim, survivor), AsyncExitStack() as stack:
         left = await victim.ask("steady", session_id="chat")
         reader = await stack.enter_async_context(reading(survivor.client, left["streaming_url"]))
         await reader.has(10)
@@ -143,6 +153,7 @@ async def test_messages_that_wait_have_their_turns_although_their_replica_was_ki
         said = await look.fetch("select content from messages where role = 'user' order by position")
         assert [row["content"] for row in said][1:] == ["number 0", "number 1"]
         assert await look.fetchval("select count(*) from queued_messages") == 0
+        await assert_settled(look, messages=3)
 
 
 async def test_a_stop_that_its_replica_did_not_live_to_write_is_written_by_the_survivor(
