@@ -17,6 +17,7 @@ from app.flows import chatbots, file
 from app.operations import OPERATIONS
 from tests.access.users import as_user, serving_users
 from tests.chats.pictures import base64_of, picture
+from tests.serving import apply_demo, serving
 
 _BOTS = {"slow": "demo?delay_ms=20&tokens=100000", "quick": "demo?delay_ms=0&tokens=3"}
 _SSE = {"Accept": "text/event-stream"}
@@ -280,6 +281,51 @@ async def test_a_back_end_reads_and_stops_whatever_it_likes(town: Town) -> None:
             assert (
                 await town.ask("POST" if attempt.body is not None else "GET", attempt, headers, **params)
             ).status_code == 200
+
+
+# Every row is hidden from whoever is behind the second wall; the first one does not know.
+_HIDDEN = """
+do $$ declare t regclass; begin
+    for t in select oid from pg_class where relrowsecurity and relname <> 'streaming_events' loop
+        execute format(
+            'create policy hidden on %s as restrictive using (current_user not like %L)', t, 'parley_users%');
+    end loop; end $$
+"""
+
+
+@pytest.mark.parametrize(("method", "path"), _WITH_IDS)
+async def test_what_users_ask_goes_through_the_second_wall(town: Town, method: str, path: str) -> None:
+    # What is being written here is read from memory.
+    things = replace(town.anns, running=town.anns.queued)
+    await town.database.execute(_HIDDEN)
+    for attempt in MATRIX[method, path](things):
+        assert (await town.ask(method, attempt, as_user("ann"))).status_code == 404, attempt
+        if "chatbot_id" not in (attempt.body or {}):
+            named = await town.ask(method, attempt, as_user(town.key), user_id="ann")
+            assert named.status_code == 404, attempt
+
+
+async def test_a_streaming_url_is_behind_the_second_wall_and_a_back_end_that_names_nobody_before_it(
+    database: str,
+) -> None:
+    async with demo_provider() as demo, serving(database, auth="keys") as client:
+        await apply_demo(database, demo, {"quick": _BOTS["quick"]})
+        connection = await asyncpg.connect(database)
+        headers = as_user(await keys.create(connection, "a back end", ["process", "read"]))
+        body = {"user_id": "ann", "chatbot_id": "quick", "message_text": "Hello"}
+        url = (await client.post("/api/process-message", json=body, headers=headers)).json()["streaming_url"]
+        page = {"has_more": True}
+        while page["has_more"]:
+            page = (await client.get(f"{url}&wait=5")).json()
+        plain = url.partition("?")[0]
+        token = {"token": url.partition("?token=")[2]}
+        assert (
+            (await client.get(plain, params=token)).json() == (await client.get(plain, headers=headers)).json() == page
+        )
+        await connection.execute(_HIDDEN)
+        assert (await client.get(plain, params=token)).status_code == 404
+        assert (await client.get(plain, headers=headers)).json() == page
+        await connection.close()
 
 
 async def test_the_same_session_message_and_key_of_two_users_are_two(town: Town) -> None:
