@@ -148,8 +148,11 @@ def apply(file: Path, dry_run: bool) -> None:
     settings = _with_database()
     from app.flows import chatbots
     from app.flows.file import load as load_file
+    from app.flows.file import require_reachable
+    from app.providers.reach import Reach
 
     wanted = load_file(file, safe=_safe(settings))
+    require_reachable(wanted, Reach.parse(settings.provider_networks))
     changes = _connected(settings, lambda connection: chatbots.apply(connection, wanted, dry_run=dry_run))
     for change in changes:
         click.echo(_difference(change))

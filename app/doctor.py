@@ -19,6 +19,7 @@ from app.jobs.schedule import SCHEDULE
 from app.jobs.scheduler import complaint
 from app.postgres import AWAY, OLDEST, Connection, open_connection, refuse_pooler, why
 from app.providers.provider import Deadlines, Endpoint
+from app.providers.reach import Reach
 from app.providers.registry import Providers
 from app.safe import NO_SAFE, Safe
 from app.schema import require_current
@@ -69,6 +70,7 @@ async def examine(settings: Settings) -> AsyncGenerator[Finding, None]:
 def _examine_settings(settings: Settings) -> Finding:
     try:
         require_safe(settings)
+        Reach.parse(settings.provider_networks)
         Safe.of(settings.master_key)
         given_keys(settings)
     except Misconfigured as error:
@@ -81,6 +83,13 @@ def _safe(settings: Settings) -> Safe:
         return Safe.of(settings.master_key)
     except Misconfigured:
         return NO_SAFE  # the line of the configuration says so
+
+
+def _reach(settings: Settings) -> Reach:
+    try:
+        return Reach.parse(settings.provider_networks)
+    except Misconfigured:
+        return Reach()  # as well
 
 
 async def _examine_database(settings: Settings, dsn: str, connection: Connection) -> AsyncGenerator[Finding, None]:
@@ -110,7 +119,7 @@ async def _examine_database(settings: Settings, dsn: str, connection: Connection
     if not endpoints:
         yield Finding("chatbots", False, "there are none; write a chatbots file and run `parley apply FILE`.")
     for endpoint in endpoints:
-        yield await _examine_provider(endpoint, safe)
+        yield await _examine_provider(endpoint, safe, _reach(settings))
 
 
 async def _examine_access(settings: Settings, connection: Connection) -> Finding:
@@ -159,8 +168,8 @@ async def _endpoints(connection: Connection) -> list[Endpoint]:
     return list(dict.fromkeys(choice.endpoint for flow in flows for choice in flow.choices))
 
 
-async def _examine_provider(endpoint: Endpoint, safe: Safe) -> Finding:
-    providers = Providers(deadlines=Deadlines(), concurrency=1, safe=safe)
+async def _examine_provider(endpoint: Endpoint, safe: Safe, reach: Reach) -> Finding:
+    providers = Providers(deadlines=Deadlines(), concurrency=1, safe=safe, reach=reach)
     subject = f"provider {endpoint.name}"
     try:
         return Finding(subject, True, await providers.get(endpoint).check())

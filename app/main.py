@@ -55,6 +55,7 @@ from app.openapi import Reference
 from app.operations import HEADERS, OPERATIONS
 from app.postgres import AWAY, Leadership, Pool, open_pool, wait_for_database, warm
 from app.providers.provider import Deadlines, Effort
+from app.providers.reach import Reach
 from app.providers.registry import Providers
 from app.safe import Safe
 from app.schema import require_current
@@ -122,6 +123,7 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
     Raises Misconfigured where it would let everybody in, or lacks a key that a setting names.
     """
     require_safe(settings)
+    Reach.parse(settings.provider_networks)
     signing_keys, safe = given_keys(settings), Safe.of(settings.master_key)
     limits_of(settings, Metrics())
     reference = Reference(OPERATIONS, HEADERS)
@@ -193,6 +195,7 @@ async def _lifespan(
             deadlines=Deadlines(settings.connect_timeout_s, settings.first_token_timeout_s, settings.gap_timeout_s),
             concurrency=settings.provider_concurrency,
             safe=safe,
+            reach=Reach.parse(settings.provider_networks),
         )
         stack.push_async_callback(providers.aclose)
         providers.preload()

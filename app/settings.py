@@ -164,6 +164,10 @@ class Settings(BaseSettings):
     first_token_timeout_s: float = Field(60, gt=0, description="From the request to the first token, in seconds.")
     gap_timeout_s: float = Field(30, gt=0, description="Longest silence between two tokens, in seconds.")
     run_timeout_s: float = Field(300, gt=0, description="Longest run of one answer, in seconds.")
+    provider_networks: str = Field(
+        "127.0.0.0/8,::1",
+        description="Private networks where providers may be, separated by commas, like `10.0.0.0/8`, or `none`.",
+    )
     provider_retries: int = Field(2, ge=0, le=10, description="Retries of a provider call before its first token.")
     provider_concurrency: int = Field(
         2000, ge=1, description="Calls under way per provider; more fail with upstream_busy."

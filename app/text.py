@@ -17,7 +17,7 @@ PRINTABLE = r"^[^\x00-\x1f\x7f\ufffd]+$"
 _UNSTORABLE = re.compile("[\x00\ud800-\udfff]")
 
 # Arrays and objects in one another. What is written as JSON again may have 254.
-_DEEPEST = 64
+_DEEPEST = 100
 # Members of a body, about: each costs some 60 bytes of memory when it is two in the body. Commas in texts count, too.
 _MOST_PARTS = 500_000
 

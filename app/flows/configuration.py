@@ -14,9 +14,11 @@ from app.flows import chatbots
 from app.flows.chatbots import Chatbots
 from app.flows.config import Chatbot, Choice
 from app.flows.export import to_file
-from app.flows.file import FILE_LIMIT, File, parse_one
+from app.flows.file import FILE_LIMIT, File, parse_one, require_reachable
 from app.postgres import ACQUIRE_S, Pool, retry_conflicts
+from app.providers.reach import Reach
 from app.safe import Safe
+from app.settings import Settings
 from app.text import clean, parse_object
 
 # Largest body of a PUT, in bytes: as large as the chatbots file may be.
@@ -26,6 +28,7 @@ BODY_LIMIT = FILE_LIMIT
 class Needs(TypedDict):
     chatbots: Chatbots
     pool: Pool
+    settings: Settings
     safe: Safe
 
 
@@ -141,6 +144,7 @@ async def _replace(request: Request[Needs]) -> Response:
     given = _parsed(await request.body())
     try:
         file = parse_one(chatbot_id, given, safe=request.state["safe"])
+        require_reachable(file, Reach.parse(request.state["settings"].provider_networks))
         version, changed = await retry_conflicts(lambda: _apply(request.state["pool"], chatbot_id, file))
     except Misconfigured as error:
         mistakes = error.extra.get("mistakes", [error.detail])

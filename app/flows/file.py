@@ -19,6 +19,8 @@ from app.flows.plan import mistakes
 from app.flows.shapes import ChatbotShape, ChoiceShape, ConditionShape, FileShape, FlowShape, StepShape, told
 from app.flows.templates import Template, TemplateError, compiled
 from app.providers.provider import Endpoint, is_chatflow
+from app.providers.reach import Reach
+from app.references import is_reference
 from app.safe import NO_SAFE, Safe
 
 FILE_LIMIT = 1 << 20
@@ -65,6 +67,25 @@ def parse_one(chatbot_id: str, given: Mapping[str, Any], *, safe: Safe = NO_SAFE
         raise _refused([([], f"there is no member named {name!r}") for name in unknown])
     parts = {name: given[name] for name in ("providers", "templates") if name in given}
     return _checked({**parts, "chatbots": {chatbot_id: given.get("chatbot")}}, _refused, safe)
+
+
+def require_reachable(file: File, reach: Reach) -> None:
+    """Raises Misconfigured for every provider at an address that it may not have.
+
+    What a name or a reference leads to is asked when a connection is made.
+    """
+    flows = (flow for chatbot in file.chatbots.values() for flow in chatbot.flows.values())
+    endpoints = dict.fromkeys(choice.endpoint for flow in flows for choice in flow.choices)
+    wrong: list[tuple[Place, str]] = [
+        (
+            ("providers", endpoint.name, "base_url"),
+            "is in a private network, which PARLEY_PROVIDER_NETWORKS lacks",
+        )
+        for endpoint in endpoints
+        if not is_reference(endpoint.base_url) and not reach.allows_url(endpoint.base_url)
+    ]
+    if wrong:
+        raise file.refused(wrong)
 
 
 def _refused(mistakes: Sequence[tuple[Place, str]]) -> Misconfigured:

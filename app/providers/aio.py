@@ -3,12 +3,16 @@
 Figures: docs/decisions/0002-aiohttp-under-httpx2.md.
 """
 
+import socket
 import ssl
 from collections.abc import AsyncIterator
 
 import aiohttp
 import httpx2
+from aiohttp.connector import AddrInfoType
 from yarl import URL
+
+from app.providers.reach import ANYWHERE_NEAR, OutOfReach, Reach
 
 # Headers httpx2 has set already; aiohttp would add its own where one is missing.
 _NEVER_ADDED = ("Accept", "Accept-Encoding", "Content-Type", "User-Agent")
@@ -19,11 +23,18 @@ _READ_BUFFER = 64 * 1024
 class AioHTTPTransport(httpx2.AsyncBaseTransport):
     """HTTP/1.1 with keep-alive and verified TLS. No cookies, redirects, decompression, proxies or netrc.
 
-    Honours httpx2's connect and read timeouts. `extensions["body"]` of a response is its Body, for readers who count
-    microseconds: three generators fewer per read than httpx2's iterators.
+    Connects to addresses in `reach` only. Honours httpx2's connect and read timeouts. `extensions["body"]` of a
+    response is its Body, for readers who count microseconds: three generators fewer per read than httpx2's iterators.
     """
 
-    def __init__(self, *, keepalive_s: float = 15, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        keepalive_s: float = 15,
+        tls: ssl.SSLContext | None = None,
+        reach: Reach = ANYWHERE_NEAR,
+    ) -> None:
+        self._reach = reach
         self._keepalive_s = keepalive_s
         self._tls = tls
         self._session: aiohttp.ClientSession | None = None
@@ -49,6 +60,13 @@ class AioHTTPTransport(httpx2.AsyncBaseTransport):
         if self._session is not None:
             await self._session.close()
 
+    def _socket(self, address: AddrInfoType) -> socket.socket:
+        """For a connection to this very address, however its name was resolved."""
+        family, kind, protocol, _, (host, *_) = address
+        if not self._reach.allows(str(host)):
+            raise OutOfReach
+        return socket.socket(family, kind, protocol)
+
     def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:  # here and not in __init__: aiohttp binds to the running loop
             self._session = aiohttp.ClientSession(
@@ -56,6 +74,7 @@ class AioHTTPTransport(httpx2.AsyncBaseTransport):
                     limit=0,  # the caller counts its calls; a second queue would only hide them
                     keepalive_timeout=self._keepalive_s,
                     ssl=self._tls or True,
+                    socket_factory=self._socket,
                 ),
                 cookie_jar=aiohttp.DummyCookieJar(),
                 auto_decompress=False,
@@ -98,6 +117,8 @@ def unreachable_because(error: httpx2.ConnectError) -> str:
             return "its host name cannot be resolved"
         case aiohttp.ClientSSLError():
             return "TLS failed or its certificate is not trusted"
+        case aiohttp.ClientConnectorError(os_error=OutOfReach() as refused):
+            return str(refused.strerror)
         case aiohttp.ClientConnectorError(os_error=ConnectionRefusedError()):
             return "it refuses connections"
         case _:

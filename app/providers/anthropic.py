@@ -7,6 +7,7 @@ from typing import Any
 
 from app.providers.answer import Answer, call, object_of
 from app.providers.provider import CONCURRENCY, Chunk, Deadlines, FinishReason, Prompt, PromptMessage
+from app.providers.reach import ANYWHERE_NEAR, Reach
 from app.providers.refusal import Refusals
 from app.providers.transport import Upstream
 
@@ -46,6 +47,7 @@ class Anthropic:
         api_key: str | None = None,
         deadlines: Deadlines | None = None,
         concurrency: int = CONCURRENCY,
+        reach: Reach = ANYWHERE_NEAR,
     ) -> None:
         self._upstream = Upstream(
             name,
@@ -55,6 +57,7 @@ class Anthropic:
             headers={"anthropic-version": VERSION},
             deadlines=deadlines,
             concurrency=concurrency,
+            reach=reach,
         )
         self._root = "" if base_url.rstrip("/").endswith("/v1") else "v1/"
 

@@ -21,6 +21,7 @@ from app.providers.provider import (
     ProviderError,
     is_chatflow,
 )
+from app.providers.reach import ANYWHERE_NEAR, Reach
 from app.providers.transport import Upstream
 
 _CHECK_S = 10
@@ -51,9 +52,12 @@ class Flowise:
         api_key: str | None = None,
         deadlines: Deadlines | None = None,
         concurrency: int = CONCURRENCY,
+        reach: Reach = ANYWHERE_NEAR,
     ) -> None:
         root = _VERSION.sub("", base_url)
-        self._upstream = Upstream(name, root, api_key=api_key, deadlines=deadlines, concurrency=concurrency)
+        self._upstream = Upstream(
+            name, root, api_key=api_key, deadlines=deadlines, concurrency=concurrency, reach=reach
+        )
         self._aborts = _Aborts(self._upstream)
 
     @property

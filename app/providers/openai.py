@@ -14,6 +14,7 @@ from app.providers.provider import (
     Prompt,
     PromptMessage,
 )
+from app.providers.reach import ANYWHERE_NEAR, Reach
 from app.providers.transport import Upstream
 
 _CHECK_S = 10
@@ -44,8 +45,11 @@ class OpenAI:
         limit_name: LimitName = "max_completion_tokens",
         deadlines: Deadlines | None = None,
         concurrency: int = CONCURRENCY,
+        reach: Reach = ANYWHERE_NEAR,
     ) -> None:
-        self._upstream = Upstream(name, base_url, api_key=api_key, deadlines=deadlines, concurrency=concurrency)
+        self._upstream = Upstream(
+            name, base_url, api_key=api_key, deadlines=deadlines, concurrency=concurrency, reach=reach
+        )
         self._extra = {"stream_options": {"include_usage": True}} if include_usage else {}
         self._limit_name = limit_name
 

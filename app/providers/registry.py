@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TypedDict, Unpack
 
 from app.providers.provider import Deadlines, Endpoint, Kind, Provider
+from app.providers.reach import ANYWHERE_NEAR, Reach
 from app.references import resolve
 from app.safe import NO_SAFE, Safe
 
@@ -20,7 +21,10 @@ class Providers:
     At most _KEPT are kept, and those with calls under way.
     """
 
-    def __init__(self, *, deadlines: Deadlines, concurrency: int, safe: Safe = NO_SAFE) -> None:
+    def __init__(
+        self, *, deadlines: Deadlines, concurrency: int, safe: Safe = NO_SAFE, reach: Reach = ANYWHERE_NEAR
+    ) -> None:
+        self._reach = reach
         self._deadlines = deadlines
         self._concurrency = concurrency
         self._safe = safe
@@ -52,7 +56,14 @@ class Providers:
 
     def _build(self, endpoint: Endpoint, base_url: str, api_key: str | None) -> Provider:
         build = KINDS[endpoint.kind]
-        return build(endpoint, base_url, api_key=api_key, deadlines=self._deadlines, concurrency=self._concurrency)
+        return build(
+            endpoint,
+            base_url,
+            api_key=api_key,
+            deadlines=self._deadlines,
+            concurrency=self._concurrency,
+            reach=self._reach,
+        )
 
     async def aclose(self) -> None:
         await asyncio.gather(*self._closing)
@@ -64,6 +75,7 @@ class _Options(TypedDict):
     api_key: str | None
     deadlines: Deadlines
     concurrency: int
+    reach: Reach
 
 
 # A dialect is imported where it is used: the HTTP client below it takes 0.4 s of CPU, too much for a command that only

@@ -12,6 +12,7 @@ from app.errors import Misconfigured
 from app.providers.aio import AioHTTPTransport, Body, unreachable_because
 from app.providers.document import Document
 from app.providers.provider import CONCURRENCY, Deadlines, ProviderError
+from app.providers.reach import ANYWHERE_NEAR, Reach
 from app.providers.refusal import Refusals, beginning
 from app.providers.sse import Decoder
 
@@ -43,6 +44,7 @@ class Upstream:
         headers: Mapping[str, str] | None = None,
         deadlines: Deadlines | None = None,
         concurrency: int = CONCURRENCY,
+        reach: Reach = ANYWHERE_NEAR,
     ) -> None:
         self.name = name
         self.refusals = Refusals(name, secret=api_key)
@@ -56,7 +58,7 @@ class Upstream:
             timeout=httpx2.Timeout(None, connect=deadlines.connect_s),
             follow_redirects=False,  # it would carry the key to a host nobody configured
             trust_env=False,
-            transport=AioHTTPTransport(),
+            transport=AioHTTPTransport(reach=reach),
         )
 
     async def aclose(self) -> None:

@@ -100,7 +100,7 @@ async def test_an_answer_under_way_keeps_its_version(house: Open, monkeypatch: p
         ({"templates": {"t": "a\0b"}}, "templates.t: holds U+0000"),
         ({"chatbot": {"flows": {"main": flow("x", parameters={"seed": 1 << 63})}}}, "is a number that is too large"),
         ({"chatbot": {"flows": {"main": flow("x", parameters={"a": nested(70)})}}}, "is nested too deeply"),
-        ({"chatbot": {"flows": {"main": flow("x", parameters={"a": nested(900)})}}}, "is nested too deeply"),
+        ({"chatbot": {"flows": {"main": flow("x", parameters={"a": nested(90)})}}}, "is nested too deeply"),
     ],
 )
 async def test_what_cannot_work_is_refused_with_its_place(house: Open, change: dict[str, Any], told: str) -> None:
