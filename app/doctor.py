@@ -46,11 +46,8 @@ async def examine(settings: Settings) -> AsyncGenerator[Finding, None]:
         return
     try:
         connection = await open_connection(settings.database_url)
-    except ValueError:
-        # Not asyncpg's words: they repeat parts of the URL, which may hold a password.
-        yield Finding(
-            "database", False, "DATABASE_URL is no URL of the kind postgresql://user:password@host:5432/name."
-        )
+    except Misconfigured as error:
+        yield Finding("database", False, error.detail)
         return
     except (*AWAY, asyncpg.PostgresError) as error:
         yield Finding("database", False, why(error))

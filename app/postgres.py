@@ -51,8 +51,20 @@ _SESSION = {
 
 
 async def open_connection(dsn: str, *, timeout_s: float = 5) -> Connection:
-    """One connection of one's own, with the settings that all of ours have."""
-    return await asyncpg.connect(dsn, timeout=timeout_s, command_timeout=10, server_settings=_SESSION)
+    """One connection of one's own, with the settings that all of ours have. Raises Misconfigured for a bad URL."""
+    return await _connect(dsn, timeout=timeout_s, command_timeout=10, server_settings=_SESSION)
+
+
+async def _connect(dsn: str | None = None, **how: Any) -> "asyncpg.Connection[asyncpg.Record]":
+    try:
+        return await asyncpg.connect(dsn, **how)
+    except ValueError:
+        # Not asyncpg's words: they repeat parts of the URL, as of a password with a slash in it.
+        raise Misconfigured(
+            "database_url",
+            "DATABASE_URL (or PARLEY_LISTEN_URL) is no URL of the kind postgresql://user:password@host:5432/name. "
+            "In a password / # ? and @ are written %2F %23 %3F and %40.",
+        ) from None
 
 
 async def warm(pool: Pool, connections: int) -> None:
@@ -95,6 +107,7 @@ async def open_pool(dsn: str, size: int, *, first: First | None = None) -> Pool:
         timeout=5,
         command_timeout=10,
         server_settings=_SESSION,
+        connect=_connect,
         init=first,
         reset=_keep_session,
     )
@@ -128,9 +141,7 @@ async def wait_for_database(dsn: str, patience: float, say: Callable[[str], None
 async def _not_ready(dsn: str) -> str | None:
     try:
         connection = await open_connection(dsn)
-    except (*AWAY, asyncpg.PostgresError, ValueError) as error:
-        if isinstance(error, ValueError):
-            raise Misconfigured("database_url", f"DATABASE_URL is not a PostgreSQL URL: {error}") from None
+    except (*AWAY, asyncpg.PostgresError) as error:
         if isinstance(error, asyncpg.ProtocolViolationError) and "startup parameter" in str(error):
             raise _pooler() from None
         return why(error)

@@ -18,6 +18,8 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from app.text import without_keys
+
 _MILLISECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.125, 0.25, 0.5, 1, 2, 4, 8, 15, 30, 60)
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
@@ -163,7 +165,8 @@ class RequestIds:
 def _given_id(scope: Scope) -> str | None:
     headers: list[tuple[bytes, bytes]] = scope["headers"]
     given = next((value for name, value in headers if name == b"x-request-id"), b"").decode("latin-1")
-    return given if _REQUEST_ID.fullmatch(given) else None
+    # One that looks like a secret is none of an id: it would stand in each log line.
+    return given if _REQUEST_ID.fullmatch(given) and without_keys(given) == given else None
 
 
 def _new_id() -> str:

@@ -27,6 +27,11 @@ _KEYLIKE = re.compile(
     r"(?<!\S)(?=\S*?\*{3})\S*[\w*]|\bBearer\s+\S+|\b(?:sk|pk|key|gsk|xai)[-_][\w*-]{6,}|\bparley_\w{20,}",
     re.IGNORECASE,
 )
+# Users' tokens (JWT), encrypted values, and tokens of streaming URLs, whose capitals and digits no name of ours has.
+_TOKENS = re.compile(
+    r"(?<![\w-])eyJ[\w-]{8,}(?:\.[\w-]*){1,2}|\benc:1:[\w:-]{20,}|(?<![\w-])(?=[\w-]*[0-9])(?=[\w-]*[A-Z])[\w-]{56}(?![\w-])",
+    re.ASCII,
+)
 _CREDENTIALS = re.compile(r"(?<=://)[^\s/@:]*:[^\s/@]*@")
 
 
@@ -37,7 +42,7 @@ def redacted(text: str) -> str:
 
 def without_keys(text: str) -> str:
     """The text without anything that looks like a key. In linear time."""
-    return _KEYLIKE.sub("[key]", text)
+    return _TOKENS.sub("[token]", _KEYLIKE.sub("[key]", text))
 
 
 def clean(text: str) -> str:

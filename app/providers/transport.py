@@ -138,7 +138,7 @@ class Upstream:
             detail = f"Provider '{self.name}' cannot be reached: {unreachable_because(error)}."
             raise ProviderError("unavailable", detail, retryable=True) from error
         except httpx2.TransportError as error:
-            raise truncated(self.name) from error
+            raise _without_words(error, truncated(self.name)) from None
 
 
 class Reading:
@@ -171,7 +171,7 @@ class Reading:
                 # One read is far smaller than what the decoder refuses: no payload is lost when it raises.
                 payloads = list(self._decoder.feed(data))
         except httpx2.TransportError as error:
-            raise self._broken() from error
+            raise _without_words(error, self._broken()) from None
         self._silence.pause()
         return payloads
 
@@ -239,6 +239,12 @@ class _Silence:
 
 def _silent(name: str, what: str, seconds: float) -> ProviderError:
     return ProviderError("timeout", f"Provider '{name}' did not {what} within {seconds:g} s.", retryable=True)
+
+
+def _without_words(cause: httpx2.TransportError, told: ProviderError) -> ProviderError:
+    """With the kind of its cause for operators. Its words repeat what the provider sent, and that may be our key."""
+    told.add_note(f"It was a {type(cause.__cause__ or cause).__name__}.")
+    return told
 
 
 def truncated(name: str) -> ProviderError:
