@@ -46,9 +46,13 @@ class Time:
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """The column with the conversation's id. `condition` finds the rows of one: its id is $1, a text."""
+    """The column with the conversation's id. `condition` finds the rows of one: its id is $1, a text.
+
+    `type` is PostgreSQL's: where it is uuid, $1 must be one.
+    """
 
     column: str
+    type: str
     condition: str
     is_indexed: bool
 
@@ -64,7 +68,7 @@ class Message:
 
 
 class Row(Protocol):
-    """A record or a tuple with the values of `Shape.reads`, in their order; more may follow."""
+    """A record or a tuple with the values that were read, in their order; more may follow."""
 
     def __getitem__(self, index: int, /) -> Any: ...
 
@@ -72,8 +76,9 @@ class Row(Protocol):
 class Shape(Protocol):
     """A table of a known kind. `table` is quoted, with its schema.
 
-    `reads` are SQL expressions over the table's columns, each bounded in size. The first is the key: an integer where
-    it is serial, else a text. What is not a column of the table but in its JSON has no `time` or `session`.
+    `reads` are SQL expressions over the table's columns, each bounded in size; `said` takes a row of their values. The
+    first is the key: an integer where it is serial, else a text. `tells` are those that `messages` takes. What is not a
+    column of the table but in its JSON has no `time` or `session`.
     """
 
     @property
@@ -88,6 +93,8 @@ class Shape(Protocol):
     def session(self) -> Session | None: ...
     @property
     def reads(self) -> Sequence[str]: ...
+    @property
+    def tells(self) -> Sequence[str]: ...
 
     def said(self, row: Row) -> Said | Skipped:
         """What a row means to the index. Never raises, whatever is in it."""
@@ -96,3 +103,20 @@ class Shape(Protocol):
     def messages(self, row: Row) -> Sequence[Message]:
         """What a row says to a reader, in order; nothing where it is not understood. Never raises."""
         ...
+
+
+# In bytes: the index's own key holds both.
+_LONGEST_ID, _LONGEST_USERNAME = 1024, 512
+
+
+def unnamed(conversation_id: str, username: str) -> Skipped | None:
+    """Why a row belongs to no conversation that can be indexed."""
+    if not conversation_id:
+        return Skipped("no_conversation")
+    if _is_longer(conversation_id, _LONGEST_ID):
+        return Skipped("conversation_id_too_long")
+    return Skipped("username_too_long") if _is_longer(username, _LONGEST_USERNAME) else None
+
+
+def _is_longer(text: str, most: int) -> bool:
+    return len(text) * 4 > most and len(text.encode()) > most
