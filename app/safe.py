@@ -108,10 +108,10 @@ class Safe:
             return self.renewed(given, "chatbot")
         if is_sealed(given):
             return given
-        if not self._keys or _NO_KEY.fullmatch(given):
-            raise Misconfigured(
-                "configuration_invalid", "must be a reference, env:NAME or file:/path, never the key itself"
-            )
+        if not self._keys:
+            raise Misconfigured("configuration_invalid", f"{_REFERENCE}, never the key itself")
+        if _NO_KEY.fullmatch(given):
+            raise Misconfigured("configuration_invalid", f"{_REFERENCE}, or a key of 8 printable characters or more")
         return self.seal(given, "chatbot")
 
 
@@ -129,6 +129,7 @@ def sealed_with(sealed: str) -> str:
     return sealed.split(":")[2]
 
 
+_REFERENCE = "must be a reference, env:NAME or file:/path, or what `parley keys encrypt` prints"
 _REMEDY = (
     "Print one with `parley keys generate-master`, keep it out of the database, and name its place: "
     "PARLEY_MASTER_KEY=file:/path, or env:NAME."

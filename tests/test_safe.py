@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from app.__main__ import main
 from app.errors import Misconfigured
+from app.flows.shapes import ChoiceShape
 from app.safe import NO_SAFE, MasterKey, Safe, is_sealed, sealed_with
 
 _OLD, _NEW = (MasterKey.of(letter * 32) for letter in (b"o", b"n"))
@@ -93,6 +94,13 @@ def test_a_master_key_is_named_and_long(given: str, monkeypatch: pytest.MonkeyPa
         Safe.of(given)
     assert given.startswith(("env:", "file:")) or given not in caught.value.detail
     assert "canary" not in caught.value.detail
+
+
+def test_what_is_sent_as_it_is_holds_no_encrypted_value() -> None:
+    for parameters in ({"key": OLD.seal(_KEY, "chatbot")}, {"a": [{"b": OLD.seal(_KEY, "chatbot")}]}):
+        with pytest.raises(ValueError, match="only api_key is decrypted"):
+            ChoiceShape(provider="p", model="m", parameters=parameters)
+    assert ChoiceShape(provider="p", model="m", parameters={"stop": ["enc:1:"], "seed": 1}).parameters["seed"] == 1
 
 
 def test_nothing_shows_a_key() -> None:

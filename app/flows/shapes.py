@@ -15,7 +15,7 @@ from app.errors import Misconfigured
 from app.flows.config import ANSWER_TOKENS, OnBusy
 from app.flows.document import Place
 from app.providers.provider import Kind, LimitName
-from app.safe import NO_SAFE
+from app.safe import NO_SAFE, is_sealed
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _TEMPLATE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[1-9][0-9]{0,8})?$"
@@ -42,6 +42,17 @@ def _is_url(value: str) -> bool:
         )
     except ValueError:
         return False
+
+
+def _holds_sealed(value: Any) -> bool:
+    match value:
+        case str():
+            return is_sealed(value)
+        case dict():
+            return any(map(_holds_sealed, value.values()))
+        case list():
+            return any(map(_holds_sealed, value))
+    return False
 
 
 class _Strict(BaseModel):
@@ -84,6 +95,8 @@ class ChoiceShape(_Strict):
     def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
         if taken := sorted({"model", "messages", "stream", "stream_options"} & value.keys()):
             raise ValueError(f"{', '.join(taken)} cannot be set here: Parley sets them")
+        if _holds_sealed(value):
+            raise ValueError("holds an encrypted value, and would be sent as it is: only api_key is decrypted")
         return value
 
 
