@@ -16,6 +16,7 @@ from app.settings import Settings, load
 
 # Each command imports what it needs: `parley version` should not pay for a web server.
 if TYPE_CHECKING:
+    from app.access.audit import Action
     from app.flows.chatbots import Change
     from app.postgres import Connection
     from app.safe import Safe
@@ -146,6 +147,7 @@ def doctor() -> None:
 def apply(file: Path, dry_run: bool) -> None:
     """Make the chatbots what FILE says, showing the difference."""
     settings = _with_database()
+    from app.access.audit import operator
     from app.flows import chatbots
     from app.flows.file import load as load_file
     from app.flows.file import require_reachable
@@ -153,7 +155,8 @@ def apply(file: Path, dry_run: bool) -> None:
 
     wanted = load_file(file, safe=_safe(settings))
     require_reachable(wanted, Reach.parse(settings.provider_networks))
-    changes = _connected(settings, lambda connection: chatbots.apply(connection, wanted, dry_run=dry_run))
+    who = operator()
+    changes = _connected(settings, lambda connection: chatbots.apply(connection, wanted, dry_run=dry_run, actor=who))
     for change in changes:
         click.echo(_difference(change))
     done = "would change" if dry_run else "changed"
@@ -217,7 +220,14 @@ def create_key(name: str, scopes: tuple[Scope, ...], daily_messages: int | None,
     from app.access.keys import create
 
     daily = Daily(daily_messages, daily_tokens)
-    click.echo(_connected(_with_database(), lambda connection: create(connection, name, scopes, daily=daily)))
+    key = _noted(
+        _with_database(),
+        "key.create",
+        lambda connection: create(connection, name, scopes, daily=daily),
+        target=lambda key: key.split("_")[1],
+        detail=f"{name}: {', '.join(scopes)}",
+    )
+    click.echo(key)
     click.echo("Keep it where only its user reads it: it is not shown again.", err=True)
 
 
@@ -240,7 +250,7 @@ def revoke_key(key_id: str) -> None:
     """Refuse a key from now on: within ten seconds everywhere."""
     from app.access.keys import revoke
 
-    _connected(_with_database(), lambda connection: revoke(connection, key_id))
+    _noted(_with_database(), "key.revoke", lambda connection: revoke(connection, key_id), target=str)
     click.echo("Revoked.")
 
 
@@ -254,7 +264,7 @@ def renew_signing_key() -> None:
         )
     from app.access.signing import renew
 
-    _connected(settings, lambda connection: renew(connection, _safe(settings)))
+    _noted(settings, "signing.renew", lambda connection: renew(connection, _safe(settings)))
     click.echo("Renewed: replicas use the new key within half a minute.")
 
 
@@ -284,13 +294,28 @@ def rotate_keys() -> None:
     """Encrypt all secrets of the database with the newest master key. Only then leave the older one away."""
     settings = _with_database()
     safe = _safe(settings)
+    from app.access.audit import note, operator
     from app.flows.rotation import Holdings, holdings, rotate
 
     async def run(connection: "Connection") -> tuple[int, Holdings]:
-        return await rotate(connection, safe), await holdings(connection)
+        changed = await rotate(connection, safe)
+        # Not in one transaction: it may be cut anywhere, and each piece is right.
+        await note(connection, operator(), "secrets.rotate", target=safe.newest or "", detail=f"{changed} rows")
+        return changed, await holdings(connection)
 
     changed, found = _connected(settings, run)
     click.echo(f"{changed} rows encrypted anew; {found.sealed.total()} values have the master key {safe.newest} now.")
+
+
+@main.command()
+@click.option("--last", "most", default=50, show_default=True, type=click.IntRange(1, 10_000), help="How many.")
+def audit(most: int) -> None:
+    """Print what administrators did, the newest first: when, who, what, to what."""
+    from app.access.audit import last
+
+    for entry in _connected(_with_database(), lambda connection: last(connection, most)):
+        line = f"{entry.at:%Y-%m-%d %H:%M:%S}  {entry.actor}  {entry.action}  {entry.target}  {entry.detail}"
+        click.echo(f"{line}  {entry.request_id}" if entry.request_id else line.rstrip())
 
 
 @main.command("demo-provider")
@@ -356,6 +381,26 @@ def _connected(settings: Settings, work: Callable[["Connection"], Coroutine[None
             await connection.close()
 
     return _run(run)
+
+
+def _noted(
+    settings: Settings,
+    action: "Action",
+    work: Callable[["Connection"], Coroutine[None, None, T]],
+    *,
+    target: Callable[[T], str] = lambda _: "",
+    detail: str = "",
+) -> T:
+    """As `_connected`, in one transaction with its row in the audit."""
+    from app.access.audit import note, operator
+
+    async def run(connection: "Connection") -> T:
+        async with connection.transaction():
+            done = await work(connection)
+            await note(connection, operator(), action, target=target(done), detail=detail)
+        return done
+
+    return _connected(settings, run)
 
 
 def _no_such_chatbot(name: str, found: Mapping[str, Any]) -> Misconfigured:

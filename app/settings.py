@@ -218,6 +218,9 @@ class Settings(BaseSettings):
         30, gt=0, le=3650, description="How long idle sessions are kept, in days; their chats stay."
     )
     keep_errors_days: float = Field(90, gt=0, le=3650, description="How long rows of error_logs are kept, in days.")
+    keep_audit_days: float = Field(
+        365, gt=0, le=3650, description="How long it is known what administrators did, in days."
+    )
     keep_metrics_days: float = Field(
         90, gt=0, le=3650, description="How long rows of conversation_processing_metrics are kept, in days."
     )

@@ -81,12 +81,14 @@ async def all_keys(connection: Connection) -> list[ApiKey]:
     return [ApiKey(**row) for row in await connection.fetch(_ALL)]
 
 
-async def revoke(connection: Connection, key_id: str) -> None:
-    """Any number of times. Raises Misconfigured for an unknown id."""
+async def revoke(connection: Connection, key_id: str) -> str:
+    """Any number of times; returns the id. Raises Misconfigured for an unknown one."""
     # Whoever pastes the whole key means it, too.
     matched = _SHAPE.fullmatch(key_id)
-    if not await connection.fetchval(_REVOKE, matched[1] if matched else key_id):
+    found = matched[1] if matched else key_id
+    if not await connection.fetchval(_REVOKE, found):
         raise Misconfigured("key_missing", "No API key has this id; `parley keys list` shows them all.")
+    return found
 
 
 def _hash(key: str) -> bytes:

@@ -9,6 +9,7 @@ from typing import Any
 
 import orjson
 
+from app.access.audit import Actor, note
 from app.errors import Misconfigured, NotFound
 from app.flows.config import Assignment, Chatbot, Flow
 from app.flows.document import Place
@@ -112,8 +113,12 @@ async def newest_templates(connection: Connection) -> dict[str, int]:
     return {row["name"]: row["version"] for row in await connection.fetch(_TEMPLATES)}
 
 
-async def apply(connection: Connection, file: File, *, dry_run: bool = False) -> list[Change]:
+async def apply(
+    connection: Connection, file: File, *, dry_run: bool = False, actor: Actor | None = None
+) -> list[Change]:
     """Add a version for every chatbot and template that differs from its newest one; all others stay as they are.
+
+    Noted in the audit as what `actor` did; None: it is nobody's doing.
 
     Raises Misconfigured, naming every place, where templates are missing or their stored text does not work there.
     """
@@ -132,6 +137,9 @@ async def apply(connection: Connection, file: File, *, dry_run: bool = False) ->
         if not dry_run:
             for change in changes:
                 await _add(connection, change)
+                if actor is not None:
+                    said = f"version {change.version}"
+                    await note(connection, actor, "chatbot.apply", target=change.chatbot_id, detail=said)
         return changes
 
 

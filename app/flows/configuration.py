@@ -8,6 +8,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.access.audit import Actor
 from app.access.guard import principal_of
 from app.errors import BadRequest, Invalid, Misconfigured
 from app.flows import chatbots
@@ -19,6 +20,7 @@ from app.postgres import ACQUIRE_S, Pool, retry_conflicts
 from app.providers.reach import Reach
 from app.safe import Safe
 from app.settings import Settings
+from app.telemetry import request_id
 from app.text import clean, parse_object
 
 # Largest body of a PUT, in bytes: as large as the chatbots file may be.
@@ -145,7 +147,8 @@ async def _replace(request: Request[Needs]) -> Response:
     try:
         file = parse_one(chatbot_id, given, safe=request.state["safe"])
         require_reachable(file, Reach.parse(request.state["settings"].provider_networks))
-        version, changed = await retry_conflicts(lambda: _apply(request.state["pool"], chatbot_id, file))
+        actor = Actor(principal_of(request).id, request_id(request.scope))
+        version, changed = await retry_conflicts(lambda: _apply(request.state["pool"], chatbot_id, file, actor))
     except Misconfigured as error:
         mistakes = error.extra.get("mistakes", [error.detail])
         raise Invalid("configuration_invalid", error.detail, mistakes=mistakes) from None
@@ -173,9 +176,9 @@ def _unique(members: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-async def _apply(pool: Pool, chatbot_id: str, file: File) -> tuple[int, bool]:
+async def _apply(pool: Pool, chatbot_id: str, file: File, actor: Actor) -> tuple[int, bool]:
     async with pool.acquire() as connection:
-        changes = await chatbots.apply(connection, file)
+        changes = await chatbots.apply(connection, file, actor=actor)
         if changes:
             return changes[0].version, True
         return await chatbots.newest_version(connection, chatbot_id), False

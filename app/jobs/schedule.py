@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 from cronsim import CronSim
 
+from app.access.audit import audit_expiring
 from app.chats.images import images_expiring
 from app.expiry import Expiring
 from app.flows.chatbots import Chatbots
@@ -76,6 +77,7 @@ def expiring(settings: Settings, *, chatbots: Chatbots, turns: Turns | None = No
         keys_expiring(settings.idempotency_hours * _HOUR_S),
         errors_expiring(settings.keep_errors_days * _DAY_S),
         figures_expiring(settings.keep_metrics_days * _DAY_S),
+        audit_expiring(settings.keep_audit_days * _DAY_S),
         usage_expiring(settings.keep_quotas_days * _DAY_S),
         images_expiring(settings.keep_images_days * _DAY_S),
     ]
