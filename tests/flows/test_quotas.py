@@ -196,6 +196,22 @@ async def test_an_answer_that_failed_is_given_back(house: Open) -> None:
             assert set((await usage(home)).values()) == {0}
 
 
+async def test_an_answer_that_the_log_has_lost_is_given_back_too(house: Open) -> None:
+    async with house({"slow": "demo?delay_ms=5&tokens=400"}, quota_user_tokens=100_000) as home:
+        stream = (await home.post("slow")).json()["streaming_session_id"]
+        # Somebody else's event, where one of ours has to be soon.
+        await home.database.execute(
+            "insert into streaming_events (stream_id, id, payload) select $1, max(id) + 30, '{}'"
+            " from streaming_events where stream_id = $1",
+            stream,
+        )
+        await all_ended(home)
+        ended = await home.row(f"select error_code from conversation_processing_metrics where stream_id = '{stream}'")
+        assert ended["error_code"] == "log_lost"
+        held = await usage(home)
+        assert (held["messages_reserved"], held["tokens_reserved"], held["messages_used"]) == (0, 0, 0)
+
+
 async def test_where_nothing_has_a_quota_nothing_is_asked(house: Open) -> None:
     quotas = Quotas(user=Daily(), key=Daily(), metrics=Metrics())
     nobody: Any = None
