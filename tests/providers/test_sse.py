@@ -49,7 +49,7 @@ PIECES = st.sampled_from(
     [b"data: ", b"data:", b"data", b"x", b"{}", b"\n", b"\n\n", b"\r", b"\r\n", b"\r\n\r\n", b":", b": hb\n", b" ",
      b"event: x\n", b"id: \x00\n", b"\xef\xbb\xbf", "é🙂\u2028\u0085".encode(), b"\xff", b"\x00"]
 )  # fmt: skip
-STREAMS = st.lists(PIECES, max_size=40).map(b"".join)
+STREAMS = st.lists(PIECES | st.binary(max_size=20), max_size=40).map(b"".join)
 CUTS = st.lists(st.integers(0, 200), max_size=30)
 
 
