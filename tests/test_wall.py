@@ -2,23 +2,37 @@
 
 import asyncio
 from collections.abc import AsyncGenerator, Collection
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
+from typing import Any
 from uuid import UUID, uuid4
 
 import asyncpg
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
 
 from app import roles
+from app.access.client import Proxies
+from app.access.credentials import Credentials
+from app.access.guard import guard
+from app.access.keys import Keys
+from app.access.limits import Limits as RateLimits
+from app.access.principal import Principal
 from app.chats import store
 from app.errors import Unavailable
 from app.flows import queue
 from app.postgres import Pool, open_pool
+from app.server import serving
 from app.streams import tail
 from app.streams.partitions import Partitions
 from app.streams.stream import NEW_ID, random_part
+from app.telemetry import Metrics
 from app.wall import Reach, Wall, narrow, within
+from tests.serving import client_of
 
 _TABLES = """
 select c.relname from pg_class c where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p')
@@ -337,3 +351,30 @@ async def test_a_statement_keeps_its_plan_for_every_user(wall: Wall) -> None:
                 plans = "select generic_plans from pg_prepared_statements where statement = $1"
                 counts.append(await connection.fetchval(plans, queue._LIST))
     assert counts == [1, 2, 3], "one connection, one statement, one plan"
+
+
+async def _signed_in(token: str) -> Principal:
+    return Principal("user", f"user:{token}", frozenset({"read"}), token)
+
+
+async def test_a_route_that_asks_for_everything_gets_what_is_its_users(owner: asyncpg.Connection, wall: Wall) -> None:
+    for user in ("ann", "bob"):
+        await _add(owner, "chats", user)
+
+    async def forgetful(_: Request[Any]) -> Response:
+        async with wall.connection() as connection:
+            return Response(",".join(row["user_id"] for row in await connection.fetch("select * from chats")))
+
+    route = Route("/", forgetful)
+    guard([route], {("GET", "/"): "read"})
+    credentials = Credentials("keys", Keys(wall._pool), local=True, tokens=_signed_in)
+    state = {"credentials": credentials, "limits": RateLimits({}, Metrics()), "proxies": Proxies()}
+
+    @asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncGenerator[dict[str, Any], None]:
+        yield state
+
+    app = Starlette(routes=[route], lifespan=lifespan)
+    async with serving(app, "127.0.0.1", 0) as url, client_of(url) as client:
+        for user in ("bob", "ann"):
+            assert (await client.get("/", headers={"Authorization": f"Bearer {user}"})).text == user
