@@ -31,6 +31,7 @@ from app.chats.allowance import Allowance
 from app.chats.decoders import Decoders
 from app.chats.images import Images
 from app.chats.picture import Limits as PictureLimits
+from app.conversations import endpoints as conversation_endpoints
 from app.errors import Misconfigured, Unavailable
 from app.flows import configuration
 from app.flows import endpoints as flow_endpoints
@@ -100,6 +101,7 @@ class State(
     flow_endpoints.Needs,
     configuration.Needs,
     chat_endpoints.Needs,
+    conversation_endpoints.Needs,
     health.Needs,
     problems.Needs,
     guard.Needs,
@@ -164,6 +166,10 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
             middleware=body_limit,
         ),
         Route("/api/sessions/{session_id}/queue/{message_id}/send-now", flow_endpoints.send_now, methods=["POST"]),
+        Route("/api/messages/conversations", conversation_endpoints.conversations),
+        Route("/conversations", conversation_endpoints.conversations, name="conversations_alias"),
+        Route("/api/messages/conversations/{conversation_id}", conversation_endpoints.conversation),
+        Route("/api/messages/statistics", conversation_endpoints.message_statistics),
         Route("/api/conversation-health", health.conversation_health),
         Route("/livez", health.livez),
         Route("/readyz", health.readyz),

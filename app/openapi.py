@@ -79,7 +79,9 @@ Operations = Mapping[tuple[str, str], Operation]
 
 
 class Problem(BaseModel):
-    """Why a request failed (RFC 9457). `mistakes` only with `configuration_invalid`, `scope` with `scope_missing`."""
+    """Why a request failed (RFC 9457). `mistakes` only with `configuration_invalid`, `scope` with `scope_missing`,
+    `conversations` with `ambiguous`.
+    """
 
     type: str
     title: str
@@ -90,6 +92,7 @@ class Problem(BaseModel):
     success: Literal[False]
     mistakes: list[str] | None = None
     scope: str | None = None
+    conversations: list[dict[str, str]] | None = None
 
 
 class Reference:

@@ -18,6 +18,7 @@ from app.flows.endpoints import (
     Queue,
     QueueAnswer,
 )
+from app.index_operations import INDEX_OPERATIONS
 from app.openapi import Answer, Content, Operation, Parameter
 from app.streams.endpoints import Page
 from app.streams.event import to_frames, to_object, with_more_in_id
@@ -548,6 +549,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("PATCH", "/api/sessions/{session_id}/queue/{message_id}"): _EDIT_QUEUED,
     ("DELETE", "/api/sessions/{session_id}/queue/{message_id}"): _REMOVE_QUEUED,
     ("POST", "/api/sessions/{session_id}/queue/{message_id}/send-now"): _SEND_NOW,
+    **INDEX_OPERATIONS,
     ("GET", "/api/conversation-health"): _CONVERSATION_HEALTH,
     ("GET", "/livez"): _LIVEZ,
     ("GET", "/readyz"): _READYZ,

@@ -31,7 +31,8 @@ CONVERSATIONS = [
     """,
     "create unique index conversations_key on conversations (source, username, conversation_id)",
     "create index conversations_named on conversations (conversation_id)",
-    "create index conversations_recent on conversations (last_message_at desc, id desc)",
+    # Only for lists that name nobody: with a filter it would be walked to the end where nothing recent fits.
+    "create index conversations_recent on conversations (last_message_at desc, id desc) where message_count >= 0",
     "create index conversations_of_user on conversations (username, last_message_at desc, id desc)",
     "create index conversations_of_model on conversations (model, last_message_at desc, id desc)",
     "create index conversations_of_chatbot on conversations (chatbot_id, last_message_at desc, id desc)",

@@ -108,6 +108,11 @@ def _asking(things: Things) -> list[Attempt]:
     return [Attempt("/api/process-message", body={**body, "image_id": things.image, "session_id": things.own_session})]
 
 
+def _conversation(things: Things) -> list[Attempt]:
+    url = f"/api/messages/conversations/{things.session}"
+    return [Attempt(url), Attempt(url, {"source": "parley"})]
+
+
 def _nothing(_: Things) -> list[Attempt]:
     """The route takes no id of anything that belongs to a user."""
     return []
@@ -126,6 +131,10 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("PATCH", "/api/sessions/{session_id}/queue/{message_id}"): _waiting(body={"message_text": "Changed."}),
     ("DELETE", "/api/sessions/{session_id}/queue/{message_id}"): _waiting(),
     ("POST", "/api/sessions/{session_id}/queue/{message_id}/send-now"): _waiting("/send-now"),
+    ("GET", "/api/messages/conversations"): _nothing,
+    ("GET", "/conversations"): _nothing,
+    ("GET", "/api/messages/conversations/{conversation_id}"): _conversation,
+    ("GET", "/api/messages/statistics"): _nothing,
     ("GET", "/api/conversation-health"): _nothing,
     ("GET", "/livez"): _nothing,
     ("GET", "/readyz"): _nothing,
@@ -222,7 +231,7 @@ async def _town(database: str) -> AsyncGenerator[Town, None]:
         async with demo_provider() as demo:
             await chatbots.apply(connection, file.parse(str(_wanted(demo))))
             async with serving_users(database) as client:
-                key = await keys.create(connection, "a back end", ["process", "read"])
+                key = await keys.create(connection, "a back end", ["process", "read", "index"])
                 anns = await _things_of(client, "ann")
                 await _ended(client, "bob", session_id="mine")
                 yield Town(client, connection, replace(anns, own_stream=await _ended(client, "bob")), key)
@@ -311,7 +320,7 @@ async def test_a_streaming_url_is_behind_the_second_wall_and_a_back_end_that_nam
     async with demo_provider() as demo, serving(database, auth="keys") as client:
         await apply_demo(database, demo, {"quick": _BOTS["quick"]})
         connection = await asyncpg.connect(database)
-        headers = as_user(await keys.create(connection, "a back end", ["process", "read"]))
+        headers = as_user(await keys.create(connection, "a back end", ["process", "read", "index"]))
         body = {"user_id": "ann", "chatbot_id": "quick", "message_text": "Hello"}
         url = (await client.post("/api/process-message", json=body, headers=headers)).json()["streaming_url"]
         page = {"has_more": True}

@@ -27,5 +27,6 @@ async def serving_users(database: str, **settings: Any) -> AsyncGenerator[httpx2
         json.dump({"keys": [jwk(_KID, _ALGORITHM)]}, keys)
         keys.flush()
         expected = {"auth": "keys,jwt", "jwt_issuer": NAME, "jwt_audience": AUDIENCE, "jwt_key_file": keys.name}
+        expected["jwt_scopes"] = "process,read,index,sync"
         async with serving(database, **{"drain_s": 0, **expected, **settings}) as client:
             yield client

@@ -1,0 +1,298 @@
+"""Listing conversations, reading one, and what they add up to: validation at the edge."""
+
+from collections.abc import Mapping
+from datetime import UTC, date, datetime, timedelta
+from math import ceil
+from typing import Any, Literal, TypedDict, get_args
+
+import asyncpg
+import orjson
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.access.guard import acting_for, owner_of
+from app.conversations import listing, transcript
+from app.conversations.listing import FAR, Place, Wanted
+from app.conversations.statistics import Group, statistics
+from app.errors import BadRequest
+from app.text import clean
+from app.wall import Wall
+
+_SIZE, _LARGEST = 50, 200
+_ORDERS = {"-lastMessageTime": True, "lastMessageTime": False}
+# Statistics cover so many days unless the request says otherwise, and at most.
+_DAYS, _MOST_DAYS = 30, 400
+_LONGEST = 256
+
+
+class Needs(TypedDict):
+    wall: Wall
+
+
+class Conversation(BaseModel):
+    """An entry of the index. `messageIds` are the newest of them; questions are cut at 300 characters."""
+
+    conversationId: str
+    source: str
+    username: str
+    chatbotId: str
+    model: str
+    clientIp: str
+    firstMessageTime: str
+    lastMessageTime: str
+    durationSeconds: int
+    messageCount: int
+    totalTokens: int
+    firstQuestion: str
+    lastQuestion: str
+    messageIds: list[str]
+    createdAt: str
+    updatedAt: str
+
+
+class Conversations(BaseModel):
+    """A page of the list. Where `totalIsExact` is false there are at least `total`. `nextCursor` is null at the end."""
+
+    conversations: list[Conversation]
+    total: int
+    totalIsExact: bool
+    page: int | None
+    size: int
+    totalPages: int
+    nextCursor: str | None
+
+
+class ConversationMessage(BaseModel):
+    """One utterance. A `partial` one is an answer that was stopped or broke off."""
+
+    id: str
+    role: Literal["user", "assistant", "system"]
+    content: str
+    status: Literal["complete", "partial", "failed"]
+    attachments: list[dict[str, Any]]
+    timestamp: str
+
+
+class Transcript(BaseModel):
+    """Messages of a conversation in their order; `messageCount` counts all of them."""
+
+    conversationId: str
+    source: str
+    username: str
+    messages: list[ConversationMessage]
+    messageCount: int
+    nextCursor: str | None
+
+
+class Figures(BaseModel):
+    """What one day, model, user or chatbot adds up to; `name` says which. Users' own messages have no model."""
+
+    name: str
+    messages: int
+    questions: int
+    tokens: int
+    durationMs: int
+
+
+class Statistics(BaseModel):
+    """The largest thousand groups, of days the last thousand; the days are those of UTC, `until` is not included."""
+
+    group: Literal["day", "model", "user", "chatbot"]
+    since: str
+    until: str
+    statistics: list[Figures]
+
+
+async def conversations(request: Request[Needs]) -> Response:
+    """A page of the index, by number or by cursor."""
+    wanted, size = _wanted(request), _number(request, "size", _SIZE, most=_LARGEST)
+    after, number = _where(request, wanted, size)
+    skip = 0 if after else (number - 1) * size
+    async with request.state["wall"].connection() as connection:
+        page = await listing.page(connection, wanted, size=size, after=after, skip=skip)
+    cursor = page.behind.told(newest_first=wanted.newest_first) if page.behind else None
+    return _json(
+        {
+            "conversations": [_entry(row) for row in page.rows],
+            "total": page.total.count,
+            "totalIsExact": page.total.exact,
+            "page": None if after else number,
+            "size": size,
+            "totalPages": ceil(page.total.count / size),
+            "nextCursor": cursor,
+        }
+    )
+
+
+def _where(request: Request[Needs], wanted: Wanted, size: int) -> tuple[Place | None, int]:
+    """Behind which conversation, or else which page."""
+    cursor, number = _word(request, "cursor"), _number(request, "page", 1)
+    if cursor is not None:
+        return listing.place(cursor, newest_first=wanted.newest_first), number
+    if (number - 1) * size > FAR:
+        detail = f"Pages are turned by number up to the {FAR}th conversation; go on with nextCursor as cursor."
+        raise BadRequest("page_too_deep", detail)
+    return None, number
+
+
+def _wanted(request: Request[Needs]) -> Wanted:
+    order = _word(request, "sort") or "-lastMessageTime"
+    if order not in _ORDERS:
+        raise BadRequest("bad_parameter", f"sort is one of {', '.join(_ORDERS)}.")
+    return Wanted(
+        username=_user(request),
+        model=_word(request, "model"),
+        chatbot_id=_word(request, "chatbot_id"),
+        source=_word(request, "source"),
+        since=_moment(request, "from"),
+        until=_moment(request, "to"),
+        newest_first=_ORDERS[order],
+    )
+
+
+def _entry(row: asyncpg.Record) -> Mapping[str, Any]:
+    return {
+        "conversationId": row["conversation_id"],
+        "source": row["source"],
+        "username": row["username"],
+        "chatbotId": row["chatbot_id"],
+        "model": row["model"],
+        "clientIp": row["client_ip"],
+        "firstMessageTime": _told(row["first_message_at"]),
+        "lastMessageTime": _told(row["last_message_at"]),
+        "durationSeconds": round((row["last_message_at"] - row["first_message_at"]).total_seconds()),
+        "messageCount": row["message_count"],
+        "totalTokens": row["total_tokens"],
+        "firstQuestion": row["first_question"],
+        "lastQuestion": row["last_question"],
+        "messageIds": row["message_ids"],
+        "createdAt": _told(row["created_at"]),
+        "updatedAt": _told(row["updated_at"]),
+    }
+
+
+async def conversation(request: Request[Needs]) -> Response:
+    """One conversation with a page of its messages."""
+    named_id = clean(request.path_params["conversation_id"])
+    username, source = _user(request), _word(request, "source")
+    size, after = _number(request, "size", _SIZE, most=_LARGEST), _number(request, "cursor", 0, least=0)
+    async with request.state["wall"].connection() as connection:
+        await listing.require_index(connection)
+        named = await transcript.find(connection, named_id, username=username, source=source)
+        page = await transcript.own_messages(connection, named, after=after, size=size)
+    return _json(
+        {
+            "conversationId": named.id,
+            "source": named.source,
+            "username": named.username,
+            "messages": [_message(row) for row in page.rows],
+            "messageCount": named.messages,
+            "nextCursor": None if page.behind is None else str(page.behind),
+        }
+    )
+
+
+def _message(row: asyncpg.Record) -> Mapping[str, Any]:
+    return {
+        "id": row["id"],
+        "role": row["role"],
+        "content": row["content"],
+        "status": row["status"],
+        "attachments": orjson.Fragment(row["attachments"]),
+        "timestamp": _told(row["created_at"]),
+    }
+
+
+async def message_statistics(request: Request[Needs]) -> Response:
+    """What messages add up to, in groups."""
+    group = _group(request)
+    since, until = _days(request)
+    username, source = _user(request), _word(request, "source")
+    async with request.state["wall"].connection() as connection:
+        rows = await statistics(connection, group, since=since, until=until, username=username, source=source)
+    return _json(
+        {
+            "group": group,
+            "since": since.isoformat(),
+            "until": until.isoformat(),
+            "statistics": [_figures(row) for row in rows],
+        }
+    )
+
+
+def _group(request: Request[Needs]) -> Group:
+    given = _word(request, "group") or "day"
+    for group in get_args(Group):
+        if group == given:
+            return group  # type: ignore[no-any-return]
+    raise BadRequest("bad_parameter", f"group is one of {', '.join(get_args(Group))}.")
+
+
+def _days(request: Request[Needs]) -> tuple[date, date]:
+    since, until = _moment(request, "from"), _moment(request, "to")
+    last = until.date() if until else datetime.now(UTC).date() + timedelta(days=1)
+    first = since.date() if since else last - timedelta(days=_DAYS)
+    if not timedelta(0) <= last - first <= timedelta(days=_MOST_DAYS):
+        raise BadRequest("bad_parameter", f"from must be at most {_MOST_DAYS} days before to.")
+    return first, last
+
+
+def _figures(row: asyncpg.Record) -> Mapping[str, Any]:
+    return {
+        "name": str(row["name"]),
+        "messages": row["messages"],
+        "questions": row["questions"],
+        "tokens": row["tokens"],
+        "durationMs": row["duration_ms"],
+    }
+
+
+# -- parameters
+
+
+def _user(request: Request[Any]) -> str | None:
+    """Whose conversations, as `username` says it or `user_id`; None: anybody's."""
+    owner, username = owner_of(request), acting_for(request, _word(request, "username"))
+    if None not in (owner, username) and owner != username:
+        raise BadRequest("bad_parameter", "username and user_id name two users; say one of them.")
+    return username if owner is None else owner
+
+
+def _word(request: Request[Any], name: str) -> str | None:
+    """A parameter of the query; an empty one is none. Raises BadRequest for one that no name is as long as."""
+    given = clean(request.query_params.get(name, ""))
+    if len(given) > _LONGEST:
+        raise BadRequest("bad_parameter", f"{name} is longer than {_LONGEST} characters.")
+    return given or None
+
+
+def _number(request: Request[Any], name: str, default: int, *, least: int = 1, most: int = (1 << 31) - 1) -> int:
+    """A whole number within its bounds. Raises BadRequest for anything else."""
+    given = _word(request, name)
+    if given is None:
+        return default
+    if not (given.isascii() and given.isdecimal() and least <= int(given) <= most):
+        raise BadRequest("bad_parameter", f"{name} must be a whole number from {least} to {most}.")
+    return int(given)
+
+
+def _moment(request: Request[Any], name: str) -> datetime | None:
+    """A time, or a day, which begins at midnight; without a zone it is UTC. Raises BadRequest for anything else."""
+    given = _word(request, name)
+    if given is None:
+        return None
+    try:
+        moment = datetime.fromisoformat(given.replace(" ", "+"))
+        return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
+    except (ValueError, OverflowError):
+        detail = f"{name} must be a date or a time as in ISO 8601, like 2026-01-31 or 2026-01-31T12:00:00Z."
+        raise BadRequest("bad_parameter", detail) from None
+
+
+def _told(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _json(answer: Mapping[str, Any]) -> Response:
+    return Response(orjson.dumps(answer), media_type="application/json", headers={"Cache-Control": "no-store"})

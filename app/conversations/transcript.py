@@ -1,0 +1,63 @@
+"""One conversation of ours with its messages, a page at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import asyncpg
+
+from app.conversations.index import OWN
+from app.errors import Conflict, NotFound
+from app.postgres import Connection
+
+# Conversations of one name that a refusal lists.
+_NAMESAKES = 20
+
+_NAMED = """
+select source, username, message_count from conversations
+where conversation_id = $1 and ($2::text is null or username = $2) and ($3::text is null or source = $3)
+order by source, username limit $4
+"""
+_MESSAGES = """
+select id, role, content, status, attachments, position, created_at from messages
+where user_id = $1 and chat_id = $2 and not is_deleted and position > $3 order by position limit $4
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """Which conversation, and how many messages it has."""
+
+    source: str
+    username: str
+    id: str
+    messages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """A page of messages in their order; `behind` is the position of the last of them where more follow."""
+
+    rows: Sequence[asyncpg.Record]
+    behind: int | None
+
+
+async def find(
+    connection: Connection, conversation_id: str, *, username: str | None = None, source: str | None = None
+) -> Named:
+    """The one conversation of this id. Raises NotFound for none, Conflict where there are several."""
+    rows = await connection.fetch(_NAMED, conversation_id, username, source, _NAMESAKES)
+    if not rows:
+        raise NotFound("conversation_unknown", "There is no such conversation; GET /api/messages/conversations lists.")
+    if len(rows) > 1:
+        those = [{"source": row["source"], "username": row["username"]} for row in rows]
+        detail = "Several conversations have this id; say which by source and username."
+        raise Conflict("ambiguous", detail, conversations=those)
+    return Named(rows[0]["source"], rows[0]["username"], conversation_id, rows[0]["message_count"])
+
+
+async def own_messages(connection: Connection, named: Named, *, after: int, size: int) -> Messages:
+    """Messages of a conversation of ours behind a position."""
+    assert named.source == OWN
+    rows = await connection.fetch(_MESSAGES, named.username, named.id, after, size + 1)
+    behind = rows[size - 1]["position"] if len(rows) > size else None
+    return Messages(rows[:size], behind)

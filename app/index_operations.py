@@ -1,0 +1,169 @@
+"""What the routes of the conversation index take and answer, for /openapi.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.conversations.endpoints import Conversations, Statistics, Transcript
+from app.openapi import Answer, Content, Operation, Parameter
+
+_JSON = "application/json"
+
+_ENTRY: dict[str, Any] = {
+    "conversationId": "5b6f1f0a-6a55-4a3e-9d3c-0d1b2c3d4e5f",
+    "source": "parley",
+    "username": "user-123",
+    "chatbotId": "shop",
+    "model": "gpt-4o-mini",
+    "clientIp": "203.0.113.7",
+    "firstMessageTime": "2026-01-31T12:00:00.000Z",
+    "lastMessageTime": "2026-01-31T12:00:07.250Z",
+    "durationSeconds": 7,
+    "messageCount": 2,
+    "totalTokens": 91,
+    "firstQuestion": "Where is my order?",
+    "lastQuestion": "Where is my order?",
+    "messageIds": ["b4c8", "a1f2"],
+    "createdAt": "2026-01-31T12:00:00.000Z",
+    "updatedAt": "2026-01-31T12:00:07.250Z",
+}
+_LISTED: dict[str, Any] = {
+    "conversations": [_ENTRY],
+    "total": 1,
+    "totalIsExact": True,
+    "page": 1,
+    "size": 50,
+    "totalPages": 1,
+    "nextCursor": None,
+}
+_USERNAME = Parameter("username", "query", "Whose. A user who asks is always this user.")
+_USER_ID = Parameter("user_id", "query", "Means `username`.")
+_SOURCE = Parameter("source", "query", "Where it was held: `parley` for chats of this server, else a source's code.")
+_FROM_TO = [
+    Parameter("from", "query", "A date or a time (ISO 8601; UTC unless it has a zone): not before it."),
+    Parameter("to", "query", "Likewise: before it."),
+]
+
+
+def _whole(default: int, most: int) -> dict[str, Any]:
+    return {"type": "integer", "minimum": 1, "maximum": most, "default": default}
+
+
+_PROBLEMS: Mapping[int, list[str]] = {503: ["starting", "database_unavailable"]}
+_SIZE = Parameter("size", "query", "How many on a page.", _whole(50, 200))
+
+_LIST = Operation(
+    "List conversations",
+    "The index over all conversations, wherever they were held; the last ones first. A page costs the same at any "
+    "depth if `nextCursor` is sent back as `cursor`; pages are turned by number up to the 10,000th conversation. "
+    "Filters may be combined, and one that is empty is none.\n\n"
+    "`total` is exact without filters and up to 10,000; beyond that, `totalIsExact` is false and there are more. With "
+    "a cursor it is what it was on the first page. `from` and `to` are about the last message.",
+    answers={200: Answer("A page.", {_JSON: Content(_LISTED, Conversations)})},
+    parameters=[
+        _USERNAME,
+        _USER_ID,
+        Parameter("model", "query", "The model that answered last."),
+        Parameter("chatbot_id", "query", "The chatbot."),
+        _SOURCE,
+        *_FROM_TO,
+        Parameter(
+            "sort",
+            "query",
+            "By the last message; a minus is the newest first.",
+            {"type": "string", "enum": ["-lastMessageTime", "lastMessageTime"], "default": "-lastMessageTime"},
+        ),
+        Parameter("page", "query", "Which page, from 1; not with `cursor`.", _whole(1, (1 << 31) - 1)),
+        _SIZE,
+        Parameter("cursor", "query", "`nextCursor` of the page before, with the same filters and order."),
+    ],
+    problems={400: ["bad_parameter", "bad_cursor", "page_too_deep"], 409: ["index_missing"], **_PROBLEMS},
+)
+_ONE = Operation(
+    "Read a conversation",
+    "A conversation with a page of its messages, in their order. Its id may be used by several users or sources: then "
+    "409 `ambiguous` lists them, and `username` and `source` say which.",
+    answers={
+        200: Answer(
+            "A page of its messages.",
+            {
+                _JSON: Content(
+                    {
+                        "conversationId": _ENTRY["conversationId"],
+                        "source": "parley",
+                        "username": "user-123",
+                        "messages": [
+                            {
+                                "id": "a1f2",
+                                "role": "user",
+                                "content": "Where is my order?",
+                                "status": "complete",
+                                "attachments": [],
+                                "timestamp": "2026-01-31T12:00:00.000Z",
+                            }
+                        ],
+                        "messageCount": 2,
+                        "nextCursor": "1",
+                    },
+                    Transcript,
+                )
+            },
+        )
+    },
+    parameters=[
+        Parameter("conversation_id", "path", "The `conversationId`; of a chat of this server its `session_id`."),
+        _USERNAME,
+        _USER_ID,
+        _SOURCE,
+        _SIZE,
+        Parameter("cursor", "query", "`nextCursor` of the page before.", {"type": "string", "pattern": "^[0-9]*$"}),
+    ],
+    problems={
+        400: ["bad_parameter"],
+        404: ["conversation_unknown"],
+        409: ["index_missing", "ambiguous"],
+        **_PROBLEMS,
+    },
+)
+_STATISTICS = Operation(
+    "Add conversations up",
+    "Messages, questions, tokens and durations per day, model, user or chatbot, of the last 30 days unless `from` and "
+    "`to` say otherwise; at most 400 days. They were added up as messages were saved, so this reads no message.",
+    answers={
+        200: Answer(
+            "The groups.",
+            {
+                _JSON: Content(
+                    {
+                        "group": "day",
+                        "since": "2026-01-01",
+                        "until": "2026-02-01",
+                        "statistics": [
+                            {"name": "2026-01-31", "messages": 2, "questions": 1, "tokens": 91, "durationMs": 1250}
+                        ],
+                    },
+                    Statistics,
+                )
+            },
+        )
+    },
+    parameters=[
+        Parameter(
+            "group",
+            "query",
+            "What the groups are.",
+            {"type": "string", "enum": ["day", "model", "user", "chatbot"], "default": "day"},
+        ),
+        *_FROM_TO,
+        _USERNAME,
+        _USER_ID,
+        _SOURCE,
+    ],
+    problems={400: ["bad_parameter"], **_PROBLEMS},
+)
+
+INDEX_OPERATIONS: Mapping[tuple[str, str], Operation] = {
+    ("GET", "/api/messages/conversations"): _LIST,
+    ("GET", "/conversations"): _LIST,
+    ("GET", "/api/messages/conversations/{conversation_id}"): _ONE,
+    ("GET", "/api/messages/statistics"): _STATISTICS,
+}

@@ -1,0 +1,226 @@
+"""Lists: every conversation once and in order, whatever the filters, however it is paged; and what is refused."""
+
+from collections.abc import AsyncGenerator
+from datetime import UTC, datetime, timedelta
+from random import Random
+from typing import Any
+
+import asyncpg
+import httpx2
+import pytest
+
+from app.conversations import listing
+from app.postgres import open_connection
+from tests.serving import serving
+
+_BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
+_INSERT = """
+insert into conversations (source, username, conversation_id, chatbot_id, model, first_message_at, last_message_at,
+    time_source, message_count, total_tokens, first_question, last_question, message_ids)
+values ($1, $2, $3, $4, $5, $6, $7, 'message', 2, 10, 'first', 'last', '{7,8}')
+"""
+Row = dict[str, Any]
+
+
+def _rows(chance: Random, count: int) -> list[Row]:
+    """Few moments, so that many conversations share one."""
+    return [
+        {
+            "source": chance.choice(["parley", "n8n"]),
+            "username": chance.choice(["ann", "bob", ""]),
+            "conversation_id": f"c{number}",
+            "chatbot_id": chance.choice(["shop", "help"]),
+            "model": chance.choice(["small", "large"]),
+            "first": _BEGAN,
+            "last": _BEGAN + timedelta(minutes=chance.randrange(count // 4 + 1)),
+        }
+        for number in range(count)
+    ]
+
+
+@pytest.fixture
+async def client(database: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
+    async with serving(database, drain_s=0) as client:
+        yield client
+
+
+async def _store(database: str, rows: list[Row]) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.executemany(_INSERT, [tuple(row.values()) for row in rows])
+    await connection.execute(
+        "insert into conversation_counts select source, 0, count(*) from conversations group by source"
+    )
+    await connection.close()
+
+
+async def _list(client: httpx2.AsyncClient, **params: Any) -> Row:
+    response = await client.get("/api/messages/conversations", params=params)
+    assert response.status_code == 200, response.text
+    answer: Row = response.json()
+    return answer
+
+
+async def _walk(client: httpx2.AsyncClient, **params: Any) -> list[Row]:
+    """All pages of a list by cursor."""
+    page = await _list(client, **params)
+    entries: list[Row] = list(page["conversations"])
+    total = page["total"]
+    while page["nextCursor"]:
+        page = await _list(client, **params, cursor=page["nextCursor"])
+        assert page["conversations"]
+        assert page["total"] == total
+        entries += page["conversations"]
+    assert total == len(entries)
+    return entries
+
+
+_FIELDS = {"username": "username", "model": "model", "chatbot_id": "chatbotId", "source": "source"}
+
+
+async def test_every_conversation_once_and_in_order_with_any_filter(client: httpx2.AsyncClient, database: str) -> None:
+    chance = Random(6)
+    rows = _rows(chance, 120)
+    await _store(database, rows)
+    for _ in range(40):
+        filters: Row = {name: chance.choice([row[name] for row in rows]) for name in _FIELDS if chance.random() < 0.35}
+        since, until = sorted(_BEGAN + timedelta(minutes=chance.randrange(31)) for _ in range(2))
+        wanted = [row for row in rows if all(not value or row[name] == value for name, value in filters.items())]
+        if chance.random() < 0.4:
+            filters |= {"from": since.isoformat(), "to": until.strftime("%Y-%m-%dT%H:%M:%SZ")}
+            wanted = [row for row in wanted if since <= row["last"] < until]
+        newest_first = chance.random() < 0.5
+        entries = await _walk(
+            client,
+            **filters,
+            size=chance.randint(1, 40),
+            sort="-lastMessageTime" if newest_first else "lastMessageTime",
+        )
+        assert sorted(e["conversationId"] for e in entries) == sorted(row["conversation_id"] for row in wanted)
+        times = [entry["lastMessageTime"] for entry in entries]
+        assert times == sorted(times, reverse=newest_first)
+
+
+async def test_pages_by_number_are_those_by_cursor(client: httpx2.AsyncClient, database: str) -> None:
+    await _store(database, _rows(Random(1), 50))
+    first = await _list(client, size=20)
+    assert (first["page"], first["size"], first["total"], first["totalPages"]) == (1, 20, 50, 3)
+    second = await _list(client, size=20, page=2)
+    assert second["conversations"] == (await _list(client, size=20, cursor=first["nextCursor"]))["conversations"]
+    last = await _list(client, size=20, page=3)
+    assert (len(last["conversations"]), last["nextCursor"]) == (10, None)
+    assert (await _list(client, page=4))["conversations"] == []
+    assert (await client.get("/conversations", params={"size": 20})).json() == first
+
+
+async def test_a_cursor_holds_while_conversations_come_and_move(client: httpx2.AsyncClient, database: str) -> None:
+    """What does not move is listed once; what is new, or is spoken in again, comes before the cursor."""
+    rows = _rows(Random(2), 40)
+    await _store(database, rows)
+    page = await _list(client, size=10)
+    seen = [entry["conversationId"] for entry in page["conversations"]]
+    connection = await asyncpg.connect(database)
+    moved = rows[0]["conversation_id"]
+    await connection.execute("update conversations set last_message_at = now() where conversation_id = $1", moved)
+    await connection.execute(_INSERT, *({**rows[0], "conversation_id": "new", "last": datetime.now(UTC)}.values()))
+    await connection.close()
+    while page["nextCursor"]:
+        page = await _list(client, size=10, cursor=page["nextCursor"])
+        seen += [entry["conversationId"] for entry in page["conversations"]]
+    assert len(seen) == len(set(seen))
+    assert {row["conversation_id"] for row in rows} - set(seen) <= {moved}
+    assert "new" not in seen
+
+
+@pytest.mark.parametrize(
+    ("params", "code"),
+    [
+        ({"page": "0"}, "bad_parameter"),
+        ({"page": "-1"}, "bad_parameter"),
+        ({"page": "NaN"}, "bad_parameter"),
+        ({"page": "1e9"}, "bad_parameter"),
+        ({"page": "1000000000"}, "page_too_deep"),
+        ({"page": "9" * 300}, "bad_parameter"),
+        ({"size": "0"}, "bad_parameter"),
+        ({"size": "1000000000"}, "bad_parameter"),
+        ({"size": "٣"}, "bad_parameter"),
+        ({"size": "200", "page": "52"}, "page_too_deep"),
+        ({"cursor": "nonsense"}, "bad_cursor"),
+        ({"cursor": "ZC4xLjEuMS4x", "sort": "lastMessageTime"}, "bad_cursor"),
+        ({"cursor": "ZC45OTk5OTk5OTk5OTk5OTk5OTk5OTkuMS4xLjE"}, "bad_cursor"),
+        ({"cursor": "é"}, "bad_cursor"),
+        ({"sort": "username"}, "bad_parameter"),
+        ({"from": "yesterday"}, "bad_parameter"),
+        ({"to": "0001-01-01T00:00:00+23:59"}, "bad_parameter"),
+        ({"model": "x" * 300}, "bad_parameter"),
+        ({"username": "ann", "user_id": "bob"}, "bad_parameter"),
+    ],
+)
+async def test_what_no_list_can_be_is_refused(client: httpx2.AsyncClient, params: Row, code: str) -> None:
+    response = await client.get("/api/messages/conversations", params=params)
+    assert (response.status_code, response.json()["code"]) == (400, code)
+
+
+async def test_names_that_no_conversation_has(client: httpx2.AsyncClient, database: str) -> None:
+    await _store(database, _rows(Random(3), 5))
+    for name in ("nobody", "%00", "\x00", "'; drop table conversations", "\ufffd"):
+        assert (await _list(client, username=name))["conversations"] == []
+    for name in ("nobody", "%00", "..%2f..", "x" * 300, "%ff"):
+        response = await client.get(f"/api/messages/conversations/{name}")
+        assert (response.status_code, response.json()["code"]) in (
+            (404, "conversation_unknown"),
+            (404, "route_unknown"),
+        )
+
+
+async def test_totals_are_counted_so_far_and_no_further(
+    client: httpx2.AsyncClient, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _store(database, [{**row, "username": "ann"} for row in _rows(Random(4), 12)])
+    monkeypatch.setattr("app.conversations.listing.FAR", 10)
+    page = await _list(client, username="ann", size=5)
+    assert (page["total"], page["totalIsExact"]) == (11, False)
+    page = await _list(client, size=5)
+    assert (page["total"], page["totalIsExact"]) == (12, True)
+
+
+async def test_a_deleted_index_is_said_to_be(client: httpx2.AsyncClient, database: str) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.execute("update conversation_index set is_there = false")
+    await connection.close()
+    for path in ("/api/messages/conversations", "/conversations", "/api/messages/conversations/c1"):
+        response = await client.get(path)
+        assert (response.status_code, response.json()["code"]) == (409, "index_missing")
+        assert "/api/sync/init" in response.json()["detail"]
+
+
+_PLANS: list[tuple[Row, str]] = [
+    ({}, "conversations_recent"),
+    ({"username": "u1"}, "conversations_of_user"),
+    ({"model": "m1"}, "conversations_of_model"),
+    ({"chatbot_id": "b1"}, "conversations_of_chatbot"),
+    ({"source": "s1"}, "conversations_of_source"),
+    ({"since": _BEGAN}, "conversations_recent"),
+    ({"username": "u1", "since": _BEGAN}, "conversations_of_user"),
+]
+_MANY = """
+insert into conversations (source, username, conversation_id, chatbot_id, model, first_message_at, last_message_at,
+    time_source, message_count, total_tokens)
+select 's' || n % 3, 'u' || n % 3, n, 'b' || n % 3, 'm' || n % 3, now(), now() - n * interval '1 s', 'message', 1, 1
+from generate_series(1, 20000) n
+"""
+
+
+async def test_lists_walk_an_index_and_sort_nothing(database: str) -> None:
+    connection = await open_connection(database)
+    await connection.execute(_MANY)
+    await connection.execute("analyze conversations")
+    for filters, index in _PLANS:
+        for after in (None, listing.Place(_BEGAN, 7, listing.Total(1))):
+            wanted = listing.Wanted(**filters)
+            sql, values = listing.statement(wanted, size=50, after=after, skip=0)
+            rows = await connection.fetch(f"explain {sql}", *values)
+            plan = "\n".join(row[0] for row in rows)
+            assert index in plan, plan
+            walk = plan[plan.index("CTE page") : plan.index("CTE Scan")]
+            assert "Sort" not in walk, plan
+    await connection.close()
