@@ -15,7 +15,6 @@ from app.streams.cursors import cursors_of
 from app.streams.hub import Batch
 from app.streams.multiplex import follow_all
 from app.streams.tail import Tail
-from app.wall import Wall
 from tests.house import House, Open
 from tests.reader import assert_whole
 from tests.sse import Frame, frames
@@ -24,7 +23,7 @@ from tests.streams.test_log import say
 
 SSE = {"Accept": "text/event-stream"}
 MODELS = {"slow": "demo?delay_ms=5&tokens=40", "mute": "demo?fault=silent"}
-A, B = str(uuid4()), str(uuid4())
+A, B = "0197c1a2-7b3c-4def-8a01-23456789abcd", "0197c1a2-7b3c-4def-8a01-000000000000"
 
 
 async def ask(home: House, *chatbots: str) -> list[str]:
@@ -248,7 +247,7 @@ class Talkative(Tail):
 async def test_streams_that_never_pause_take_turns(database: str) -> None:
     async with engine(database) as parts:
         streams = [uuid4() for _ in range(5)]
-        tail = Talkative(Wall(parts.pool), parts.hub, parts.log)
+        tail = Talkative(parts.pool, parts.hub, parts.log)
         async with aclosing(follow_all(tail, dict.fromkeys(streams, 0), 60)) as batches:
             order = [(await anext(batches)).stream_id for _ in range(500)]
         assert {order.count(stream) for stream in streams} <= {99, 100, 101}
