@@ -56,7 +56,11 @@ class Found:
     def text(self, part: str, most: int = _NAME) -> str:
         """An expression for a column as text, or for null."""
         column = self.columns.get(part)
-        return f"left({quoted(column.name)}::text, {most})" if column else "null::text"
+        if column is None:
+            return "null::text"
+        if column.type == "inet":
+            return f"host({quoted(column.name)})"
+        return f"left({quoted(column.name)}::text, {most})"
 
     def json(self, part: str) -> str:
         return self.text(part, LONGEST + 1)
