@@ -34,7 +34,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 # A test's data may be lost with the machine; synchronous_commit stays on, as the log's answers depend on it.
-_SERVER = {"fsync": "off", "full_page_writes": "off", "max_connections": "300", "log_min_messages": "fatal"}
+_SERVER = {
+    "fsync": "off",
+    "full_page_writes": "off",
+    "max_connections": "300",
+    "max_prepared_transactions": "50",
+    "log_min_messages": "fatal",
+}
 
 
 class Server:

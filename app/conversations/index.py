@@ -1,10 +1,14 @@
-"""The tables of the index as our own chats write them: in the transaction that saves a message or ends its run."""
+"""The tables of the index as they are written: by our own chats, in the transaction that saves a message or ends its
+run, and by a pass over another source."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from app.conversations.summary import QUESTION
+import orjson
+
+from app.conversations.summary import KEYS, QUESTION, Ranked, Summary
 from app.postgres import Connection
 
 OWN = "parley"
@@ -50,6 +54,85 @@ select (now() at time zone 'utc')::date, '{OWN}', $1, $3, spent.model, 0, 0, spe
 from unnest($5::text[], $6::bigint[], $7::bigint[]) as spent(model, tokens, duration_ms)
 order by spent.model
 on conflict (day, source, username, chatbot_id, model) do update set
+    tokens = d.tokens + excluded.tokens, duration_ms = d.duration_ms + excluded.duration_ms
+"""
+# The greater of two ranked values, of equal ranks the greater text: as `Summary` decides, in code points.
+_GREATER = """
+case when c.{name}_rank is null or (excluded.{name}_rank, excluded.{name} collate "C")
+    > (c.{name}_rank, c.{name} collate "C") then excluded.{name} else c.{name} end
+"""
+
+
+def _greater(name: str) -> str:
+    return _GREATER.format(name=name)
+
+
+# The newest of two lists of keys, bounded.
+_NEWEST = f"""
+case when cardinality(excluded.message_ids) = 0 then c.{{column}} else (
+    select array_agg({{value}} order by rank, id collate "C") from (
+        select id, rank from unnest(c.message_ids || excluded.message_ids, c.message_ranks || excluded.message_ranks)
+            as kept(id, rank)
+        order by rank desc, id collate "C" desc limit {KEYS}) newest) end
+"""
+# Rows in the order of their key, so that two that write the same ones wait for each other and do not lock up.
+_MERGE = f"""
+with merged as (
+    insert into conversations as c (
+        source, username, conversation_id, chatbot_id, chatbot_id_rank, model, model_rank, client_ip, client_ip_rank,
+        first_message_at, last_message_at, time_source, message_count, total_tokens,
+        first_question, first_question_rank, last_question, last_question_rank, message_ids, message_ranks)
+    select $1, m.username, m.conversation_id, m.chatbot_id, m.chatbot_id_rank, m.model, m.model_rank,
+        m.client_ip, m.client_ip_rank, coalesce(m.first_at, parley_now()), coalesce(m.last_at, parley_now()),
+        case when m.first_at is null then 'discovery' else 'message' end, m.messages, m.tokens,
+        m.first_question, m.first_rank, m.last_question, m.last_rank,
+        array(select jsonb_array_elements_text(m.keys::jsonb)),
+        array(select jsonb_array_elements_text(m.ranks::jsonb)::bigint)
+    from unnest(
+        $2::text[], $3::text[], $4::text[], $5::bigint[], $6::text[], $7::bigint[], $8::text[], $9::bigint[],
+        $10::timestamptz[], $11::timestamptz[], $12::bigint[], $13::bigint[],
+        $14::text[], $15::bigint[], $16::text[], $17::bigint[], $18::text[], $19::text[])
+        as m(username, conversation_id, chatbot_id, chatbot_id_rank, model, model_rank, client_ip, client_ip_rank,
+            first_at, last_at, messages, tokens, first_question, first_rank, last_question, last_rank, keys, ranks)
+    order by m.username, m.conversation_id
+    on conflict (source, username, conversation_id) do update set
+        chatbot_id = {_greater("chatbot_id")},
+        chatbot_id_rank = greatest(c.chatbot_id_rank, excluded.chatbot_id_rank),
+        model = {_greater("model")},
+        model_rank = greatest(c.model_rank, excluded.model_rank),
+        client_ip = {_greater("client_ip")},
+        client_ip_rank = greatest(c.client_ip_rank, excluded.client_ip_rank),
+        first_message_at = least(c.first_message_at, excluded.first_message_at),
+        last_message_at = greatest(c.last_message_at, excluded.last_message_at),
+        message_count = c.message_count + excluded.message_count,
+        total_tokens = c.total_tokens + excluded.total_tokens,
+        first_question = case when c.first_question_rank is null
+            or (excluded.first_question_rank, excluded.first_question collate "C")
+                < (c.first_question_rank, c.first_question collate "C")
+            then excluded.first_question else c.first_question end,
+        first_question_rank = least(c.first_question_rank, excluded.first_question_rank),
+        last_question = {_greater("last_question")},
+        last_question_rank = greatest(c.last_question_rank, excluded.last_question_rank),
+        message_ids = {_NEWEST.format(column="message_ids", value="id")},
+        message_ranks = {_NEWEST.format(column="message_ranks", value="rank")},
+        updated_at = now()
+    returning xmax = 0 as is_new)
+select count(*) filter (where is_new) from merged
+"""
+_COUNTED = """
+insert into conversation_counts as n (source, slot, conversations) values ($1, $2, $3)
+on conflict (source, slot) do update set conversations = n.conversations + excluded.conversations
+"""
+# Of messages without a time: the day they were found.
+_DAYS = """
+insert into conversation_days as d (day, source, username, chatbot_id, model, messages, questions, tokens, duration_ms)
+select coalesce(f.day, (parley_now() at time zone 'utc')::date) as day, $1, f.username, f.chatbot_id, f.model,
+    sum(f.messages), sum(f.questions), sum(f.tokens), sum(f.duration_ms)
+from unnest($2::date[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[])
+    as f(day, chatbot_id, model, username, messages, questions, tokens, duration_ms)
+group by 1, 3, 4, 5 order by 1, 3, 4, 5
+on conflict (day, source, username, chatbot_id, model) do update set
+    messages = d.messages + excluded.messages, questions = d.questions + excluded.questions,
     tokens = d.tokens + excluded.tokens, duration_ms = d.duration_ms + excluded.duration_ms
 """
 
@@ -100,3 +183,38 @@ async def spent(connection: Connection, chat: Chat, costs: Sequence[Spent]) -> N
         [cost.tokens for cost in costs],
         [cost.duration_ms for cost in costs],
     )
+
+
+async def merge(connection: Connection, source: str, summaries: Mapping[tuple[str, str], Summary]) -> int:
+    """Add what rows of a source add up to; returns how many conversations are new.
+
+    Each row once: to be called in the transaction that writes down that these rows were counted.
+    """
+    if not summaries:
+        return 0
+    rows = [_row(*name, summary) for name, summary in sorted(summaries.items())]
+    created: int = await connection.fetchval(_MERGE, source, *map(list, zip(*rows, strict=True)))
+    if created:
+        await connection.execute(_COUNTED, source, random.randrange(_SLOTS), created)
+    days = [
+        (*day, username, of.messages, of.questions, of.tokens, of.duration_ms)
+        for (username, _), summary in summaries.items()
+        for day, of in summary.days.items()
+    ]
+    await connection.execute(_DAYS, source, *map(list, zip(*days, strict=True)))
+    return created
+
+
+def _row(username: str, conversation_id: str, of: Summary) -> tuple[Any, ...]:
+    return (
+        *(username, conversation_id),
+        *(*_ranked(of.chatbot_id), *_ranked(of.model), *_ranked(of.client_ip)),
+        *(of.first_at, of.last_at, of.messages, of.tokens),
+        *(*_ranked(of.first_question), *_ranked(of.last_question)),
+        orjson.dumps([key for _, key in of.keys]).decode(),
+        orjson.dumps([rank for rank, _ in of.keys]).decode(),
+    )
+
+
+def _ranked(value: Ranked | None) -> tuple[str, int | None]:
+    return ("", None) if value is None else (value[1], value[0])

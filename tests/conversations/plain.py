@@ -1,0 +1,64 @@
+"""A table with a conversation's messages in plain columns, its shape, and its count from the beginning."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import asyncpg
+
+from app.conversations.sources.shape import Key, Message, Row, Session, Skipped, Time
+from app.conversations.summary import Said, Summaries, fold
+
+_SERIAL = Key('"id"', True)
+MADE = "create table chat (id bigserial primary key, session text, at timestamptz default now(), text text)"
+
+
+@dataclass(frozen=True, slots=True)
+class Plain:
+    """Rows without a session are skipped."""
+
+    kind: str = "plain"
+    table: str = '"public"."chat"'
+    key: Key = _SERIAL
+    time: Time | None = None
+    session: Session | None = None
+    reads: Sequence[str] = ('"id"', '"session"', '"at"', '"text"')
+    tells: Sequence[str] = ()
+
+    def said(self, row: Row) -> Said | Skipped:
+        key, session, at, text = (row[column] for column in range(4))
+        if session is None:
+            return Skipped("no_conversation")
+        rank = key if isinstance(key, int) else int(at.timestamp() * 1e6)
+        return Said(session, "", rank, str(key), "user", at, text)
+
+    def messages(self, row: Row) -> Sequence[Message]:
+        return ()
+
+
+async def recounted(connection: asyncpg.Connection, shape: Plain) -> Summaries:
+    """What a count over the whole table says."""
+    rows = await connection.fetch(f"select {', '.join(shape.reads)} from {shape.table}")
+    return fold(said for row in rows if not isinstance(said := shape.said(row), Skipped))
+
+
+_INDEXED = """
+select username, conversation_id, message_count, total_tokens, first_message_at, last_message_at,
+    first_question_rank, first_question, last_question_rank, last_question, message_ranks, message_ids
+from conversations where source = $1
+"""
+
+
+async def indexed(connection: asyncpg.Connection, source: str = "plain") -> dict[tuple[str, str], tuple[Any, ...]]:
+    return {tuple(row)[:2]: tuple(row)[2:] for row in await connection.fetch(_INDEXED, source)}
+
+
+def as_indexed(summaries: Summaries) -> dict[tuple[str, str], tuple[Any, ...]]:
+    none = (None, "")
+    return {
+        name: (
+            *(of.messages, of.tokens, of.first_at, of.last_at, *(of.first_question or none)),
+            *(*(of.last_question or none), [rank for rank, _ in of.keys], [key for _, key in of.keys]),
+        )
+        for name, of in summaries.items()
+    }
