@@ -2,8 +2,8 @@
 
 from alembic import op
 
-revision = "0013"
-down_revision = "0012"
+revision = "0015"
+down_revision = "0014"
 
 STATE = [
     # The ranks that decide between a conversation's rows; of our own chats the newest decides, and they stay null.
