@@ -15,6 +15,7 @@ from app.streams.cursors import cursors_of
 from app.streams.hub import Batch
 from app.streams.multiplex import follow_all
 from app.streams.tail import Tail
+from app.wall import Wall
 from tests.house import House, Open
 from tests.reader import assert_whole
 from tests.sse import Frame, frames
@@ -247,7 +248,7 @@ class Talkative(Tail):
 async def test_streams_that_never_pause_take_turns(database: str) -> None:
     async with engine(database) as parts:
         streams = [uuid4() for _ in range(5)]
-        tail = Talkative(parts.pool, parts.hub, parts.log)
+        tail = Talkative(Wall(parts.pool), parts.hub, parts.log)
         async with aclosing(follow_all(tail, dict.fromkeys(streams, 0), 60)) as batches:
             order = [(await anext(batches)).stream_id for _ in range(500)]
         assert {order.count(stream) for stream in streams} <= {99, 100, 101}
