@@ -17,6 +17,7 @@ from app.settings import Settings, load
 # Each command imports what it needs: `parley version` should not pay for a web server.
 if TYPE_CHECKING:
     from app.access.audit import Action
+    from app.conversations.sources.source import SourceChange
     from app.flows.chatbots import Change
     from app.postgres import Connection
     from app.safe import Safe
@@ -145,9 +146,10 @@ def doctor() -> None:
 @click.argument("file", type=click.Path(path_type=Path))
 @click.option("--dry-run", is_flag=True, help="Show the difference and change nothing.")
 def apply(file: Path, dry_run: bool) -> None:
-    """Make the chatbots what FILE says, showing the difference."""
+    """Make chatbots and sources what FILE says, showing the difference."""
     settings = _with_database()
     from app.access.audit import operator
+    from app.conversations.sources.source import apply_sources
     from app.flows import chatbots
     from app.flows.file import load as load_file
     from app.flows.file import require_reachable
@@ -156,18 +158,30 @@ def apply(file: Path, dry_run: bool) -> None:
     wanted = load_file(file, safe=_safe(settings))
     require_reachable(wanted, Reach.parse(settings.provider_networks))
     who = operator()
-    changes = _connected(settings, lambda connection: chatbots.apply(connection, wanted, dry_run=dry_run, actor=who))
-    for change in changes:
-        click.echo(_difference(change))
+
+    async def run(connection: "Connection") -> tuple[list["Change"], list["SourceChange"]]:
+        async with connection.transaction():
+            bots = await chatbots.apply(connection, wanted, dry_run=dry_run, actor=who)
+            return bots, await apply_sources(connection, wanted.sources, dry_run=dry_run, actor=who)
+
+    changes, of_sources = _connected(settings, run)
+    for line in [*map(_difference, changes), *map(_source_difference, of_sources)]:
+        click.echo(line)
     done = "would change" if dry_run else "changed"
-    click.echo(f"{len(changes)} of {len(wanted.chatbots)} chatbots {done}." if changes else "Nothing to change.")
+    if changes:
+        click.echo(f"{len(changes)} of {len(wanted.chatbots)} chatbots {done}.")
+    if of_sources:
+        click.echo(f"{len(of_sources)} of {len(wanted.sources)} sources {done}.")
+    if not (changes or of_sources):
+        click.echo("Nothing to change.")
 
 
 @main.command()
 @click.argument("chatbot", nargs=-1)
 def export(chatbot: tuple[str, ...]) -> None:
-    """Print chatbots as a file that `parley apply` takes back unchanged: those named, or all."""
+    """Print chatbots as a file that `parley apply` takes back unchanged: those named, or all with all sources."""
     settings = _with_database()
+    from app.conversations.sources.source import all_sources
     from app.flows import chatbots
     from app.flows.export import to_yaml
 
@@ -176,7 +190,8 @@ def export(chatbot: tuple[str, ...]) -> None:
         if unknown := [name for name in chatbot if name not in found]:
             raise _no_such_chatbot(unknown[0], found)
         wanted = {name: found[name] for name in chatbot or found}
-        return to_yaml(wanted, newest=await chatbots.newest_templates(connection))
+        sources = [] if chatbot else await all_sources(connection)
+        return to_yaml(wanted, newest=await chatbots.newest_templates(connection), sources=sources)
 
     click.echo(_connected(settings, read), nl=False)
 
@@ -201,6 +216,83 @@ def plan(chatbot: str, message: str, file: Path | None, image: bool, language: s
     ask = Ask(message, image, language or found[chatbot].language, flow_type)
     for line in preview(found[chatbot], ask):
         click.echo(line)
+
+
+@main.group()
+def sources() -> None:
+    """Other programs' tables with conversations, which are indexed and never written to (docs/sources.md)."""
+
+
+@sources.command("add")
+@click.argument("source_id", metavar="ID")
+@click.option("--dsn", required=True, help="Where the database's URL is: env:NAME or file:/path.")
+@click.option("--table", required=True, help="A table, or schema.table.")
+@click.option("--kind", default="auto", show_default=True, help="What wrote it, where that is not recognised.")
+@click.option("--column", "columns", multiple=True, metavar="PART=COLUMN", help="May be repeated.")
+@click.option("--conversation", default="", help="Where the id is in a proxy's JSON, as in metadata.chat_id.")
+@click.option("--code", help="What webhooks call it; default ID.")
+@click.option("--client", help="Whose it is, for `parley discover --client`.")
+@click.option("--unchecked", is_flag=True, help="Do not look at the table before.")
+def add_source(source_id: str, columns: tuple[str, ...], unchecked: bool, **given: Any) -> None:
+    """Look at a table, and index it from now on. What ID was before is replaced."""
+    settings = _with_database()
+    from app.access.audit import operator
+    from app.conversations.sources.examination import examined
+    from app.conversations.sources.source import apply_sources
+    from app.flows.file import parse_source
+
+    wrong = [column for column in columns if "=" not in column]
+    if wrong:
+        raise Misconfigured("source_column", f"--column {wrong[0]} must be PART=COLUMN, as in session=chat_id.")
+    source = parse_source(source_id, given | {"columns": dict(column.split("=", 1) for column in columns)})
+    if not unchecked:
+        for line in _run(lambda: examined(source)):
+            click.echo(line)
+    who = operator()
+    changes = _connected(settings, lambda connection: apply_sources(connection, [source], actor=who))
+    click.echo("\n".join(map(_source_difference, changes)) or "Nothing to change.")
+
+
+@sources.command("list")
+def list_sources() -> None:
+    """Print all sources by their ids."""
+    from app.conversations.sources.source import all_sources
+
+    for source in _connected(_with_database(), all_sources):
+        told = [source.id, source.kind, source.table, source.dsn, f"code {source.code}"]
+        told += [f"client {source.client}"] * bool(source.client) + ["disabled"] * (not source.enabled)
+        click.echo("  ".join(told))
+
+
+@sources.command("check")
+@click.argument("source_id", metavar="[ID]...", nargs=-1)
+def check_sources(source_id: tuple[str, ...]) -> None:
+    """Print what is recognised of sources and ten rows as they would be indexed; exit with 1 where one is refused."""
+    from app.conversations.sources.examination import examined
+    from app.conversations.sources.source import all_sources, no_such_source
+
+    there = _connected(_with_database(), all_sources)
+    if unknown := [name for name in source_id if name not in {source.id for source in there}]:
+        raise no_such_source(unknown[0], there)
+    refused = False
+    for source in [source for source in there if source.id in source_id or not source_id]:
+        try:
+            click.echo("\n".join(_run(lambda source=source: examined(source))))  # type: ignore[misc]
+        except Misconfigured as error:
+            refused = True
+            click.echo(f"{source.id}: {error.detail}")
+    if refused:
+        sys.exit(1)
+
+
+@sources.command("remove")
+@click.argument("source_id", metavar="ID")
+def remove_source(source_id: str) -> None:
+    """Index a table no more. The table itself is not touched."""
+    from app.conversations.sources.source import remove_source as remove
+
+    _noted(_with_database(), "source.remove", lambda connection: remove(connection, source_id), target=str)
+    click.echo("Removed.")
 
 
 @main.group()
@@ -462,15 +554,18 @@ def _difference(change: "Change") -> str:
         return [] if value is None else to_yaml({change.chatbot_id: Chatbot.from_json(value)}).splitlines()
 
     title = f"chatbot {change.chatbot_id}"
-    return "\n".join(
-        difflib.unified_diff(
-            lines(change.before),
-            lines(change.after),
-            f"{title} version {change.version - 1}" if change.before else "(new)",
-            f"{title} version {change.version}",
-            lineterm="",
-        )
-    )
+    names = (f"{title} version {change.version - 1}" if change.before else "(new)", f"{title} version {change.version}")
+    return "\n".join(difflib.unified_diff(lines(change.before), lines(change.after), *names, lineterm=""))
+
+
+def _source_difference(change: "SourceChange") -> str:
+    from app.flows.export import sources_to_file, to_text
+
+    before = to_text(sources_to_file([change.before])).splitlines() if change.before else []
+    after = to_text(sources_to_file([change.after])).splitlines()
+    title = f"source {change.after.id}"
+    names = (f"{title} before" if before else "(new)", title)
+    return "\n".join(difflib.unified_diff(before, after, *names, lineterm=""))
 
 
 if __name__ == "__main__":

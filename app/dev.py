@@ -11,6 +11,7 @@ import click
 
 from app import server
 from app.access.credentials import require_safe
+from app.conversations.sources.source import apply_sources
 from app.demo.server import demo_provider
 from app.embedded import EmbeddedPostgres, embedded_postgres
 from app.errors import Misconfigured
@@ -77,6 +78,7 @@ async def _prepare(dsn: str, wanted: file.File) -> None:
         if "demo" not in await chatbots.all_newest(connection):
             await chatbots.apply(connection, file.load(_DEMO))
         await chatbots.apply(connection, wanted)
+        await apply_sources(connection, wanted.sources)
     finally:
         await connection.close()
 

@@ -14,7 +14,9 @@ from app.expiry import Rows
 from app.postgres import Connection
 from app.text import redacted
 
-Action = Literal["chatbot.apply", "key.create", "key.revoke", "signing.renew", "secrets.rotate"]
+Action = Literal[
+    "chatbot.apply", "key.create", "key.revoke", "signing.renew", "secrets.rotate", "source.apply", "source.remove"
+]
 
 _NOTE = "insert into audit (actor, action, target, detail, request_id) values ($1, $2, $3, $4, $5)"
 _LAST = "select at, actor, action, target, detail, request_id from audit order by at desc, id desc limit $1"

@@ -1,10 +1,11 @@
 """Chatbots back in the shape of their file, such that applying it changes nothing."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
+from app.conversations.sources.source import Source
 from app.flows.config import Allow, Assignment, Chatbot, Choice, Condition, Flow, Router, Step
 from app.providers.provider import Endpoint
 
@@ -23,10 +24,21 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
 _Dumper.add_representer(str, _text)
 
 
-def to_yaml(chatbots: Mapping[str, Chatbot], *, newest: Mapping[str, int] | None = None) -> str:
-    """The file that says these chatbots; `newest` as in `to_file`."""
+def to_yaml(
+    chatbots: Mapping[str, Chatbot], *, newest: Mapping[str, int] | None = None, sources: Sequence[Source] = ()
+) -> str:
+    """The file that says these chatbots and sources; `newest` as in `to_file`."""
     parts = to_file(chatbots, newest=newest)
-    return yaml.dump(parts, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return to_text(parts | (sources_to_file(sources) if sources else {}))
+
+
+def sources_to_file(sources: Sequence[Source]) -> dict[str, Any]:
+    return {"sources": {source.id: source.to_file() for source in sources}}
+
+
+def to_text(parts: Mapping[str, Any]) -> str:
+    """A file, or a part of one, as people write it."""
+    return yaml.dump(dict(parts), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def to_file(chatbots: Mapping[str, Chatbot], *, newest: Mapping[str, int] | None = None) -> dict[str, Any]:

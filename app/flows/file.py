@@ -10,13 +10,24 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from app.conversations.index import OWN
+from app.conversations.sources.source import Source
 from app.errors import Misconfigured
 from app.flows import markers
 from app.flows.config import ANSWER, Allow, Assignment, Chatbot, Choice, Condition, Flow, Router, Rule, Step
 from app.flows.document import LONGEST_MISTAKE, Document, Place, dotted, faults
 from app.flows.markers import Marker
 from app.flows.plan import mistakes
-from app.flows.shapes import ChatbotShape, ChoiceShape, ConditionShape, FileShape, FlowShape, StepShape, told
+from app.flows.shapes import (
+    ChatbotShape,
+    ChoiceShape,
+    ConditionShape,
+    FileShape,
+    FlowShape,
+    SourceShape,
+    StepShape,
+    told,
+)
 from app.flows.templates import Template, TemplateError, compiled
 from app.providers.provider import Endpoint, is_chatflow
 from app.providers.reach import Reach
@@ -40,6 +51,7 @@ class File:
     chatbots: dict[str, Chatbot]
     templates: dict[str, str]
     refused: Refused = field(compare=False)
+    sources: tuple[Source, ...] = ()
 
 
 def load(path: Path, *, safe: Safe = NO_SAFE) -> File:
@@ -88,6 +100,11 @@ def require_reachable(file: File, reach: Reach) -> None:
         raise file.refused(wrong)
 
 
+def parse_source(source_id: str, given: Mapping[str, Any]) -> Source:
+    """One source in the file's shape. Raises Misconfigured naming every mistake at once."""
+    return _checked({"sources": {source_id: dict(given)}}, _refused, NO_SAFE).sources[0]
+
+
 def _refused(mistakes: Sequence[tuple[Place, str]]) -> Misconfigured:
     told = [f"{dotted(place)}: {text}"[:LONGEST_MISTAKE] for place, text in mistakes[:_MOST_TOLD]]
     return Misconfigured(
@@ -98,18 +115,33 @@ def _refused(mistakes: Sequence[tuple[Place, str]]) -> Misconfigured:
 def _checked(value: Any, refused: Refused, safe: Safe) -> File:
     if wrong := list(faults(value)):
         raise refused(wrong)
+    if isinstance(value, dict) and "sources" in value:
+        value = {"chatbots": {}, **value}  # a file may be about sources alone
     try:
         shapes = FileShape.model_validate(value, context=safe)
     except ValidationError as error:
         raise refused(told(error)) from None
-    wrong = [*_unknown_providers(shapes), *_bad_templates(shapes)]
+    wrong = [*_unknown_providers(shapes), *_bad_templates(shapes), *_taken(shapes)]
     broken = _broken(shapes, wrong)
     chatbots = {name: _chatbot(shape, shapes) for name, shape in shapes.chatbots.items() if name not in broken}
     for name, chatbot in chatbots.items():
         wrong += [(("chatbots", name, *place), text) for place, text in problems(chatbot)]
     if wrong:
         raise refused(wrong)
-    return File(chatbots, shapes.templates, refused)
+    return File(chatbots, shapes.templates, refused, _sources(shapes))
+
+
+def _sources(file: FileShape) -> tuple[Source, ...]:
+    return tuple(_source(source_id, shape) for source_id, shape in file.sources.items())
+
+
+def _source(source_id: str, shape: SourceShape) -> Source:
+    return Source(source_id, **shape.model_dump() | {"code": shape.code or source_id, "client": shape.client or ""})
+
+
+def _taken(file: FileShape) -> Iterator[tuple[Place, str]]:
+    if OWN in file.sources:
+        yield ("sources", OWN), "is the name of our own chats; choose another"
 
 
 def _broken(file: FileShape, wrong: Sequence[tuple[Place, str]]) -> set[str]:

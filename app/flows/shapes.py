@@ -11,10 +11,14 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
+from app.conversations.sources.recognition import PART_NAMES
+from app.conversations.sources.source import Wanted
+from app.conversations.sources.table import TableName
 from app.errors import Misconfigured
 from app.flows.config import ANSWER_TOKENS, OnBusy
 from app.flows.document import Place
 from app.providers.provider import Kind, LimitName
+from app.references import is_reference
 from app.safe import NO_SAFE, is_sealed
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
@@ -193,10 +197,43 @@ class ChatbotShape(_Strict):
     daily_tokens: Daily | None = None
 
 
+class SourceShape(_Strict):
+    dsn: str
+    table: str
+    kind: Wanted = "auto"
+    columns: Annotated[dict[str, Annotated[str, Field(min_length=1, max_length=63)]], Field(max_length=20)] = {}
+    conversation: Annotated[str, Field(max_length=200)] = ""
+    code: Name | None = None
+    client: Name | None = None
+    enabled: bool = True
+
+    @field_validator("dsn")
+    @classmethod
+    def _reference(cls, value: str) -> str:
+        if not is_reference(value):
+            # Never the value itself, which holds a password.
+            raise ValueError("must be a reference, env:NAME or file:/path, never the URL itself")
+        return value
+
+    @field_validator("columns")
+    @classmethod
+    def _parts(cls, value: dict[str, str]) -> dict[str, str]:
+        if unknown := sorted(value.keys() - PART_NAMES):
+            raise ValueError(f"there is no part {', '.join(unknown)}; there are {', '.join(sorted(PART_NAMES))}")
+        return value
+
+    @field_validator("table")
+    @classmethod
+    def _table(cls, value: str) -> str:
+        TableName.of(value)
+        return value
+
+
 class FileShape(_Strict):
     providers: dict[Name, ProviderShape] = {}
     templates: dict[Name, Text] = {}
     chatbots: dict[Name, ChatbotShape]
+    sources: Annotated[dict[Name, SourceShape], Field(max_length=200)] = {}
 
 
 def told(error: ValidationError) -> list[tuple[Place, str]]:
@@ -262,6 +299,8 @@ def shape_at(place: Place) -> type[BaseModel]:
             return FileShape
         case ["providers", _]:
             return ProviderShape
+        case ["sources", _]:
+            return SourceShape
         case ["chatbots", _]:
             return ChatbotShape
         case [_, _, "flows", _]:

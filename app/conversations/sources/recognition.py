@@ -22,6 +22,8 @@ _PARTS: Mapping[Kind, Mapping[str, Part]] = {
     "langchain": langchain.PARTS,
     "proxy": proxy.PARTS,
 }
+# What the configuration may name a column for.
+PART_NAMES = frozenset(name for parts in _PARTS.values() for name in parts)
 
 
 async def recognise(connection: Connection, source: Source) -> Shape:
