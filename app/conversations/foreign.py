@@ -1,7 +1,7 @@
 """A source's table as a pass reads it: who writes to it, and its rows, a page at a time."""
 
 from collections.abc import AsyncGenerator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import asyncpg
@@ -35,10 +35,23 @@ with drawn as (
 select coalesce(bool_or(seqincrement < 0), false) as falls,
     coalesce(bool_or(seqcache > 1), false)
         or exists (select from pg_subscription_rel where srrelid = $1::text::regclass) as keeps,
-    min(case when has_sequence_privilege(seqrelid, 'select') then pg_sequence_last_value(seqrelid) end) as drawn
+    min(case when has_sequence_privilege(seqrelid, 'select') then pg_sequence_last_value(seqrelid) end) as drawn,
+    (pg_relation_size($1::text::regclass) / current_setting('block_size')::int)::bigint as pages,
+    pg_relation_filenode($1::text::regclass)::bigint as file,
+    exists (select from pg_attribute where attrelid = $1::text::regclass and not attisdropped
+        and '"' || replace(attname, '"', '""') || '"' = $2
+        and atttypid in ('timestamp'::regtype, 'timestamptz'::regtype)) as is_by_time
 from drawn
 """
 _HIGHEST = "select max({key})::bigint from {table}"
+# By their places, which is how they lie on the disk, or by a time. Ages, because ids of transactions go in a circle.
+_SWEEP = """
+select {reads}, ctid::text as parley_place, age(xmin) <= age($1::text::xid) as parley_is_new from {table}
+where {where} {since}
+"""
+_PLACES = "ctid > $2::text::tid and ctid < $3::text::tid"
+_TIMES = "{time} >= to_timestamp($2::float8)"
+_SINCE = "and age(xmin) <= age('{xid}'::xid)"
 # Gaps in their order, and in each its rows in theirs: nothing is sorted, and a gap is one descent into the index.
 _PAGE = """
 select r.* from unnest($1::bigint[], $2::bigint[]) as parley_gap(parley_after, parley_before)
@@ -51,18 +64,25 @@ limit $3
 # the longest rows that follows small ones is the most that a pass holds in memory, some 50 MB.
 _FIRST, _LEAST, _MOST = 50, 8, 200
 _CHARACTERS = 2 * 1024 * 1024
-# Gaps that one page looks into.
+# Blocks of a table that one statement of a sweep reads, and the gaps that one page looks into.
+_PIECE = 8192
 _GAPS = 500
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What is known of how keys are drawn. `drawn`: the last one, where it is known. `highest` that can be seen."""
+    """What is known of how keys are drawn, and how the table lies on the disk.
+
+    `drawn`: the last key, where it is known. `highest` that can be seen. `is_by_time`: its time has an index.
+    """
 
     falls: bool
     keeps: bool
     drawn: int | None
-    highest: int | None
+    pages: int
+    file: int
+    is_by_time: bool
+    highest: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +91,25 @@ class Page:
 
     rows: Sequence[asyncpg.Record]
     position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Rows behind a place, of transactions from `since` on; those from `new` on are told. With `earliest`: by time."""
+
+    place: str
+    pages: int
+    since: int | None
+    new: int
+    earliest: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """Rows with their `parley_is_new`, the last of them at `place`."""
+
+    rows: Sequence[asyncpg.Record]
+    place: str
 
 
 class Foreign:
@@ -87,10 +126,15 @@ class Foreign:
         return Look(row["at"], row["is_standby"], frozenset(row["writers"]), row["oldest"], row["next"])
 
     async def standing(self) -> Standing:
-        row = await self._connection.fetchrow(_STANDING, self.shape.table)
+        shape = self.shape
+        column = shape.time.column if shape.time is not None and shape.time.is_indexed else ""
+        row = await self._connection.fetchrow(_STANDING, shape.table, column)
         assert row is not None
-        highest = await self._connection.fetchval(_HIGHEST.format(key=self.shape.key.column, table=self.shape.table))
-        return Standing(row["falls"], row["keeps"], row["drawn"], highest)
+        standing = Standing(**row)
+        if not shape.key.is_serial:
+            return standing
+        highest = await self._connection.fetchval(_HIGHEST.format(key=shape.key.column, table=shape.table))
+        return replace(standing, highest=highest)
 
     async def pages(self, gaps: Sequence[tuple[int, int]]) -> AsyncGenerator[Page, None]:
         """Rows whose keys are in the gaps, those written meanwhile too, to the end."""
@@ -109,11 +153,40 @@ class Foreign:
                 raise RuntimeError("the rows of a page are out of order")
             yield Page(rows, position)
 
+    async def swept(self, extent: Extent) -> AsyncGenerator[Swept, None]:
+        """Rows of a table without serial keys, as they lie there. Each piece is a transaction that only reads."""
+        if extent.earliest is not None:
+            where = _TIMES.format(time=self.shape.time.column if self.shape.time else "")
+            async for page in self._streamed(extent, where, extent.earliest):
+                yield page
+            return
+        begin, place = int(extent.place.strip("()").partition(",")[0]), extent.place
+        while begin < extent.pages:
+            end = f"({begin + _PIECE},0)"
+            async for page in self._streamed(extent, _PLACES, place, end):
+                yield page
+            begin, place = begin + _PIECE, end
+            yield Swept((), place)
+
+    async def _streamed(self, extent: Extent, where: str, *args: object) -> AsyncGenerator[Swept, None]:
+        since = _SINCE.format(xid=_circular(extent.since)) if extent.since is not None else ""
+        sql = _SWEEP.format(reads=", ".join(self.shape.reads), table=self.shape.table, where=where, since=since)
+        async with self._connection.transaction(readonly=True):
+            cursor = await self._connection.cursor(sql, str(_circular(extent.new)), *args)
+            while rows := await cursor.fetch(self._limit):
+                self._adapt(rows)
+                yield Swept(rows, rows[-1]["parley_place"])
+
     def _adapt(self, rows: Sequence[asyncpg.Record]) -> None:
         if rows:
             characters = sum(len(value) for row in rows for value in row.values() if isinstance(value, str))
             fitting = _CHARACTERS * len(rows) // (characters + 1)
             self._limit = max(_LEAST, min(_MOST, fitting, 2 * self._limit))
+
+
+def _circular(transaction: int) -> int:
+    """As rows carry it, in 32 bits; the first three mean something else."""
+    return max(3, transaction % 2**32)
 
 
 def is_end(position: int) -> bool:

@@ -10,7 +10,11 @@ from app.conversations.sources.shape import Key, Message, Row, Session, Skipped,
 from app.conversations.summary import Said, Summaries, fold
 
 _SERIAL = Key('"id"', True)
-MADE = "create table chat (id bigserial primary key, session text, at timestamptz default now(), text text)"
+MADE = "create table chat (id bigserial primary key, session text, at timestamptz default now(), text text, n int)"
+MADE_OF_UUIDS = """
+create table chat (id uuid primary key default gen_random_uuid(), session text,
+    at timestamptz default clock_timestamp(), text text, n int)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,9 @@ class Plain:
 
     def messages(self, row: Row) -> Sequence[Message]:
         return ()
+
+
+OF_UUIDS = Plain(key=Key('"id"', False), reads=('"id"::text', '"session"', '"at"', '"text"'))
 
 
 async def recounted(connection: asyncpg.Connection, shape: Plain) -> Summaries:

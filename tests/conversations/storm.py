@@ -3,35 +3,48 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from random import Random
+from typing import Literal, get_args
 
 import asyncpg
 
 from app.conversations import source_state
-from app.conversations.discovery import Bounds, Discovery
+from app.conversations.batch import Bounds
+from app.conversations.discovery import Discovery
 from app.conversations.foreign import Foreign
 from app.postgres import AWAY, Pool, open_pool
-from tests.conversations.plain import Plain, as_indexed, indexed, recounted
+from tests.conversations.plain import MADE, MADE_OF_UUIDS, OF_UUIDS, Plain, as_indexed, indexed, recounted
 
+# How keys are made: by a sequence, by one of which each connection draws twenty at once, or by nobody.
+Kind = Literal["serial", "cached", "uuids"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _WRITERS, _TRANSACTIONS = 8, 25
+_CHANGE = "update chat set n = 1 where id = (select id from chat limit 1 offset $1 for update skip locked)"
 _INSERT = "insert into chat (session, text) values ($1, $2)"
 
 
 @dataclass
 class Storm:
-    """`ours` and `theirs` are DSNs of two databases; `discovery` is what the engines are made of."""
+    """`ours` and `theirs` are DSNs of two databases."""
 
     ours: str
     theirs: str
     seed: int
-    discovery: type[Discovery] = Discovery
-    shape: Plain = field(default_factory=Plain)
+    kind: Kind = "serial"
     lost: int = 0
     prepared: int = 0
 
+    @property
+    def shape(self) -> Plain:
+        return OF_UUIDS if self.kind == "uuids" else Plain()
+
     async def rage(self) -> None:
-        """Write, discover, kill; then discover what is left."""
+        """Make the table, write, discover, kill; then discover what is left."""
+        async with _connection(self.theirs) as made:
+            await made.execute(MADE_OF_UUIDS if self.kind == "uuids" else MADE)
+            if self.kind == "cached":
+                await made.execute("alter sequence chat_id_seq cache 20")
         async with AsyncExitStack() as stack:
             pools = [await stack.enter_async_context(_pool(self.ours)) for _ in range(2)]
             admin = await stack.enter_async_context(_connection(self.theirs))
@@ -43,9 +56,10 @@ class Storm:
                 writers = [tasks.create_task(self._write(number)) for number in range(_WRITERS)]
                 await asyncio.wait(writers)
                 killer.cancel()
+                await asyncio.wait([killer])
                 await self._finish_prepared(admin)
                 calm.set()
-            engine = self.discovery(pools[0], Bounds(grace_s=0, standby_grace_s=0))
+            engine = Discovery(pools[0], Bounds(grace_s=0, standby_grace_s=0))
             for _ in range(3):
                 foreign = Foreign(admin, self.shape)
                 while not (await engine.discover("plain", foreign)).is_complete:
@@ -68,7 +82,7 @@ class Storm:
             with suppress(*AWAY, asyncpg.PostgresError):
                 async with _connection(self.theirs) as connection:
                     for _ in range(chance.randrange(1, 20)):
-                        await self.discovery(pool, bounds).discover("plain", Foreign(connection, self.shape))
+                        await Discovery(pool, bounds).discover("plain", Foreign(connection, self.shape))
                         await asyncio.sleep(chance.random() * 0.005)
 
     async def _write(self, number: int) -> None:
@@ -93,7 +107,12 @@ class Storm:
             if saved:
                 await connection.execute("savepoint s")
             session = chance.choice([None, "hot", f"s{chance.randrange(30)}"])
-            if chance.random() < 0.1:
+            if chance.random() < 0.2:
+                # A change is no new row; rows lie elsewhere afterwards.
+                await connection.execute(
+                    "update chat set n = 1 where id = (select id from chat limit 1 offset $1)", row
+                )
+            if self.shape.key.is_serial and chance.random() < 0.1:
                 # Drawn long before it is used, but under the lock.
                 await connection.execute("update chat set text = text where false")
                 drawn = await connection.fetchval("select nextval('chat_id_seq')")
