@@ -260,8 +260,13 @@ def _user(request: Request[Any]) -> str | None:
 
 
 def _word(request: Request[Any], name: str) -> str | None:
-    """A parameter of the query; an empty one is none. Raises BadRequest for one that no name is as long as."""
-    given = clean(request.query_params.get(name, ""))
+    """A parameter of the query; an empty one is none. Raises BadRequest for one that no name is as long as, or that is
+    there twice.
+    """
+    every = request.query_params.getlist(name)
+    if len(every) > 1:
+        raise BadRequest("bad_parameter", f"{name} is there more than once.")
+    given = clean("".join(every))
     if len(given) > _LONGEST:
         raise BadRequest("bad_parameter", f"{name} is longer than {_LONGEST} characters.")
     return given or None

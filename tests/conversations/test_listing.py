@@ -143,6 +143,8 @@ async def test_a_cursor_holds_while_conversations_come_and_move(client: httpx2.A
         ({"size": "0"}, "bad_parameter"),
         ({"size": "1000000000"}, "bad_parameter"),
         ({"size": "٣"}, "bad_parameter"),
+        ({"size": ["5", "6"]}, "bad_parameter"),
+        ({"size": ["x", ""]}, "bad_parameter"),
         ({"size": "200", "page": "52"}, "page_too_deep"),
         ({"cursor": "nonsense"}, "bad_cursor"),
         ({"cursor": "ZC4xLjEuMS4x", "sort": "lastMessageTime"}, "bad_cursor"),
