@@ -13,11 +13,15 @@ import asyncpg
 import pytest
 from pydantic import BaseModel
 
+from app.conversations.sources.recognition import parts_of
+from app.conversations.sources.shape import Reason
+from app.conversations.sources.source import Wanted
 from app.demo import demo_provider
 from app.errors import Misconfigured
 from app.flows import file, shapes
 from app.flows.file import parse
 from app.flows.markers import Scanner
+from app.flows.shapes import SourceShape
 from app.flows.templates import Template, TemplateError
 from app.streams.event import TERMINAL, Kind, to_frames
 from app.telemetry import Metrics
@@ -151,6 +155,25 @@ def test_every_member_of_the_chatbots_file_is_documented(title: str, models: lis
     cells = re.findall(r"^\| (`[^|]+`) \|", _section(_document("chatbots.md"), title), re.MULTILINE)
     documented = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
     assert sorted(documented) == sorted(name for model in models for name in model.model_fields)
+
+
+def test_sources_are_documented_with_all_kinds_parts_members_and_reasons() -> None:
+    text = _document("sources.md")
+    names = {title: _cells(_section(text, title)) for title in ("What is recognised", "Members of a source")}
+    kinds = get_args(Wanted)[1:]
+    assert names["What is recognised"] == list(kinds)
+    members = names["Members of a source"]
+    assert members[: len(SourceShape.model_fields)] == list(SourceShape.model_fields)
+    assert set(_cells(_section(text, "What is skipped"))) == set(get_args(Reason))
+    rows = re.findall(r"^\| (`.*`) \| (`.*`) \|$", _section(text, "Members of a source"), re.MULTILINE)
+    parts = {kind: re.findall(r"`(\w+)`", told) for of, told in rows for kind in re.findall(r"`([\w-]+)`", of)}
+    assert parts == {kind: list(parts_of(kind)) for kind in kinds}
+    (example,) = _fenced(text, "yaml")
+    assert parse(example).sources[0].table == "n8n_chat_histories"
+
+
+def _cells(text: str) -> list[str]:
+    return re.findall(r"^\| `([\w-]+)` \|", text, re.MULTILINE)
 
 
 def test_the_first_chatbots_file_works() -> None:

@@ -117,6 +117,9 @@ async def test_what_libraries_wrote_is_recognised_and_read(
         rows = await reader.fetch(query, conversation_id)
         texts = [message for row in rows for message in shape.messages(row)]
         assert len(texts) == summaries[username, conversation_id].messages
+        keys = [key for _, key in summaries[username, conversation_id].keys]
+        query = f"select {shape.key.column} from {shape.table} where {shape.key.condition}"
+        assert {str(row[0]) for row in await reader.fetch(query, keys)} == set(keys)
 
 
 async def test_what_a_pass_has_to_know_of_a_table(owner: asyncpg.Connection, reader: Any) -> None:

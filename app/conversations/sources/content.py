@@ -78,14 +78,17 @@ def role_of(name: Any) -> Role:
     return _ROLES.get(name.lower(), "other") if isinstance(name, str) else "other"
 
 
-def question(text: str) -> str:
-    """As much of it as the index shows."""
-    return text[:QUESTION]
+def question(content: Any) -> str:
+    """As `text_of`, as much of it as the index shows."""
+    return clean(_joined(content)[:QUESTION])
 
 
 def name(*candidates: Any) -> str:
     """The first that is a text with something in it, cut and storable."""
-    return next((clean(one[:_NAME]) for one in candidates if isinstance(one, str) and one), "")
+    for one in candidates:
+        if isinstance(one, str) and one:
+            return clean(one[:_NAME])
+    return ""
 
 
 def whole(value: Any) -> int:
@@ -97,6 +100,8 @@ def whole(value: Any) -> int:
 
 def tokens(usage: Any) -> int:
     """The total of a usage, in any of the libraries' words."""
+    if not usage:  # in ten million messages that say none
+        return 0
     for total in ("total_tokens", "totalTokens"):
         if found := whole(member(usage, total)):
             return found
@@ -120,6 +125,8 @@ def moment(value: Any) -> datetime | None:
 
     Without a time zone it is UTC. None outside of the years 1970 to 9998.
     """
+    if value is None:
+        return None
     found: datetime | None = None
     if isinstance(value, datetime):
         found = value

@@ -38,19 +38,17 @@ class LangChain:
         return self.reads
 
     def said(self, row: Row) -> Said | Skipped:
-        key, session, text, at, username, client_ip, chatbot = (row[column] for column in range(7))
+        key, session, text, at, username, client_ip, chatbot = row[0], row[1], row[2], row[3], row[4], row[5], row[6]
         if wrong := unnamed(session or "", username or ""):
             return wrong
         of, at = _message(text), moment(at)
         if isinstance(of, Skipped):
             return of
         role = _role(of)
-        asked = question(text_of(of.get("content"))) if role == "user" else ""
+        asked = question(of.get("content")) if role == "user" else ""
         model, used = _cost(of) if role == "assistant" else ("", 0)
-        return Said(
-            *(session, username or "", rank(key, at), str(key), role, at, asked, model),
-            *(name(client_ip), name(chatbot), used),
-        )
+        about = (asked, model, name(client_ip), name(chatbot), used)
+        return Said(session, username or "", rank(key, at), str(key), role, at, *about)
 
     def messages(self, row: Row) -> Sequence[Message]:
         of = _message(row[2])
@@ -96,7 +94,9 @@ def _role(message: Mapping[str, Any]) -> Role:
 
 def _cost(message: Mapping[str, Any]) -> tuple[str, int]:
     """Its model and tokens: providers say it in words of their own."""
-    about = message.get("response_metadata")
-    usages = (message.get("usage_metadata"), *(member(about, of) for of in ("tokenUsage", "token_usage", "usage")))
-    used = next((found for usage in usages if (found := tokens(usage))), tokens(about))
-    return name(member(about, "model_name"), member(about, "model")), used
+    used, about = tokens(message.get("usage_metadata")), message.get("response_metadata")
+    if not (about and isinstance(about, dict)):
+        return "", used
+    for usage in (about.get("tokenUsage"), about.get("token_usage"), about.get("usage"), about):
+        used = used or tokens(usage)
+    return name(about.get("model_name"), about.get("model")), used

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from app.conversations.sources.answer import answer
-from app.conversations.sources.content import member, micros, moment, name, parsed, question, role_of, text_of, whole
+from app.conversations.sources.content import member, micros, moment, name, parsed, role_of, text_of, whole
 from app.conversations.sources.parts import IDS, TEXTS, Found, Part
 from app.conversations.sources.shape import LONGEST, Key, Message, Row, Session, Skipped, Time, unnamed
 from app.conversations.sources.table import quoted
-from app.conversations.summary import Said
+from app.conversations.summary import QUESTION, Said
 
 _INTEGERS = frozenset({"int4", "int8"})
 _STAMPS = frozenset({"timestamp", "timestamptz"})
@@ -56,7 +56,7 @@ class LiteLLM:
         if any(word in (call or "") for word in _OTHER_CALLS):
             return Skipped("not_a_message")
         began, ended = moment(began), moment(ended)
-        asked = question(_asked(last))
+        asked = _asked(last)[:QUESTION]
         return Said(
             *(session, username or "", micros(began), key, "user" if asked else "other", ended or began, asked),
             *(name(model), name(client_ip), "", whole(used), _between(began, ended), 1 if status == "failure" else 2),

@@ -48,7 +48,8 @@ class Found:
     @property
     def key(self) -> Key:
         key = self.columns["key"]
-        return Key(quoted(key.name), key.counts and key.type in _INTEGERS)
+        name = quoted(key.name)
+        return Key(name, key.counts and key.type in _INTEGERS, f"{name} = any($1::text[]::{key.type}[])")
 
     def key_read(self) -> str:
         return f"{self.key.column}::{'bigint' if self.key.is_serial else 'text'}"

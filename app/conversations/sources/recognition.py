@@ -51,7 +51,7 @@ async def newest(connection: Connection, shape: Shape, rows: int) -> list[asyncp
 
 def _as(kind: Kind, table: Table, source: Source) -> Shape:
     try:
-        return _shape(kind, find(table, _PARTS[_family(kind)], source.columns), source)
+        return _shape(kind, find(table, parts_of(kind), source.columns), source)
     except Lacking as error:
         raise Misconfigured(
             "source_not_recognised",
@@ -73,6 +73,11 @@ def _likeliest(table: Table, source: Source) -> Shape:
         + " ".join(f"As {kind}: {why}." for kind, why in lacking.items())
         + " Set `kind`, and say in `columns` which is which.",
     )
+
+
+def parts_of(kind: Kind) -> Mapping[str, Part]:
+    """What tables of a kind may have."""
+    return _PARTS[_family(kind)]
 
 
 def _family(kind: Kind) -> Kind:

@@ -28,10 +28,14 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """The column that names a row. `column` is quoted. Serial: an integer that a sequence gives out."""
+    """The column that names a row. `column` is quoted. Serial: an integer that a sequence gives out.
+
+    `condition` finds rows by their keys, $1, an array of texts.
+    """
 
     column: str
     is_serial: bool
+    condition: str = ""
 
 
 @dataclass(frozen=True, slots=True)
