@@ -3,6 +3,7 @@
 import asyncio
 import os
 import shlex
+import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -34,12 +35,18 @@ _BLOCK = """
   Database      DATABASE_URL={dsn}
 
   Ask it something, then read the answer as it comes:
-
-    curl -s {url}/api/process-message -d '{{"user_id":"me","chatbot_id":"demo","message_text":"Hello"}}' \\
+{key}
+    curl -s {url}/api/process-message{header} -d '{{"user_id":"me","chatbot_id":"demo","message_text":"Hello"}}' \\
       | sed 's/.*"streaming_url":"\\([^"]*\\)".*/\\1/' \\
       | xargs -I@ curl -sN -H 'Accept: text/event-stream' {url}@
 
 Parley is ready: {url}"""
+# Where requests are asked for credentials: a key that may send and read, or else the user's own token.
+_KEY = """
+    KEY=$(DATABASE_URL={dsn} {parley} keys create me --scope process --scope read \\
+      | grep -o 'parley_[0-9a-f]*_[A-Za-z0-9_-]*')
+"""
+_ISSUED = "with a token of your issuer in TOKEN\n"
 
 
 async def dev(settings: Settings, apply: Path | None) -> None:
@@ -57,10 +64,25 @@ async def dev(settings: Settings, apply: Path | None) -> None:
         async with server.gateway(mine, life) as url, _watching(postgres, leave) as died:
             await _either(life.serving, leave)
             if not leave.is_set():
-                click.echo(_BLOCK.format(url=url, data_dir=settings.data_dir, dsn=shlex.quote(postgres.dsn)))
+                click.echo(_block(mine, url, shlex.quote(postgres.dsn)))
             await leave.wait()
         if died.is_set():
             raise Misconfigured("embedded_died", "PostgreSQL ended unexpectedly; the next start recovers its data.")
+
+
+def _block(settings: Settings, url: str, dsn: str) -> str:
+    key, header = _credentials(settings, dsn)
+    return _BLOCK.format(url=url, data_dir=settings.data_dir, dsn=dsn, key=key, header=header)
+
+
+def _credentials(settings: Settings, dsn: str) -> tuple[str, str]:
+    """What comes before the request, and a header of it."""
+    if settings.auth == "open":
+        return "", ""
+    if "keys" in settings.auth:
+        parley = sys.argv[0] if Path(sys.argv[0]).name == "parley" else f"{sys.executable} -m app"
+        return _KEY.format(dsn=dsn, parley=parley), ' -H "X-API-Key: $KEY"'
+    return _ISSUED, ' -H "Authorization: Bearer $TOKEN"'
 
 
 def _for_dev(settings: Settings) -> Settings:

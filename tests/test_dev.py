@@ -139,13 +139,16 @@ async def test_everything_it_prints_works(data_dir: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("curl"), reason="needs curl")
-async def test_the_printed_curl_works_as_it_stands(data_dir: Path) -> None:
-    async with dev(data_dir) as house:
-        start = next(number for number, line in enumerate(house.block) if "curl -s " in line)
-        printed = "\n".join(house.block[start : start + 3])
+@pytest.mark.parametrize("auth", ["open", "keys"])
+async def test_the_printed_curl_works_as_it_stands(data_dir: Path, auth: str) -> None:
+    async with dev(data_dir, PARLEY_AUTH=auth) as house:
+        start = next(number for number, line in enumerate(house.block) if line.endswith("as it comes:"))
+        end = next(number for number, line in enumerate(house.block) if "xargs" in line)
+        printed = "\n".join(house.block[start + 1 : end + 1])
         done = await run("-c", printed, command=["/bin/sh"])
         await house.command.stop()
-    assert (done.code, done.err) == (0, [])
+    assert done.code == 0
+    assert [line for line in done.err if not line.startswith("Keep it where")] == []
     events = [json.loads(line.removeprefix("data: ")) for line in done.out if line.startswith("data: ")]
     assert_whole(events, "completed")
     assert "This is a demo" in text_of(events)
