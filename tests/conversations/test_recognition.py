@@ -10,6 +10,7 @@ from typing import Any
 import asyncpg
 import pytest
 
+from app.conversations.sources.examination import examined
 from app.conversations.sources.reading import open_source
 from app.conversations.sources.recognition import newest, recognise
 from app.conversations.sources.shape import Shape, Skipped
@@ -284,6 +285,18 @@ async def test_rights_that_are_missing_are_named(
         await reader.close()
     finally:
         await owner.execute(f"drop owned by {user}; drop role {user}")
+
+
+async def test_a_locked_table_is_told(
+    owner: asyncpg.Connection, empty_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SOURCE_DSN", empty_database)
+    source = replace(SOURCE, table=await load(owner, "n8n"))
+    async with owner.transaction():
+        await owner.execute("lock table n8n_chat_histories in access exclusive mode")
+        with pytest.raises(Misconfigured, match="somebody holds a lock on the table that keeps readers out"):
+            await examined(source)
+    assert (await examined(source))[1] == "  kind          n8n, recognised"
 
 
 async def test_nothing_can_be_written_over_a_sources_connection(owner: asyncpg.Connection, reader: Any) -> None:

@@ -227,6 +227,16 @@ def test_answers_without_a_conversation_are_skipped(raw: str | None, reason: str
     assert PROXY.said(proxied(raw)) == Skipped(reason)  # type: ignore[arg-type]
 
 
+def test_the_id_may_be_at_either_end_of_a_long_stream_of_odd_text() -> None:
+    parts = [{"choices": [{"delta": {"content": "a\u2028b\x85c "}}]} for _ in range(1000)]
+    for place in (0, 999):
+        chunks = [part | {"session_id": "c1"} if number == place else part for number, part in enumerate(parts)]
+        row = proxied("".join(f"data: {json.dumps(chunk, ensure_ascii=False)}\r\n\r\n" for chunk in chunks))
+        assert said(PROXY, row).conversation_id == "c1"
+        assert PROXY.messages(row)[1].text == "a\u2028b\x85c " * 1000
+    assert PROXY.said(proxied(sse(parts))) == Skipped("no_conversation")
+
+
 def test_where_the_id_of_a_conversation_is_can_be_said() -> None:
     shape = Proxy("t", KEY, None, None, (), ("choices", "x"))
     assert shape.said(proxied('{"conversation_id": "no"}')) == Skipped("no_conversation")

@@ -1,5 +1,6 @@
 """What a provider's answer says, as proxies store it: OpenAI's, Anthropic's and like forms, streamed or not."""
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +19,28 @@ _INSIDE = ("metadata", "message", "response", "data", "extra", "choices")
 _DEEPEST = 3
 
 
-@dataclass(slots=True)
+# Of a stream's parts those that are searched for the id, from the beginning and from the end: any may be long.
+_SEARCHED = 20
+# Without any of these there is no id, and most texts need no search.
+_HINT = re.compile(r"conversation|session|thread|chat_?[iI]d")
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """As far as it is known. `conversation_id` is empty where the answer names none."""
 
     conversation_id: str = ""
     model: str = ""
     tokens: int = 0
-    text: str = ""
+    parts: Sequence[dict[str, Any]] = ()
+
+    @property
+    def has_text(self) -> bool:
+        return any(_pieces(self.parts))
+
+    @property
+    def text(self) -> str:
+        return clean("".join(_pieces(self.parts)))
 
 
 def answer(raw: str | None, *, path: Sequence[str] = ()) -> Answer | Skipped:
@@ -34,10 +49,10 @@ def answer(raw: str | None, *, path: Sequence[str] = ()) -> Answer | Skipped:
     if isinstance(parts, Skipped):
         return parts
     return Answer(
-        next((found for part in parts if (found := _id(part, path))), ""),
+        _named(raw or "", parts, path),
         next((found for part in parts if (found := _model(part))), ""),
         _tokens(parts),
-        clean("".join(_pieces(parts))),
+        parts,
     )
 
 
@@ -52,6 +67,13 @@ def _parts(raw: str | None, *, is_inner: bool = False) -> list[dict[str, Any]] |
         return _parts(value, is_inner=True)
     found = [part for part in (value if isinstance(value, list) else [value]) if isinstance(part, dict)]
     return found or Skipped("not_a_message")
+
+
+def _named(raw: str, parts: Sequence[dict[str, Any]], path: Sequence[str]) -> str:
+    if not path and not _HINT.search(raw):
+        return ""
+    likely = parts if len(parts) <= 2 * _SEARCHED else [*parts[:_SEARCHED], *parts[-_SEARCHED:]]
+    return next((found for part in likely if (found := _id(part, path))), "")
 
 
 def _id(part: dict[str, Any], path: Sequence[str]) -> str:
@@ -87,7 +109,9 @@ def _tokens(parts: Sequence[dict[str, Any]]) -> int:
 
 
 def _usages(part: dict[str, Any]) -> Iterator[Any]:
-    yield from (part.get("usage"), member(part, "message", "usage"), member(part, "response", "usage"))
+    for usage in (part.get("usage"), member(part, "message", "usage"), member(part, "response", "usage")):
+        if usage:
+            yield usage
     if part.get("done") is True:  # Ollama's last part is the usage itself
         yield part
 

@@ -1,6 +1,7 @@
 """What foreign JSON says: texts, roles, tokens and models, wherever the libraries put them. Nothing in here raises."""
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -16,6 +17,8 @@ _NAME = 200
 # One message's tokens and milliseconds: more is a mistake of whoever wrote it, and sums must fit.
 _MOST = 10**9
 _FIRST, _LAST = datetime(1970, 1, 1, tzinfo=UTC), datetime(9999, 1, 1, tzinfo=UTC)
+
+_LINE = re.compile(r"[\r\n]+")
 
 _ROLES: Mapping[str, Role] = {
     **dict.fromkeys(("human", "user", "humanmessage", "humanmessagechunk", "usermessage"), "user"),
@@ -174,7 +177,8 @@ def rank(key: int | str, at: datetime | None) -> int:
 
 def lines(raw: str) -> Iterator[Any]:
     """The JSON values in a text of several: server-sent events, or one value on each line."""
-    for line in raw.splitlines():
+    # Not splitlines(): JSON may hold U+2028 and the like as they are.
+    for line in _LINE.split(raw):
         value = line.strip().removeprefix("data:").strip()
         if value.startswith("{") and not isinstance(found := parsed(value), Skipped):
             yield found

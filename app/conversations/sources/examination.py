@@ -3,11 +3,14 @@
 from collections import Counter
 from collections.abc import Iterator
 
-from app.conversations.sources.reading import open_source
+import asyncpg
+
+from app.conversations.sources.reading import away, open_source
 from app.conversations.sources.recognition import newest, recognise
 from app.conversations.sources.shape import Shape, Skipped
 from app.conversations.sources.source import Source
 from app.conversations.summary import Said
+from app.postgres import AWAY
 
 EXAMPLES = 10
 _READ = 100
@@ -24,6 +27,8 @@ async def examined(source: Source) -> list[str]:
     try:
         shape = await recognise(connection, source)
         rows = [shape.said(row) for row in await newest(connection, shape, _READ)]
+    except (*AWAY, asyncpg.PostgresError) as error:
+        raise away(source.dsn, error) from None
     finally:
         await connection.close()
     return [f"{source.id}: {shape.table} of {source.dsn}", *_recognised(shape, source), *_examples(rows)]

@@ -49,7 +49,7 @@ class Proxy:
         at, asked = moment(at), question(text or "")
         return Said(
             *(conversation_id, username or "", rank(key, at), str(key), "user" if asked else "other", at, asked),
-            *(name(model, of.model), name(client_ip), name(chatbot), of.tokens, 0, 2 if of.text else 1),
+            *(name(model, of.model), name(client_ip), name(chatbot), of.tokens, 0, 2 if of.has_text else 1),
         )
 
     def messages(self, row: Row) -> Sequence[Message]:

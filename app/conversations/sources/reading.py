@@ -27,14 +27,23 @@ async def open_source(dsn: str, *, timeout_s: float = 5) -> Connection:
         # What asyncpg says holds parts of the URL.
         raise Misconfigured("source_dsn", f"What {dsn} holds is no PostgreSQL URL.") from None
     except (*AWAY, asyncpg.PostgresError) as error:
-        raise Misconfigured("source_database", _told(dsn, error)) from None
+        raise away(dsn, error) from None
     await _require_read_only(connection, dsn)
     return connection
+
+
+def away(dsn: str, error: Exception) -> Misconfigured:
+    """What a database said, or did not, in words for an operator."""
+    return Misconfigured("source_database", _told(dsn, error))
 
 
 def _told(dsn: str, error: Exception) -> str:
     if isinstance(error, asyncpg.ProtocolViolationError):
         return f"The database of {dsn} is behind a pooler that takes no settings; name PostgreSQL itself."
+    if isinstance(error, asyncpg.LockNotAvailableError):
+        return f"The database of {dsn}: somebody holds a lock on the table that keeps readers out; try again."
+    if isinstance(error, asyncpg.QueryCanceledError):
+        return f"The database of {dsn}: looking at the table took over 30 s; try again."
     if isinstance(error, asyncpg.PostgresError):
         # Some name the user or the database; none of them names the password.
         return f"The database of {dsn}: {why(error).replace('DATABASE_URL', dsn)}"
