@@ -15,7 +15,15 @@ from app.postgres import Connection
 from app.text import redacted
 
 Action = Literal[
-    "chatbot.apply", "key.create", "key.revoke", "signing.renew", "secrets.rotate", "source.apply", "source.remove"
+    "chatbot.apply",
+    "key.create",
+    "key.revoke",
+    "signing.renew",
+    "secrets.rotate",
+    "source.apply",
+    "source.remove",
+    "index.delete",
+    "index.reset",
 ]
 
 _NOTE = "insert into audit (actor, action, target, detail, request_id) values ($1, $2, $3, $4, $5)"

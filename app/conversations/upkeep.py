@@ -1,0 +1,207 @@
+"""The index as a whole: made, filled, emptied, built anew and looked at. One does it at a time, on all replicas."""
+
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import structlog
+
+from app.access import audit
+from app.access.audit import Actor
+from app.conversations import rebuild as rebuilding
+from app.conversations.index import OWN
+from app.conversations.listing import require_index
+from app.conversations.rebuild import VERSION
+from app.conversations.recount import Failed, Recounted, recount
+from app.conversations.replacement import LONG_S
+from app.errors import Conflict, Unavailable
+from app.postgres import AWAY, Connection, open_connection, retry_conflicts, why
+
+log = structlog.get_logger(__name__)
+
+_LOCK = 0x7061_726C_6579_0004
+_TAKE = "select pg_try_advisory_lock($1)"
+_BUSY = """
+select exists (select from pg_locks where locktype = 'advisory' and granted and objsubid = 1
+    and database = (select oid from pg_database where datname = current_database())
+    and classid::bigint = $1::bigint >> 32 and objid::bigint = $1::bigint & 4294967295)
+"""
+_INIT = """
+update conversation_index set is_there = true, version = $1, changed_at = parley_now() where not is_there returning 1
+"""
+# Days of our own chats stay: nothing could count them anew.
+_EMPTY = [
+    f"delete from conversation_days where source <> '{OWN}'",
+    "delete from conversation_source_state",
+    "set local lock_timeout = '1s'",
+    "truncate conversations, conversation_counts",
+    "update conversation_index set is_there = false, synced_at = null, changed_at = parley_now()",
+]
+_SYNCED = "update conversation_index set synced_at = parley_now()"
+_STATS = """
+select is_there as "exists", version, synced_at,
+    (select coalesce(sum(conversations), 0)::bigint from conversation_counts) as conversations,
+    pg_total_relation_size('conversations') as size
+from conversation_index
+"""
+_SOURCES = """
+select source, sum(conversations)::bigint as conversations from conversation_counts group by source order by source
+"""
+_OWN_STATS = """
+select i.is_there as "exists", i.version, i.synced_at, count(c.id) as conversations,
+    coalesce(sum(pg_column_size(c.*)), 0)::bigint as size
+from conversation_index i left join conversations c on c.username = $1 group by 1, 2, 3
+"""
+_OLD = "select version < $1 from conversation_index where is_there"
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What is under way, and how far: `done` of `of`; of nothing where that is not known."""
+
+    phase: str
+    done: int
+    of: int
+
+
+Tell = Callable[[Progress], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """`size` in bytes; of a user's own rows without what their indexes take. `sources` by their codes."""
+
+    exists: bool
+    version: int
+    synced_at: datetime | None
+    conversations: int
+    size: int
+    sources: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Synced:
+    """What a sync has done. `failed` are at most a hundred of `failures`; `skipped` are rows without a conversation."""
+
+    began: datetime
+    ended: datetime
+    messages: int
+    found: int
+    indexed: int
+    skipped: int
+    failures: int
+    failed: list[Failed]
+
+
+@asynccontextmanager
+async def alone(dsn: str) -> AsyncGenerator[Connection, None]:
+    """A connection of one's own, while nobody else looks after the index. Whoever is killed frees it.
+
+    Raises Conflict where somebody does, and Unavailable where the database is away.
+    """
+    try:
+        connection = await open_connection(dsn)
+    except AWAY as error:
+        raise Unavailable("database_unavailable", f"The database is away: {why(error)}", retry_after=2) from error
+    try:
+        if not await connection.fetchval(_TAKE, _LOCK):
+            raise _running()
+        yield connection
+    except AWAY as error:
+        raise Unavailable("database_unavailable", f"The database went away: {why(error)}", retry_after=2) from error
+    finally:
+        with suppress(*AWAY):
+            await connection.close(timeout=2)
+
+
+async def require_free(connection: Connection) -> None:
+    """Raises Conflict where somebody looks after the index just now."""
+    if await connection.fetchval(_BUSY, _LOCK):
+        raise _running()
+
+
+def _running() -> Conflict:
+    return Conflict("sync_running", "A sync or a rebuild of the index is under way; try again when it has ended.")
+
+
+async def init(connection: Connection) -> bool:
+    """Have an index, empty but for what is saved from now on; false where there is one."""
+    return await connection.fetchval(_INIT, VERSION) is not None
+
+
+async def delete(connection: Connection, actor: Actor) -> bool:
+    """Empty the index in one transaction; false where there was none. Called by one at a time.
+
+    Messages go on being saved. Raises Unavailable where its tables were never free for a moment.
+    """
+    await rebuilding.clean_up(connection)
+
+    async def work() -> bool:
+        async with connection.transaction():
+            was_there: bool = await connection.fetchval("select is_there from conversation_index")
+            for statement in _EMPTY:
+                await connection.execute(statement, timeout=LONG_S)
+            await audit.note(connection, actor, "index.delete", target="index")
+        return was_there
+
+    return await retry_conflicts(work)
+
+
+async def sync(connection: Connection, tell: Tell = lambda _: None) -> Synced:
+    """Count our own conversations anew and find those of other sources. Called by one at a time.
+
+    Raises Conflict where the index was deleted.
+    """
+    await require_index(connection)
+    await rebuilding.clean_up(connection)
+    began = datetime.now(UTC)
+
+    def told(done: Recounted) -> None:
+        tell(Progress("recount", done.found, done.of))
+
+    own = await recount(connection, told)
+    await connection.execute(_SYNCED)
+    tell(Progress("done", own.found, own.of))
+    ended = datetime.now(UTC)
+    log.info("index_synced", conversations=own.found, written=own.written, failed=own.failures)
+    return Synced(began, ended, own.messages, own.found, own.written, 0, own.failures, own.failed)
+
+
+async def reset(connection: Connection, actor: Actor, tell: Tell = lambda _: None) -> Stats:
+    """Build the index anew beside the old one and swap. Called by one at a time."""
+    rebuilt = await rebuilding.rebuild(connection, lambda now: tell(Progress(now.phase, now.done, now.of)))
+    await audit.note(connection, actor, "index.reset", target="index")
+    log.info("index_rebuilt", conversations=rebuilt.conversations.total(), messages=rebuilt.messages)
+    return await stats(connection)
+
+
+async def stats(connection: Connection, username: str | None = None) -> Stats:
+    """Of the whole index, or of one user's conversations."""
+    if username is not None:
+        row = await connection.fetchrow(_OWN_STATS, username)
+        assert row is not None
+        return Stats(**row)
+    row = await connection.fetchrow(_STATS)
+    assert row is not None
+    sources = {found[0]: found[1] for found in await connection.fetch(_SOURCES)}
+    return Stats(**row, sources=sources)
+
+
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """What the leader does: take away what a killed rebuild has left, and build an index of an older schema anew."""
+
+    dsn: str
+
+    async def run_once(self) -> int:
+        """Returns 1 where there was something to do."""
+        try:
+            async with alone(self.dsn) as connection:
+                if await connection.fetchval(_OLD, VERSION):
+                    rebuilt = await rebuilding.rebuild(connection)
+                    log.info("index_rebuilt", conversations=rebuilt.conversations.total(), messages=rebuilt.messages)
+                    return 1
+                return int(await rebuilding.clean_up(connection))
+        except Conflict:
+            return 0
