@@ -288,11 +288,14 @@ def check_sources(source_id: tuple[str, ...]) -> None:
 @sources.command("remove")
 @click.argument("source_id", metavar="ID")
 def remove_source(source_id: str) -> None:
-    """Index a table no more. The table itself is not touched."""
+    """Take a table's conversations out of the index. The table itself is not touched."""
+    settings = _with_database()
+    from app.conversations.forgetting import forget_stale
     from app.conversations.sources.source import remove_source as remove
 
-    _noted(_with_database(), "source.remove", lambda connection: remove(connection, source_id), target=str)
-    click.echo("Removed.")
+    _noted(settings, "source.remove", lambda connection: remove(connection, source_id), target=str)
+    forgotten = _connected(settings, forget_stale).get(source_id, 0)
+    click.echo(f"Removed, with {forgotten} conversations of the index.")
 
 
 @main.group()

@@ -126,7 +126,7 @@ async def test_the_commands(database: str, tmp_path: Path) -> None:
     ]
     assert checked.out[8] == "    n8n-session-2  -  -  user  -  �[31mred"
     assert len(checked.out) == 15
-    assert (await parley("sources", "remove", "gone")).out == ["Removed."]
+    assert (await parley("sources", "remove", "gone")).out == ["Removed, with 0 conversations of the index."]
     assert (await parley("sources", "check")).code == 0
     assert "There is no source named 'gone' (n8n)" in (await parley("sources", "remove", "gone")).err[0]
     await connection.close()

@@ -125,7 +125,7 @@ async def _put(connection: Connection, source: Source) -> None:
 
 
 async def remove_source(connection: Connection, source_id: str) -> str:
-    """Its conversations stay in the index until that is done without it. Raises Misconfigured for an unknown id."""
+    """Its conversations are taken out of the index later. Raises Misconfigured for an unknown id."""
     if not await connection.fetchval(_REMOVE, source_id):
         raise no_such_source(source_id, await all_sources(connection))
     return source_id
