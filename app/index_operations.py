@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
+from app.conversations.administration import IndexDeleted, IndexMade, IndexReset, IndexStats, SyncResult
 from app.conversations.endpoints import Conversations, Statistics, Transcript
 from app.openapi import Answer, Content, Operation, Parameter
 
 _JSON = "application/json"
+_SSE = "text/event-stream"
 
 _ENTRY: dict[str, Any] = {
     "conversationId": "5b6f1f0a-6a55-4a3e-9d3c-0d1b2c3d4e5f",
@@ -161,9 +163,100 @@ _STATISTICS = Operation(
     problems={400: ["bad_parameter"], **_PROBLEMS},
 )
 
+_STATS: dict[str, Any] = {
+    "indexExists": True,
+    "conversationCount": 1204,
+    "documentCount": 1204,
+    "indexSize": 1343488,
+    "schemaVersion": 1,
+    "lastSyncTime": "2026-01-31T12:00:00.000Z",
+    "sources": {"n8n": 204, "parley": 1000},
+}
+_INIT = Operation(
+    "Make the index",
+    "After a delete. It is empty but for what is saved from now on, until `POST /api/sync/sync` fills it.",
+    answers={
+        200: Answer("There is one.", {_JSON: Content({"created": True, "message": "The index is there."}, IndexMade)})
+    },
+    problems=_PROBLEMS,
+)
+_PROGRESS = (
+    "With `Accept: text/event-stream` the answer is events: `progress` with `phase`, `done` and `of`, at the end "
+    "`result` with what is answered otherwise, or `failed` with a problem document. Whoever leaves ends the work. "
+    "One sync or rebuild is under way at a time, on all replicas."
+)
+_SYNC = Operation(
+    "Fill the index",
+    "Counts conversations of this server anew from their messages, while messages go on being saved. Lists are "
+    f"served all the time, and what is right already is not written.\n\n{_PROGRESS}",
+    answers={
+        200: Answer(
+            "What was done.",
+            {
+                _JSON: Content(
+                    {
+                        "success": True,
+                        "syncStartTime": "2026-01-31T12:00:00.000Z",
+                        "syncEndTime": "2026-01-31T12:00:02.500Z",
+                        "durationSeconds": 2.5,
+                        "messagesProcessed": 2400,
+                        "conversationsFound": 1204,
+                        "conversationsIndexed": 3,
+                        "skipped": 0,
+                        "failed": [],
+                        "failures": 0,
+                    },
+                    SyncResult,
+                ),
+                _SSE: Content('event: progress\ndata: {"phase":"recount","done":200,"of":1204}\n\n'),
+            },
+        )
+    },
+    problems={409: ["index_missing", "sync_running"], **_PROBLEMS},
+)
+_INDEX_STATS = Operation(
+    "Look at the index",
+    "How many conversations it has, and how large it is. A user who asks is told of the user's own rows.",
+    answers={200: Answer("The figures.", {_JSON: Content(_STATS, IndexStats)})},
+    parameters=[_USER_ID],
+    problems=_PROBLEMS,
+)
+_DELETE = Operation(
+    "Delete the index",
+    "Empties it. Lists answer 409 `index_missing` then; messages go on being saved, and init and sync bring everything "
+    "back that messages can tell.",
+    answers={
+        200: Answer(
+            "There is none.",
+            {_JSON: Content({"deleted": True, "message": "The index was deleted."}, IndexDeleted)},
+        )
+    },
+    problems={409: ["sync_running"], **_PROBLEMS},
+)
+_RESET = Operation(
+    "Build the index anew",
+    "Beside the one that is read, which is then replaced: lists never go empty and cursors stay good. Conversations of "
+    f"this server are counted from their messages, those of other sources are carried over.\n\n{_PROGRESS}",
+    answers={
+        200: Answer(
+            "It was replaced.",
+            {
+                _JSON: Content({"message": "The index was built anew.", "stats": _STATS}, IndexReset),
+                _SSE: Content('event: progress\ndata: {"phase":"fill","done":500,"of":1204}\n\n'),
+            },
+        )
+    },
+    problems={409: ["sync_running"], 503: [*_PROBLEMS[503], "index_busy"]},
+)
+
 INDEX_OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/api/messages/conversations"): _LIST,
     ("GET", "/conversations"): _LIST,
     ("GET", "/api/messages/conversations/{conversation_id}"): _ONE,
     ("GET", "/api/messages/statistics"): _STATISTICS,
+    ("POST", "/api/sync/init"): _INIT,
+    ("POST", "/api/sync/sync"): _SYNC,
+    ("GET", "/api/sync/stats"): _INDEX_STATS,
+    ("DELETE", "/api/sync/index"): _DELETE,
+    ("POST", "/api/sync/reset"): _RESET,
 }

@@ -31,7 +31,9 @@ from app.chats.allowance import Allowance
 from app.chats.decoders import Decoders
 from app.chats.images import Images
 from app.chats.picture import Limits as PictureLimits
+from app.conversations import administration
 from app.conversations import endpoints as conversation_endpoints
+from app.conversations.upkeep import Upkeep
 from app.errors import Misconfigured, Unavailable
 from app.flows import configuration
 from app.flows import endpoints as flow_endpoints
@@ -102,6 +104,7 @@ class State(
     configuration.Needs,
     chat_endpoints.Needs,
     conversation_endpoints.Needs,
+    administration.Needs,
     health.Needs,
     problems.Needs,
     guard.Needs,
@@ -170,6 +173,11 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
         Route("/conversations", conversation_endpoints.conversations, name="conversations_alias"),
         Route("/api/messages/conversations/{conversation_id}", conversation_endpoints.conversation),
         Route("/api/messages/statistics", conversation_endpoints.message_statistics),
+        Route("/api/sync/init", administration.init, methods=["POST"]),
+        Route("/api/sync/sync", administration.sync, methods=["POST"]),
+        Route("/api/sync/stats", administration.stats),
+        Route("/api/sync/index", administration.delete, methods=["DELETE"]),
+        Route("/api/sync/reset", administration.reset, methods=["POST"]),
         Route("/api/conversation-health", health.conversation_health),
         Route("/livez", health.livez),
         Route("/readyz", health.readyz),
@@ -337,6 +345,7 @@ class Gateway:
                 replica,
                 partitions=self._partitions,
                 retention=retention,
+                upkeep=Upkeep(self._dsn),
                 enabled=settings.enable_background_jobs,
             ),
             metrics=metrics,

@@ -8,6 +8,7 @@ from cronsim import CronSim
 
 from app.access.audit import audit_expiring
 from app.chats.images import images_expiring
+from app.conversations.upkeep import Upkeep
 from app.expiry import Expiring
 from app.flows.chatbots import Chatbots
 from app.flows.idempotency import keys_expiring
@@ -30,6 +31,7 @@ _DAY_S = 24 * _HOUR_S
 SCHEDULE = {
     "partitions": "7 * * * *",  # PARLEY_PARTITION_DAYS days ahead
     "retention": "*/10 * * * *",  # seconds per pass, rows per statement
+    "index": "*/5 * * * *",  # what a killed rebuild left; one rebuild where its schema is old
     "replicas": "17 * * * *",  # one row for each start in a week
 }
 
@@ -55,11 +57,12 @@ def interval(name: str, moment: datetime) -> timedelta:
     return next(slots) - first
 
 
-def jobs(replica: Replica, *, partitions: Partitions, retention: Retention, enabled: bool) -> list[Job]:
+def jobs(replica: Replica, *, partitions: Partitions, retention: Retention, upkeep: Upkeep, enabled: bool) -> list[Job]:
     """What runs here: everything, or what always does."""
     every = [
         Job("partitions", partitions.run_once),
         Job("retention", retention.run_once),
+        Job("index", upkeep.run_once),
         Job("replicas", replica.forget_dead),
     ]
     return [job for job in every if enabled or job.always]
