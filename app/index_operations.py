@@ -57,7 +57,7 @@ _LIST = Operation(
     "List conversations",
     "The index over all conversations, wherever they were held; the last ones first. A page costs the same at any "
     "depth if `nextCursor` is sent back as `cursor`; pages are turned by number up to the 10,000th conversation. "
-    "Filters may be combined, and one that is empty is none.\n\n"
+    "Filters may be combined, and one that is empty is none; a `q` without a word in it finds nothing.\n\n"
     "`total` is exact without filters and up to 10,000; beyond that, `totalIsExact` is false and there are more. With "
     "a cursor it is what it was on the first page. `from` and `to` are about the last message.",
     answers={200: Answer("A page.", {_JSON: Content(_LISTED, Conversations)})},
@@ -68,6 +68,12 @@ _LIST = Operation(
         Parameter("chatbot_id", "query", "The chatbot."),
         _SOURCE,
         *_FROM_TO,
+        Parameter(
+            "q",
+            "query",
+            'Words of the first or the last question, all of them. `"in quotes"` is a phrase, `word*` a beginning.',
+            {"type": "string", "maxLength": 256},
+        ),
         Parameter(
             "sort",
             "query",

@@ -145,6 +145,7 @@ def _wanted(request: Request[Needs]) -> Wanted:
         model=_word(request, "model"),
         chatbot_id=_word(request, "chatbot_id"),
         source=_word(request, "source"),
+        query=_word(request, "q"),
         since=_moment(request, "from"),
         until=_moment(request, "to"),
         newest_first=_ORDERS[order],

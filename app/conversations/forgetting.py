@@ -14,9 +14,17 @@ where k.source <> '{OWN}' and (s.id is null or s.indexed_version is distinct fro
 """
 # First of all: what a pass that is under way has read counts no more.
 _STOP = "delete from conversation_source_state where source = $1"
-_PIECE = """
+_DAYS = """
 with gone as (
-    delete from {table} where ctid = any(array(select ctid from {table} where source = $1 limit $2)) returning 1)
+    delete from conversation_days where ctid = any(array(
+        select ctid from conversation_days where source = $1 limit $2)) returning 1)
+select count(*) from gone
+"""
+_CONVERSATIONS = """
+with gone as (
+    delete from conversations where ctid = any(array(select ctid from conversations where source = $1 limit $2))
+    returning id),
+words as (delete from conversation_words using gone where conversation = id)
 select count(*) from gone
 """
 # Last: until then it is known that something is left.
@@ -37,16 +45,16 @@ async def forget_stale(connection: Connection) -> dict[str, int]:
     stale = await connection.fetch(_STALE)
     for row in stale:
         await connection.execute(_STOP, row["source"])
-        forgotten[row["source"]] = await _deleted(connection, "conversations", row["source"])
-        await _deleted(connection, "conversation_days", row["source"])
+        forgotten[row["source"]] = await _deleted(connection, _CONVERSATIONS, row["source"])
+        await _deleted(connection, _DAYS, row["source"])
         await connection.execute(_END, row["source"])
         await connection.execute(_CURRENT, row["source"], row["version"])
     await connection.execute(_UNREAD)
     return forgotten
 
 
-async def _deleted(connection: Connection, table: str, source: str) -> int:
+async def _deleted(connection: Connection, piece_of: str, source: str) -> int:
     deleted = 0
-    while piece := await connection.fetchval(_PIECE.format(table=table), source, _BATCH):
+    while piece := await connection.fetchval(piece_of, source, _BATCH):
         deleted += piece
     return deleted

@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 
+from app.conversations import words
 from app.conversations.summary import KEYS, QUESTION, Ranked, Summary
 from app.postgres import Connection
 
@@ -35,7 +36,8 @@ with conversation as (
             or excluded.last_question_rank is null then c.last_question else excluded.last_question end,
         last_question_rank = greatest(c.last_question_rank, excluded.last_question_rank),
         updated_at = now()
-    returning xmax = 0 as is_new),
+    returning xmax = 0 as is_new, {words.WRITTEN}),
+words as ({words.saved("conversation")}),
 counted as (
     insert into conversation_counts as n (source, slot, conversations)
     select '{OWN}', $8, 1 from conversation where is_new
@@ -116,7 +118,8 @@ with merged as (
         message_ids = {_NEWEST.format(column="message_ids", value="id")},
         message_ranks = {_NEWEST.format(column="message_ranks", value="rank")},
         updated_at = now()
-    returning xmax = 0 as is_new)
+    returning xmax = 0 as is_new, {words.WRITTEN}),
+words as ({words.saved("merged")})
 select count(*) filter (where is_new) from merged
 """
 _COUNTED = """

@@ -2,14 +2,17 @@
 
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import chain
 from typing import Any
 
 import asyncpg
 
 from app.conversations.index import OWN
+from app.conversations.search import Look, look
+from app.conversations.words import facets
 from app.errors import BadRequest, Conflict
 from app.postgres import Connection
 
@@ -17,15 +20,48 @@ from app.postgres import Connection
 FAR = 10_000
 # Ids of messages that an entry of ours names; those of other sources are as many as the index keeps.
 _IDS = 100
+# Where fewer are expected than this, the index of words is asked at once. Where more are, the list is walked as far as
+# reading what the index has would cost, but at most so far; and so far for each that is needed.
+_NEAR, _STROLL_FAR, _STEPS = 2_000, 10_000, 4
+# So many times FAR the statistics have to say before they are believed.
+_SURELY = 3
+# Always true, and what the index for lists without filters asks for.
+_EVERY = "message_count >= 0"
+_NOBODY: Mapping[str, str | None] = {"username": None, "model": None, "chatbot_id": None, "source": None}
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _IS_THERE = "select is_there from conversation_index"
 _ALL = "select coalesce(sum(conversations), 0)::bigint from conversation_counts"
 _COUNT = "select count(*) from (select from conversations where {where} limit {far}) counted"
-# Only the index is walked to where the page begins, and rows are read for the page alone.
-_PAGE = """
-with page as materialized (
+# Only the index is walked to where the page begins, and rows are read for the page alone. A subquery in a condition is
+# asked row by row: what has an order keeps it, and is left where the page is full.
+_WALK = """
+page as materialized (
     select id from conversations where {where} order by last_message_at {way}, id {way} limit {limit} offset {offset})
+"""
+_HAS = "(select w.words @@ {query} from conversation_words w where w.conversation = {id})"
+# So far and no further: who has not found enough then looks into the index of words.
+_STROLL = """
+page as materialized (
+    select id from (
+        select id, last_message_at, username, model, chatbot_id, source from conversations where {nearby}
+        order by last_message_at {way}, id {way} limit {far}) walked
+    where {where} order by last_message_at {way}, id {way} limit {limit} offset {offset})
+"""
+# What `offset 0` keeps together is read by its key, however many PostgreSQL expects.
+_FOUND = """
+select c.id, c.last_message_at from conversation_words w cross join lateral (
+    select id, last_message_at from conversations where id = w.conversation and {where} offset 0) c
+where w.words @@ {query}
+"""
+_MATCHING = """
+matching as materialized ({found}),
+page as materialized (
+    select id from matching order by last_message_at {way}, id {way} limit {limit} offset {offset})
+"""
+_COUNT_FOUND = "select count(*) from ({found} limit {far}) counted"
+_PAGE = """
+with {page}
 select c.id, c.source, c.username, c.conversation_id, c.chatbot_id, c.model, c.client_ip, c.first_message_at,
     c.last_message_at, c.message_count, c.total_tokens, c.first_question, c.last_question, c.created_at, c.updated_at,
     case when c.source = '{own}' then array(
@@ -43,6 +79,7 @@ class Wanted:
     model: str | None = None
     chatbot_id: str | None = None
     source: str | None = None
+    query: str | None = None
     since: datetime | None = None
     until: datetime | None = None
     newest_first: bool = True
@@ -51,6 +88,12 @@ class Wanted:
     def is_all(self) -> bool:
         """Whether nothing is left out."""
         return self == Wanted(newest_first=self.newest_first)
+
+    @property
+    def facets(self) -> dict[str, str]:
+        """The filters that were given, by column; the one that leaves least comes first, as a rule."""
+        named = {name: getattr(self, name) for name in ("username", "chatbot_id", "model", "source")}
+        return {name: value for name, value in named.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +142,25 @@ class Page:
     behind: Place | None
 
 
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Which part of a list: so many, behind a place or behind as many as `skip` says."""
+
+    size: int
+    after: Place | None = None
+    skip: int = 0
+
+    @property
+    def needed(self) -> int:
+        """How many have to be found: one more tells whether there is more."""
+        return self.skip + self.size + 1
+
+    @property
+    def total(self) -> Total | None:
+        """As the list's first page has told it."""
+        return self.after.total if self.after else None
+
+
 async def require_index(connection: Connection) -> None:
     """Raises Conflict where the index has been deleted."""
     if await connection.fetchval(_IS_THERE) is False:
@@ -110,34 +172,106 @@ async def page(connection: Connection, wanted: Wanted, *, size: int, after: Plac
     """The conversations behind a place, or behind as many as `skip` says (at most FAR)."""
     assert skip <= FAR
     await require_index(connection)
-    total = after.total if after else await _total(connection, wanted)
-    sql, values = statement(wanted, size=size, after=after, skip=skip)
+    slice_ = Slice(size, after, skip)
+    if wanted.query is None and len(wanted.facets) < 2:
+        return await _walked(connection, wanted, slice_)
+    seen = await look(connection, wanted.query or "", facets(**dict(_NOBODY) | wanted.facets))
+    if wanted.query is not None and not seen.words:
+        return Page([], Total(0), None)
+    if seen.is_bound:
+        # Row security would ask for each of everybody's words: the user's own conversations are fewer.
+        return await _walked(connection, wanted, slice_, words=seen.words)
+    return await _strolled(connection, wanted, slice_, seen) or await _found(connection, wanted, slice_, seen)
+
+
+async def _walked(connection: Connection, wanted: Wanted, slice_: Slice, words: str = "") -> Page:
+    """From the beginning to where the page is full."""
+    total = slice_.total or await _total(connection, wanted, words)
+    sql, values = statement(wanted, slice_, words=words)
+    return _page(await connection.fetch(sql, *values), slice_, total)
+
+
+async def _strolled(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page | None:
+    """Where much fits a page is full soon; None where it was not, or is not to be expected."""
+    expected = seen.rarest * seen.conversations
+    far = max(_NEAR, min(int(expected), _STROLL_FAR)) + _STEPS * slice_.needed
+    hopeless = not wanted.facets and far * seen.likely < slice_.needed / 2
+    if expected < _NEAR or hopeless:
+        return None
+    sql, values = strolling(wanted, slice_, words=seen.words, far=far)
     rows = await connection.fetch(sql, *values)
-    more, rows = len(rows) > size, rows[:size]
+    if len(rows) <= slice_.size:
+        return None
+    return _page(rows, slice_, slice_.total or await _total_found(connection, wanted, seen))
+
+
+async def _found(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page:
+    """All that the index of words finds, put in order. What is found this way is little, as a rule."""
+    sql, values = matching(wanted, slice_, query=seen.query)
+    rows = await connection.fetch(sql, *values)
+    total = slice_.total or (Total(rows[0]["matching"]) if rows else None)
+    if total is None:
+        total = await _total_found(connection, wanted, seen) if slice_.skip else Total(0)
+    return _page(rows, slice_, total)
+
+
+def _page(rows: Sequence[asyncpg.Record], slice_: Slice, total: Total) -> Page:
+    more, rows = len(rows) > slice_.size, rows[: slice_.size]
     behind = Place(rows[-1]["last_message_at"], rows[-1]["id"], total) if more else None
     return Page(rows, total, behind)
 
 
-def statement(wanted: Wanted, *, size: int, after: Place | None, skip: int) -> tuple[str, list[Any]]:
-    """What reads a page and one row more, with its values."""
-    terms = _terms(wanted, after)
-    sql = _PAGE.format(
-        where=terms.where,
-        way="desc" if wanted.newest_first else "asc",
-        own=OWN,
-        ids=_IDS,
-        limit=terms.add(size + 1),
-        offset=terms.add(skip),
-    )
-    return sql, terms.values
+def statement(wanted: Wanted, slice_: Slice, *, words: str = "") -> tuple[str, list[Any]]:
+    """What walks along an index to the page and one row more, with its values."""
+    terms = _Terms()
+    where = terms.all_of(terms.named(wanted.facets) or [_EVERY], terms.between(wanted, slice_.after), terms.has(words))
+    return terms.page(_WALK, wanted, slice_, where=where)
 
 
-async def _total(connection: Connection, wanted: Wanted) -> Total:
+def strolling(wanted: Wanted, slice_: Slice, *, words: str, far: int) -> tuple[str, list[Any]]:
+    """Likewise, but only so far along the index of one filter, or of none."""
+    terms, named = _Terms(), list(wanted.facets.items())
+    nearby = terms.all_of(terms.named(dict(named[:1])) or [_EVERY], terms.between(wanted, slice_.after))
+    where = terms.all_of(terms.named(dict(named[1:])), terms.has(words, "walked.id"))
+    return terms.page(_STROLL, wanted, slice_, nearby=nearby, where=where, far=terms.add(far))
+
+
+def matching(wanted: Wanted, slice_: Slice, *, query: str) -> tuple[str, list[Any]]:
+    """What finds by words and facets, and counts what it has found."""
+    terms = _Terms()
+    found = terms.found(wanted, slice_.after, query)
+    sql, values = terms.page(_MATCHING, wanted, slice_, found=found)
+    return sql.replace("as message_ids", "as message_ids, (select count(*) from matching) as matching"), values
+
+
+def counting(wanted: Wanted, *, query: str) -> tuple[str, list[Any]]:
+    """What counts how many are found, up to FAR and one more."""
+    terms = _Terms()
+    found = terms.found(wanted, None, query)
+    return _COUNT_FOUND.format(found=found, far=terms.add(FAR + 1)), terms.values
+
+
+async def _total(connection: Connection, wanted: Wanted, words: str) -> Total:
     if wanted.is_all:
         return Total(await connection.fetchval(_ALL))
-    terms = _terms(wanted, None)
-    sql = _COUNT.format(where=terms.where, far=terms.add(FAR + 1))
-    count: int = await connection.fetchval(sql, *terms.values)
+    terms = _Terms()
+    where = terms.all_of(terms.named(wanted.facets) or [_EVERY], terms.between(wanted, None), terms.has(words))
+    return _counted(await connection.fetchval(_COUNT.format(where=where, far=terms.add(FAR + 1)), *terms.values))
+
+
+async def _total_found(connection: Connection, wanted: Wanted, seen: Look) -> Total:
+    """Of a single word or facet that very many have, the statistics are enough to know that there are more than FAR."""
+    unbounded = wanted.since is None and wanted.until is None
+    if seen.terms == 1 and unbounded and seen.rarest * seen.conversations > _SURELY * FAR:
+        return Total(FAR + 1, exact=False)
+    sql, values = counting(wanted, query=seen.query)
+    async with connection.transaction():
+        # Whether the index is worth it depends on how common the words are; our connections plan without looking.
+        await connection.execute("set local plan_cache_mode = force_custom_plan")
+        return _counted(await connection.fetchval(sql, *values))
+
+
+def _counted(count: int) -> Total:
     return Total(count, exact=count <= FAR)
 
 
@@ -145,31 +279,38 @@ async def _total(connection: Connection, wanted: Wanted) -> Total:
 class _Terms:
     """Conditions and their values. The texts are ours, and few: one statement per combination of filters."""
 
-    conditions: list[str] = field(default_factory=list)
     values: list[Any] = field(default_factory=list)
 
     def add(self, value: Any) -> str:
         self.values.append(value)
         return f"${len(self.values)}"
 
-    @property
-    def where(self) -> str:
-        return " and ".join(self.conditions) or "true"
+    def named(self, facets: Mapping[str, str]) -> list[str]:
+        return [f"{column} = {self.add(value)}" for column, value in facets.items()]
 
+    def between(self, wanted: Wanted, after: Place | None) -> list[str]:
+        conditions = []
+        if wanted.since is not None:
+            conditions.append(f"last_message_at >= {self.add(wanted.since)}")
+        if wanted.until is not None:
+            conditions.append(f"last_message_at < {self.add(wanted.until)}")
+        if after is not None:
+            than = "<" if wanted.newest_first else ">"
+            conditions.append(f"(last_message_at, id) {than} ({self.add(after.at)}, {self.add(after.id)})")
+        return conditions
 
-def _terms(wanted: Wanted, after: Place | None) -> _Terms:
-    terms = _Terms()
-    for column in ("username", "model", "chatbot_id", "source"):
-        if (value := getattr(wanted, column)) is not None:
-            terms.conditions.append(f"{column} = {terms.add(value)}")
-    if not terms.conditions:
-        # Always true, and what the index for lists without these filters asks for.
-        terms.conditions.append("message_count >= 0")
-    if wanted.since is not None:
-        terms.conditions.append(f"last_message_at >= {terms.add(wanted.since)}")
-    if wanted.until is not None:
-        terms.conditions.append(f"last_message_at < {terms.add(wanted.until)}")
-    if after is not None:
-        than = "<" if wanted.newest_first else ">"
-        terms.conditions.append(f"(last_message_at, id) {than} ({terms.add(after.at)}, {terms.add(after.id)})")
-    return terms
+    def has(self, words: str, id_: str = "conversations.id") -> list[str]:
+        return [_HAS.format(query=self.add(words), id=id_)] if words else []
+
+    def all_of(self, *conditions: Sequence[str]) -> str:
+        return " and ".join(chain.from_iterable(conditions)) or "true"
+
+    def found(self, wanted: Wanted, after: Place | None, query: str) -> str:
+        where = self.all_of(self.named(wanted.facets), self.between(wanted, after))
+        return _FOUND.format(where=where, query=self.add(query))
+
+    def page(self, which: str, wanted: Wanted, slice_: Slice, **given: str) -> tuple[str, list[Any]]:
+        way = "desc" if wanted.newest_first else "asc"
+        limit, offset = self.add(slice_.size + 1), self.add(slice_.skip)
+        chosen = which.format(way=way, limit=limit, offset=offset, **given)
+        return _PAGE.format(page=chosen, way=way, own=OWN, ids=_IDS), self.values

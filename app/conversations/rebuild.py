@@ -14,6 +14,7 @@ from time import monotonic
 
 import structlog
 
+from app.conversations import words
 from app.conversations.index import OWN
 from app.conversations.recount import COUNTED, Key, chats
 from app.conversations.replacement import LONG_S, Replacement
@@ -91,6 +92,26 @@ with gone as (
     where (c.source, c.username, c.conversation_id) = (k.source, k.username, k.conversation_id) returning c.source)
 select source, count(*)::int as gone from gone group by source
 """
+# Of those that the index says something else of, or that have none; the others are right. What has changed meanwhile is
+# done when it is caught up with.
+_WORDS = f"""
+(select {", ".join(f"n.{column}" for column in words.WRITTEN.split(", "))} from {{next}} n
+    left join conversations c using (id) left join conversation_words w on w.conversation = n.id
+    where (w.conversation is null or (c.chatbot_id, c.model, c.first_question, c.last_question)
+        is distinct from (n.chatbot_id, n.model, n.first_question, n.last_question))
+    and n.id > $1 and n.id <= $2 and not exists (select from conversation_changes g
+        where (g.source, g.username, g.conversation_id) = (n.source, n.username, n.conversation_id))) differing
+"""
+_WORDS_PAGE = "select max(id) from (select id from {next} where id > $1 order by id limit $2) page"
+_WORDS_AGAIN = f"""
+(select {", ".join(f"n.{column}" for column in words.WRITTEN.split(", "))} from {{next}} n
+    join unnest($1::text[], $2::text[], $3::text[]) as k(source, username, conversation_id)
+        using (source, username, conversation_id)
+    order by n.source, n.username, n.conversation_id) again
+"""
+_FORGET = """
+delete from conversation_words w where not exists (select from conversations c where c.id = w.conversation)
+"""
 _ALL = """
 select (select count(*) from chats)
     + coalesce((select sum(conversations) from conversation_counts where source <> $1), 0)::bigint
@@ -106,6 +127,8 @@ update conversation_index set is_there = true, version = $1, synced_at = parley_
 
 # Chats, and rows of other sources, of one statement of the fill.
 _CHATS, _ROWS = 500, 10_000
+# Whoever saves a message waits for the words of so many, where they are written.
+_SPOKEN = 2_000
 # Changes of one round, how many rounds, and how many may be left for the moment in which everybody waits.
 _ROUND, _ROUNDS, _FEW = 2_000, 100, 50
 # How long everybody who wants the table may be kept waiting, and how often that is tried.
@@ -168,6 +191,8 @@ class _Rebuild:
         self._foreign = _FOREIGN.format(next=new.next, columns=columns)
         self._copy = _COPY.format(next=new.next, columns=columns, aliased=aliased)
         self._drop = _DROP.format(next=new.next)
+        self._words = words.saved(_WORDS.format(next=new.next))
+        self._words_again = words.saved(_WORDS_AGAIN.format(next=new.next))
 
     async def run(self) -> Rebuilt:
         async with self._connection.transaction(isolation="repeatable_read"):
@@ -177,8 +202,10 @@ class _Rebuild:
         for index in self._new.indexes:
             await self._new.index(self._connection, index)
         await self._connection.execute(f"vacuum analyze {self._new.next}", timeout=LONG_S)
+        await self._find_words()
         self._tell("swap")
         await _promptly(self._connection, self._swap)
+        await self._connection.execute(_FORGET, timeout=LONG_S)
         self._tell("done")
         return self._state
 
@@ -194,6 +221,12 @@ class _Rebuild:
             after = last
         rows = await self._connection.fetch(_SOURCES.format(next=self._new.next))
         self._state.conversations = Counter({row["source"]: row["conversations"] for row in rows})
+
+    async def _find_words(self) -> None:
+        page, after = _WORDS_PAGE.format(next=self._new.next), -1
+        while (last := await self._connection.fetchval(page, after, _SPOKEN)) is not None:
+            await self._connection.execute(self._words, after, last)
+            after = last
 
     def _told(self, done: int) -> None:
         self._state.done += done
@@ -247,6 +280,7 @@ class _Rebuild:
                 f"{self._copy} returning source", *(list(column) for column in zip(*foreign, strict=True))
             )
             counts.update(row["source"] for row in copied)
+        await self._connection.execute(self._words_again, *columns)
         return counts
 
     async def _finish(self) -> None:

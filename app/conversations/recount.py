@@ -8,6 +8,7 @@ what happened when; they are not counted anew, as messages may be gone that were
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
+from app.conversations import words
 from app.conversations.index import OWN
 from app.postgres import CONFLICT, Connection
 
@@ -54,13 +55,15 @@ select from unnest($1::text[], $2::text[]) as k(username, conversation_id)
 join conversations c on (c.source, c.username, c.conversation_id) = ('{OWN}', k.username, k.conversation_id)
 order by c.username, c.conversation_id for update of c
 """
+_WRITTEN = ", ".join(f"c.{column}" for column in words.WRITTEN.split(", "))
 # Chatbot and model of a row that has them are what its last message said.
 _WRITE = f"""
 with counted as ({COUNTED}),
 gone as (
     delete from conversations c using counted k
     where (c.source, c.username, c.conversation_id) = ('{OWN}', k.username, k.conversation_id) and k.messages = 0
-    returning 1),
+    returning c.id),
+forgotten as (delete from conversation_words w using gone where w.conversation = gone.id),
 written as (
     update conversations c set
         message_count = k.messages, total_tokens = k.tokens, first_message_at = k.first_at, last_message_at = k.last_at,
@@ -70,12 +73,14 @@ written as (
         updated_at = now()
     from counted k
     where (c.source, c.username, c.conversation_id) = ('{OWN}', k.username, k.conversation_id) and k.messages > 0
-        and (c.message_count, c.total_tokens, c.first_message_at, c.last_message_at, c.first_question,
+        and ((c.message_count, c.total_tokens, c.first_message_at, c.last_message_at, c.first_question,
             c.first_question_rank, c.last_question, c.last_question_rank, c.chatbot_id = '', c.model = '')
         is distinct from (k.messages, k.tokens, k.first_at, k.last_at, k.first_question,
             k.first_rank, k.last_question, k.last_rank, k.chatbot_id = '' and c.chatbot_id = '',
             k.model = '' and c.model = '')
-    returning 1)
+            or not exists (select from conversation_words w where w.conversation = c.id))
+    returning {_WRITTEN}),
+words as ({words.saved("written")})
 select coalesce((select sum(messages) from counted), 0)::bigint as messages,
     (select count(*) from written) as written, (select count(*) from gone) as gone
 """

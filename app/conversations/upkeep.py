@@ -36,14 +36,14 @@ _EMPTY = [
     f"delete from conversation_days where source <> '{OWN}'",
     "delete from conversation_source_state",
     "set local lock_timeout = '1s'",
-    "truncate conversations, conversation_counts",
+    "truncate conversations, conversation_words, conversation_counts",
     "update conversation_index set is_there = false, synced_at = null, changed_at = parley_now()",
 ]
 _SYNCED = "update conversation_index set synced_at = parley_now()"
 _STATS = """
 select is_there as "exists", version, synced_at,
     (select coalesce(sum(conversations), 0)::bigint from conversation_counts) as conversations,
-    pg_total_relation_size('conversations') as size
+    pg_total_relation_size('conversations') + pg_total_relation_size('conversation_words') as size
 from conversation_index
 """
 _SOURCES = """

@@ -4,6 +4,8 @@ from typing import Any
 
 import asyncpg
 
+from app.conversations import words
+
 _COUNTED = """
 select c.conversation_id, c.message_count as count, m.count as of_messages, c.first_question, m.first,
        c.last_question, m.last, c.total_tokens, l.tokens, c.chatbot_id, c.first_message_at, m.since,
@@ -19,6 +21,11 @@ join lateral (
     where user_id = c.username and chat_id = c.conversation_id) l on true
 order by c.conversation_id
 """
+# Conversations whose words are others than what would be written of them, or that have none; and words of none.
+_WORDS = f"""
+select c.id, w.conversation from (select id, {words.vector()} as words from conversations) c
+full join conversation_words w on w.conversation = c.id where w.words is distinct from c.words
+"""
 
 
 async def agreed(database: asyncpg.Connection) -> list[dict[str, Any]]:
@@ -31,6 +38,7 @@ async def agreed(database: asyncpg.Connection) -> list[dict[str, Any]]:
         assert row["total_tokens"] == row["tokens"]
     assert len(rows) == await database.fetchval("select count(*) from chats")
     assert len(rows) == await database.fetchval("select coalesce(sum(conversations), 0) from conversation_counts")
+    assert await database.fetch(_WORDS) == []
     days = await database.fetchrow("select sum(messages) as messages, sum(tokens) as tokens from conversation_days")
     assert days is not None
     if rows:

@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator
 from datetime import UTC, datetime, timedelta
 from random import Random
-from typing import Any
 
 import asyncpg
 import httpx2
@@ -11,31 +10,8 @@ import pytest
 
 from app.conversations import listing
 from app.postgres import open_connection
+from tests.conversations import listed
 from tests.serving import serving
-
-_BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
-_INSERT = """
-insert into conversations (source, username, conversation_id, chatbot_id, model, first_message_at, last_message_at,
-    time_source, message_count, total_tokens, first_question, last_question, message_ids)
-values ($1, $2, $3, $4, $5, $6, $7, 'message', 2, 10, 'first', 'last', '{7,8}')
-"""
-Row = dict[str, Any]
-
-
-def _rows(chance: Random, count: int) -> list[Row]:
-    """Few moments, so that many conversations share one."""
-    return [
-        {
-            "source": chance.choice(["parley", "n8n"]),
-            "username": chance.choice(["ann", "bob", ""]),
-            "conversation_id": f"c{number}",
-            "chatbot_id": chance.choice(["shop", "help"]),
-            "model": chance.choice(["small", "large"]),
-            "first": _BEGAN,
-            "last": _BEGAN + timedelta(minutes=chance.randrange(count // 4 + 1)),
-        }
-        for number in range(count)
-    ]
 
 
 @pytest.fixture
@@ -44,52 +20,24 @@ async def client(database: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
         yield client
 
 
-async def _store(database: str, rows: list[Row]) -> None:
-    connection = await asyncpg.connect(database)
-    await connection.executemany(_INSERT, [tuple(row.values()) for row in rows])
-    await connection.execute(
-        "insert into conversation_counts select source, 0, count(*) from conversations group by source"
-    )
-    await connection.close()
-
-
-async def _list(client: httpx2.AsyncClient, **params: Any) -> Row:
-    response = await client.get("/api/messages/conversations", params=params)
-    assert response.status_code == 200, response.text
-    answer: Row = response.json()
-    return answer
-
-
-async def _walk(client: httpx2.AsyncClient, **params: Any) -> list[Row]:
-    """All pages of a list by cursor."""
-    page = await _list(client, **params)
-    entries: list[Row] = list(page["conversations"])
-    total = page["total"]
-    while page["nextCursor"]:
-        page = await _list(client, **params, cursor=page["nextCursor"])
-        assert page["conversations"]
-        assert page["total"] == total
-        entries += page["conversations"]
-    assert total == len(entries)
-    return entries
-
-
 _FIELDS = {"username": "username", "model": "model", "chatbot_id": "chatbotId", "source": "source"}
 
 
 async def test_every_conversation_once_and_in_order_with_any_filter(client: httpx2.AsyncClient, database: str) -> None:
     chance = Random(6)
-    rows = _rows(chance, 120)
-    await _store(database, rows)
+    rows = listed.rows(chance, 120)
+    await listed.store(database, rows)
     for _ in range(40):
-        filters: Row = {name: chance.choice([row[name] for row in rows]) for name in _FIELDS if chance.random() < 0.35}
-        since, until = sorted(_BEGAN + timedelta(minutes=chance.randrange(31)) for _ in range(2))
+        filters: listed.Row = {
+            name: chance.choice([row[name] for row in rows]) for name in _FIELDS if chance.random() < 0.35
+        }
+        since, until = sorted(listed.BEGAN + timedelta(minutes=chance.randrange(31)) for _ in range(2))
         wanted = [row for row in rows if all(not value or row[name] == value for name, value in filters.items())]
         if chance.random() < 0.4:
             filters |= {"from": since.isoformat(), "to": until.strftime("%Y-%m-%dT%H:%M:%SZ")}
             wanted = [row for row in wanted if since <= row["last"] < until]
         newest_first = chance.random() < 0.5
-        entries = await _walk(
+        entries = await listed.walk(
             client,
             **filters,
             size=chance.randint(1, 40),
@@ -101,30 +49,32 @@ async def test_every_conversation_once_and_in_order_with_any_filter(client: http
 
 
 async def test_pages_by_number_are_those_by_cursor(client: httpx2.AsyncClient, database: str) -> None:
-    await _store(database, _rows(Random(1), 50))
-    first = await _list(client, size=20)
+    await listed.store(database, listed.rows(Random(1), 50))
+    first = await listed.page(client, size=20)
     assert (first["page"], first["size"], first["total"], first["totalPages"]) == (1, 20, 50, 3)
-    second = await _list(client, size=20, page=2)
-    assert second["conversations"] == (await _list(client, size=20, cursor=first["nextCursor"]))["conversations"]
-    last = await _list(client, size=20, page=3)
+    second = await listed.page(client, size=20, page=2)
+    assert second["conversations"] == (await listed.page(client, size=20, cursor=first["nextCursor"]))["conversations"]
+    last = await listed.page(client, size=20, page=3)
     assert (len(last["conversations"]), last["nextCursor"]) == (10, None)
-    assert (await _list(client, page=4))["conversations"] == []
+    assert (await listed.page(client, page=4))["conversations"] == []
     assert (await client.get("/conversations", params={"size": 20})).json() == first
 
 
 async def test_a_cursor_holds_while_conversations_come_and_move(client: httpx2.AsyncClient, database: str) -> None:
     """What does not move is listed once; what is new, or is spoken in again, comes before the cursor."""
-    rows = _rows(Random(2), 40)
-    await _store(database, rows)
-    page = await _list(client, size=10)
+    rows = listed.rows(Random(2), 40)
+    await listed.store(database, rows)
+    page = await listed.page(client, size=10)
     seen = [entry["conversationId"] for entry in page["conversations"]]
     connection = await asyncpg.connect(database)
     moved = rows[0]["conversation_id"]
     await connection.execute("update conversations set last_message_at = now() where conversation_id = $1", moved)
-    await connection.execute(_INSERT, *({**rows[0], "conversation_id": "new", "last": datetime.now(UTC)}.values()))
+    await connection.execute(
+        listed.INSERT, *({**rows[0], "conversation_id": "new", "last": datetime.now(UTC)}.values())
+    )
     await connection.close()
     while page["nextCursor"]:
-        page = await _list(client, size=10, cursor=page["nextCursor"])
+        page = await listed.page(client, size=10, cursor=page["nextCursor"])
         seen += [entry["conversationId"] for entry in page["conversations"]]
     assert len(seen) == len(set(seen))
     assert {row["conversation_id"] for row in rows} - set(seen) <= {moved}
@@ -157,15 +107,15 @@ async def test_a_cursor_holds_while_conversations_come_and_move(client: httpx2.A
         ({"username": "ann", "user_id": "bob"}, "bad_parameter"),
     ],
 )
-async def test_what_no_list_can_be_is_refused(client: httpx2.AsyncClient, params: Row, code: str) -> None:
+async def test_what_no_list_can_be_is_refused(client: httpx2.AsyncClient, params: listed.Row, code: str) -> None:
     response = await client.get("/api/messages/conversations", params=params)
     assert (response.status_code, response.json()["code"]) == (400, code)
 
 
 async def test_names_that_no_conversation_has(client: httpx2.AsyncClient, database: str) -> None:
-    await _store(database, _rows(Random(3), 5))
+    await listed.store(database, listed.rows(Random(3), 5))
     for name in ("nobody", "%00", "\x00", "'; drop table conversations", "\ufffd"):
-        assert (await _list(client, username=name))["conversations"] == []
+        assert (await listed.page(client, username=name))["conversations"] == []
     for name in ("nobody", "%00", "..%2f..", "x" * 300, "%ff"):
         response = await client.get(f"/api/messages/conversations/{name}")
         assert (response.status_code, response.json()["code"]) in (
@@ -177,11 +127,11 @@ async def test_names_that_no_conversation_has(client: httpx2.AsyncClient, databa
 async def test_totals_are_counted_so_far_and_no_further(
     client: httpx2.AsyncClient, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    await _store(database, [{**row, "username": "ann"} for row in _rows(Random(4), 12)])
+    await listed.store(database, [{**row, "username": "ann"} for row in listed.rows(Random(4), 12)])
     monkeypatch.setattr("app.conversations.listing.FAR", 10)
-    page = await _list(client, username="ann", size=5)
+    page = await listed.page(client, username="ann", size=5)
     assert (page["total"], page["totalIsExact"]) == (11, False)
-    page = await _list(client, size=5)
+    page = await listed.page(client, size=5)
     assert (page["total"], page["totalIsExact"]) == (12, True)
 
 
@@ -195,14 +145,14 @@ async def test_a_deleted_index_is_said_to_be(client: httpx2.AsyncClient, databas
         assert "/api/sync/init" in response.json()["detail"]
 
 
-_PLANS: list[tuple[Row, str]] = [
+_PLANS: list[tuple[listed.Row, str]] = [
     ({}, "conversations_recent"),
     ({"username": "u1"}, "conversations_of_user"),
     ({"model": "m1"}, "conversations_of_model"),
     ({"chatbot_id": "b1"}, "conversations_of_chatbot"),
     ({"source": "s1"}, "conversations_of_source"),
-    ({"since": _BEGAN}, "conversations_recent"),
-    ({"username": "u1", "since": _BEGAN}, "conversations_of_user"),
+    ({"since": listed.BEGAN}, "conversations_recent"),
+    ({"username": "u1", "since": listed.BEGAN}, "conversations_of_user"),
 ]
 _MANY = """
 insert into conversations (source, username, conversation_id, chatbot_id, model, first_message_at, last_message_at,
@@ -217,9 +167,9 @@ async def test_lists_walk_an_index_and_sort_nothing(database: str) -> None:
     await connection.execute(_MANY)
     await connection.execute("analyze conversations")
     for filters, index in _PLANS:
-        for after in (None, listing.Place(_BEGAN, 7, listing.Total(1))):
+        for after in (None, listing.Place(listed.BEGAN, 7, listing.Total(1))):
             wanted = listing.Wanted(**filters)
-            sql, values = listing.statement(wanted, size=50, after=after, skip=0)
+            sql, values = listing.statement(wanted, listing.Slice(50, after))
             rows = await connection.fetch(f"explain {sql}", *values)
             plan = "\n".join(row[0] for row in rows)
             assert index in plan, plan

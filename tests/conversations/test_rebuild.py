@@ -64,7 +64,10 @@ async def _agree(connection: asyncpg.Connection, foreign: int) -> None:
     assert await connection.fetchval("select count(*) from conversations where source = 'n8n'") == foreign
     counted = await connection.fetchval("select sum(conversations) from conversation_counts where source = 'n8n'")
     assert counted == foreign
-    await connection.execute("delete from conversations where source = 'n8n'")
+    await connection.execute("""
+        with gone as (delete from conversations where source = 'n8n' returning id)
+        delete from conversation_words using gone where conversation = id
+    """)
     await connection.execute("delete from conversation_counts where source = 'n8n'")
     await agreed(connection)
 

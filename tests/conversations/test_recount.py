@@ -14,7 +14,7 @@ from app.conversations.recount import recount
 from tests.conversations.counted import agreed
 from tests.conversations.savers import Saver
 
-_EMPTIED = "truncate conversations, conversation_counts"
+_EMPTIED = "truncate conversations, conversation_words, conversation_counts"
 _CHATS = [Chat(user, f"{user}{number}", "shop") for user in ("ann", "bob") for number in range(3)]
 
 

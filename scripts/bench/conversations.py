@@ -1,0 +1,56 @@
+"""Conversations of ten messages, made by the server itself, with words as rare and as common as in life."""
+
+from app.conversations import words
+from app.postgres import Connection
+
+MESSAGES = 10
+# A hundredth of the users as large as all others; two chatbots with half of everything; models of their own for the odd
+# chatbots, so that some filters are met together by nobody.
+_CONVERSATIONS = """
+insert into conversations (id, source, username, conversation_id, chatbot_id, model, client_ip, first_message_at,
+    last_message_at, time_source, message_count, total_tokens, first_question, first_question_rank, last_question,
+    last_question_rank)
+select n, source, 'user-' || person, 'chat-' || n, 'bot-' || bot, 'model-' || 2 * kind + bot % 2, '203.0.113.7',
+    said - interval '5 minutes', said, 'message', {messages}, 900, {words}, 0, {words}, {messages} - 2
+from (
+    select n, (array['parley', 'parley', 'parley', 'n8n', 'flowise', 'litellm'])[1 + n % 6] as source,
+        case when n % 2 = 0 then n % 97 else n % 20011 end as person,
+        case when n % 4 < 2 then n % 4 else n % 41 end as bot, n / 7 % 3 as kind,
+        now() - ({conversations} - n) * interval '20 s' as said
+    from generate_series({first}::bigint, {last}) n) made
+"""
+# The rank of a word is log-uniform: the n-th word is 1/n as frequent as the first. 12 words; n makes each row's anew.
+_WORDS = """
+(select string_agg('w' || floor(exp(random() * 10.8)), ' ') from generate_series(1, 12) k where n > 0)
+"""
+_MESSAGES = """
+insert into messages (user_id, id, chat_id, content, role, position, created_at)
+select c.username, 'm' || c.id || '-' || p, c.conversation_id,
+    case p when 0 then c.first_question when {messages} - 2 then c.last_question
+        else repeat(md5(c.id || '-' || p), 5) end,
+    case when p % 2 = 0 then 'user' else 'assistant' end, p, c.last_message_at - ({messages} - p) * interval '30 s'
+from conversations c, generate_series(0, {messages} - 1) p where c.id between {first} and {last}
+"""
+_INDEXES = ("conversations_recent", "conversations_of_user", "conversations_of_model", "conversations_of_chatbot")
+_WRITTEN = "(select * from conversations) written"
+_STEP = 100_000
+
+
+async def fill(connection: Connection, conversations: int) -> None:
+    """Into empty tables."""
+    for first in range(1, conversations + 1, _STEP):
+        bounds = {"first": first, "last": min(first + _STEP - 1, conversations)}
+        for statement in (_CONVERSATIONS, _MESSAGES):
+            sql = statement.format(messages=MESSAGES, conversations=conversations, words=_WORDS, **bounds)
+            await connection.execute(sql, timeout=600)
+    for statement in (
+        f"select setval(pg_get_serial_sequence('conversations', 'id'), {conversations})",
+        "insert into conversation_counts select source, 0, count(*) from conversations group by source",
+        "drop index conversation_words_found",
+        words.saved(_WRITTEN),
+        "create index conversation_words_found on conversation_words using gin (words) with (fastupdate = off)",
+        "vacuum analyze conversations",
+        "vacuum analyze conversation_words",
+        "vacuum analyze messages",
+    ):
+        await connection.execute(statement, timeout=1200)

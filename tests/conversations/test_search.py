@@ -1,0 +1,264 @@
+"""Search: what has the words is found, by whichever way it is looked for; and whatever is asked, nothing breaks."""
+
+from collections.abc import AsyncGenerator
+from datetime import timedelta
+from random import Random
+from typing import Any
+
+import httpx2
+import pytest
+
+from app.conversations import listing, search
+from app.postgres import Connection, open_connection, open_pool
+from app.wall import Reach, Wall, within
+from tests.conversations import listed
+from tests.conversations.listed import BEGAN, Row
+from tests.house import Open, flow
+from tests.serving import serving
+
+
+@pytest.fixture
+async def client(database: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
+    async with serving(database, drain_s=0) as client:
+        yield client
+
+
+def _text(first: str, last: str = "", **given: object) -> Row:
+    row = listed.rows(Random(1), 1)[0]
+    return row | {"first_question": first, "last_question": last or first} | given
+
+
+async def _found(client: httpx2.AsyncClient, q: str, **params: str) -> set[str]:
+    return {entry["conversationId"] for entry in await listed.walk(client, q=q, **params)}
+
+
+_TEXTS = {
+    "order": "Where is my ORDER no. 4711-B?",
+    "lease": "What is a lease? And my order?",
+    "link": "see https://example.com/a/path?q=1 or mail ann@example.com",
+    "tag": "<b>refund</b> of -5.75 &amp; more: C++",
+    "chinese": "我的订单在哪里? order",
+    "japanese": "返品したいのですが",
+    "german": "Straße nach Österreich, größer",
+    "emoji": "thanks 👍🏽",
+    "facets": "U:ann M:large S:parley C:shop MC:large",
+}
+_QUERIES = [
+    ("order", {"order", "lease", "chinese"}),
+    ("ORDER my", {"order", "lease"}),
+    ('"my order"', {"order", "lease"}),
+    ('"order my"', set()),
+    ("my order order my", {"order", "lease"}),
+    ("ord*", {"order", "lease", "chinese"}),
+    ("o*", set()),
+    ('"my ord*"', set()),
+    ("4711", {"order"}),
+    ("4711-B", {"order"}),
+    ("4711-b?", {"order"}),
+    ("example.com", {"link"}),
+    ("path", {"link"}),
+    ("ann@example.com", {"link"}),
+    ("refund", {"tag"}),
+    ("5.75", {"tag"}),
+    ("c++", {"tag", "facets"}),
+    ("订单", {"chinese"}),
+    ("单订", set()),
+    ("我的订单 order", {"chinese"}),
+    ("返品", {"japanese"}),
+    ("たい", {"japanese"}),
+    ("österreich", {"german"}),
+    ("STRASSE", set()),
+    ("grö*", {"german"}),
+    ("👍", set()),
+    ("ann", {"link", "facets"}),
+    ("U:ann", {"facets"}),
+    ("S:parley", {"facets"}),
+    ('"refund', {"tag"}),
+    ("order | lease", {"lease"}),
+    ("!order", {"order", "lease", "chinese"}),
+    ("order:*", {"order", "lease", "chinese"}),
+    ("'order' & ( lease", {"lease"}),
+]
+
+
+async def test_words_phrases_and_beginnings(client: httpx2.AsyncClient, database: str) -> None:
+    await listed.store(database, [_text(text, conversation_id=name) for name, text in _TEXTS.items()])
+    for query, expected in _QUERIES:
+        assert await _found(client, query) == expected, query
+
+
+async def test_a_phrase_is_of_one_question(client: httpx2.AsyncClient, database: str) -> None:
+    await listed.store(database, [_text("one two", "three four")])
+    assert await _found(client, "two three four one")
+    assert await _found(client, '"three four"')
+    assert not await _found(client, '"two three"')
+
+
+@pytest.mark.parametrize(
+    "query", ["?!.", "*", '"', '""', "'", "\\", "&", "!!", "<->", ":*", "\x00", "\ud800", "x\x00y", "' | 'a", "a" * 256]
+)
+async def test_odd_queries_find_nothing(client: httpx2.AsyncClient, database: str, query: str) -> None:
+    await listed.store(database, [_text("something else")])
+    assert await _found(client, query.encode(errors="replace").decode()) == set()
+    refused = await client.get("/conversations", params={"q": (query.replace("\ud800", "?") * 3_000)[:3_000]})
+    assert (refused.status_code, refused.json()["code"]) == (400, "bad_parameter")
+
+
+def _says(row: Row, *terms: str) -> bool:
+    said = f"{row['first_question']} {row['last_question']}".split()
+    return all(any(word.startswith(t[:-1]) if t.endswith("*") else word == t for word in said) for t in terms)
+
+
+_COLUMNS = ("username", "model", "chatbot_id", "source")
+
+
+async def test_every_way_finds_the_same(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Walking, strolling and asking the index of words, with any filters and pages: what Python finds in the rows."""
+    chance = Random(8)
+    rows = listed.rows(chance, 300, "rare common common common other ape april apple")
+    await listed.store(database, rows)
+    connection = await open_connection(database)
+    await connection.execute("analyze conversation_words")
+    for _ in range(60):
+        terms = chance.choice([("common",), ("rare",), ("common", "other"), ("ap*",), ("rare", "ap*"), ("never",), ()])
+        given = {name: chance.choice([row[name] for row in rows]) for name in _COLUMNS if chance.random() < 0.4}
+        given = {name: value for name, value in given.items() if value}
+        since = BEGAN + timedelta(minutes=chance.randrange(60)) if chance.random() < 0.3 else None
+        expected = {
+            row["conversation_id"]
+            for row in rows
+            if _says(row, *terms)
+            and all(row[name] == value for name, value in given.items())
+            and (since is None or row["last"] >= since)
+        }
+        wanted = listing.Wanted(**given, since=since, query=" ".join(terms) or None, newest_first=chance.random() < 0.5)
+        for near, far in ((10_000, 10_000), (0, 10_000), (0, 0)):
+            monkeypatch.setattr(listing, "_NEAR", near)
+            monkeypatch.setattr(listing, "_STROLL_FAR", far)
+            assert await _all(connection, wanted, chance.randint(1, 50)) == expected
+    await connection.close()
+
+
+async def test_a_user_finds_what_is_theirs(database: str) -> None:
+    """Behind the second wall, where the words of others cannot be seen."""
+    rows = listed.rows(Random(9), 200, "rare common common")
+    await listed.store(database, rows)
+    pool = await open_pool(database, 2)
+    async with Wall(pool, demand="require").open(database, 2) as wall:
+        async with pool.acquire() as connection:
+            await connection.execute("analyze conversation_words")
+            await wall.look_for_role(connection)
+        for terms, model in ((("rare",), None), (("common", "ra*"), "small"), ((), "large")):
+            query = " ".join(terms) or None
+            with within(Reach("ann")):
+                async with wall.connection() as connection:
+                    assert await connection.fetchval("select count(*) from conversation_words") == sum(
+                        row["username"] == "ann" for row in rows
+                    )
+                    found = await _all(connection, listing.Wanted(username="ann", query=query, model=model), 7)
+                    assert not await _all(connection, listing.Wanted(username="bob", query=query, model=model), 7)
+            assert found == {
+                row["conversation_id"]
+                for row in rows
+                if row["username"] == "ann" and model in (None, row["model"]) and _says(row, *terms)
+            }
+    pool.terminate()
+
+
+async def test_what_is_said_is_found_at_once(house: Open) -> None:
+    async with house() as home:
+        await home.apply(one={"flows": {"main": flow("Hello")}})
+        for number, text in enumerate(("What is a lease?", "And a fence?", "Or a settled watermark?")):
+            await home.ask("one", session_id="s1", message_text=text)
+            words = await home.database.fetchval("select words::text from conversation_words")
+            assert ("lease" in words, "fence" in words, "watermark" in words) == (True, number == 1, number == 2)
+        rows = await home.database.fetch("select words::text from conversation_words")
+    assert len(rows) == 1
+    assert "'C:one'" in rows[0][0]
+    assert "'S:parley'" in rows[0][0]
+    assert "'M:" in rows[0][0]
+
+
+async def _all(connection: Connection, wanted: listing.Wanted, size: int) -> set[str]:
+    """Of all pages by cursor, in order; the second page is also what its number gives."""
+    page = await listing.page(connection, wanted, size=size)
+    second = await listing.page(connection, wanted, size=size, skip=size)
+    found, total, number = list(page.rows), page.total, 1
+    while page.behind is not None:
+        page = await listing.page(connection, wanted, size=size, after=page.behind)
+        number += 1
+        if number == 2:
+            assert (_ids(page), page.total) == (_ids(second), second.total)
+        found += page.rows
+    places = [(row["last_message_at"], row["id"]) for row in found]
+    assert places == sorted(places, reverse=wanted.newest_first)
+    assert (len(places), total) == (len(set(places)), listing.Total(len(places)))
+    return {row["conversation_id"] for row in found}
+
+
+def _ids(page: listing.Page) -> list[int]:
+    return [row["id"] for row in page.rows]
+
+
+_MANY = """
+insert into conversations (source, username, conversation_id, chatbot_id, model, first_message_at, last_message_at,
+    time_source, message_count, total_tokens, first_question, last_question)
+select 's' || n % 3, 'u' || n % 3, n, 'b' || n % 3, 'm' || n % 3, now(), now() - n * interval '1 s', 'message', 1, 1,
+    'common w' || n % 1000, 'and the last ' || n
+from generate_series(1, 20000) n
+"""
+
+
+@pytest.fixture
+async def many(database: str) -> AsyncGenerator[Connection, None]:
+    connection = await open_connection(database)
+    await connection.execute(_MANY)
+    await connection.execute(listed.SAVE_WORDS)
+    await connection.execute("vacuum analyze conversation_words")
+    await connection.execute("vacuum analyze conversations")
+    yield connection
+    await connection.close()
+
+
+_WANTED = [
+    listing.Wanted(query="x"),
+    listing.Wanted(query="x", username="u1"),
+    listing.Wanted(query="x", model="m1", since=BEGAN, newest_first=False),
+    listing.Wanted(model="m1", chatbot_id="b2"),
+]
+_AFTER = listing.Place(BEGAN, 7, listing.Total(1))
+
+
+async def _plan(connection: Connection, statement: tuple[str, list[Any]]) -> str:
+    sql, values = statement
+    return "\n".join(row[0] for row in await connection.fetch(f"explain {sql}", *values))
+
+
+@pytest.mark.parametrize("wanted", _WANTED)
+async def test_each_search_has_its_plan(many: Connection, wanted: listing.Wanted) -> None:
+    for after in (None, _AFTER):
+        slice_ = listing.Slice(50, after)
+        words = "'x'" if wanted.query else ""
+        for sql in (
+            listing.statement(wanted, slice_, words=words),
+            listing.strolling(wanted, slice_, words=words, far=2000),
+        ):
+            plan = await _plan(many, sql)
+            walk = plan[plan.index("CTE page") : plan.index("CTE Scan on page")]
+            assert "Sort" not in walk, plan
+            assert "Seq Scan" not in plan, plan
+            assert "Index Scan using conversation_words_pkey" in walk or not words, plan
+        plan = await _plan(many, listing.matching(wanted, slice_, query="'x'"))
+        assert "Bitmap Index Scan on conversation_words_found" in plan, plan
+        assert "Index Scan using conversations_pkey" in plan, plan
+        assert "Seq Scan" not in plan, plan
+
+
+async def test_the_way_follows_what_is_common(many: Connection) -> None:
+    """The index of words is asked for what is rare; a count asks it unless nearly every conversation has the word."""
+    rare, common = [await search.look(many, query, []) for query in ("w7", "common")]
+    assert rare.rarest < 0.01 < 0.9 < common.rarest
+    assert (rare.conversations, rare.is_bound) == (20_000, False)
+    await many.execute("set plan_cache_mode = force_custom_plan")
+    asked = [await _plan(many, listing.counting(_WANTED[0], query=query)) for query in ("'w7'", "'common'")]
+    assert ["Bitmap Index Scan on conversation_words_found" in plan for plan in asked] == [True, False], asked
