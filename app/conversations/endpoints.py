@@ -86,7 +86,8 @@ class Transcript(BaseModel):
 
 
 class Figures(BaseModel):
-    """What one day, model, user or chatbot adds up to; `name` says which. Users' own messages have no model."""
+    """What one day, model, user or chatbot adds up to; `name` says which. A question counts where it is
+    answered, when its answer ends."""
 
     name: str
     messages: int

@@ -2,7 +2,7 @@
 run, and by a pass over another source."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,25 +37,21 @@ with conversation as (
         last_question_rank = greatest(c.last_question_rank, excluded.last_question_rank),
         updated_at = now()
     returning xmax = 0 as is_new, {words.WRITTEN}),
-words as ({words.saved("conversation")}),
-counted as (
-    insert into conversation_counts as n (source, slot, conversations)
-    select '{OWN}', $8, 1 from conversation where is_new
-    on conflict (source, slot) do update set conversations = n.conversations + 1)
-insert into conversation_days as d (day, source, username, chatbot_id, model, messages, questions, tokens, duration_ms)
-values ((now() at time zone 'utc')::date, '{OWN}', $1, $3, $4, 1, ($7::bigint is not null)::int, 0, 0)
-on conflict (day, source, username, chatbot_id, model) do update set
-    messages = d.messages + 1, questions = d.questions + excluded.questions
+words as ({words.saved("conversation")})
+insert into conversation_counts as n (source, slot, conversations)
+select '{OWN}', $8, 1 from conversation where is_new
+on conflict (source, slot) do update set conversations = n.conversations + 1
 """
-_SPENT = f"""
+_ENDED = f"""
 with conversation as (
     update conversations set total_tokens = total_tokens + $4, updated_at = now()
-    where source = '{OWN}' and username = $1 and conversation_id = $2)
+    where source = '{OWN}' and username = $1 and conversation_id = $2 and $4 > 0)
 insert into conversation_days as d (day, source, username, chatbot_id, model, messages, questions, tokens, duration_ms)
-select (now() at time zone 'utc')::date, '{OWN}', $1, $3, spent.model, 0, 0, spent.tokens, spent.duration_ms
-from unnest($5::text[], $6::bigint[], $7::bigint[]) as spent(model, tokens, duration_ms)
-order by spent.model
+select (now() at time zone 'utc')::date, '{OWN}', $1, $3, share.*
+from unnest($5::text[], $6::int[], $7::int[], $8::bigint[], $9::bigint[])
+    as share(model, messages, questions, tokens, duration_ms) order by share.model
 on conflict (day, source, username, chatbot_id, model) do update set
+    messages = d.messages + excluded.messages, questions = d.questions + excluded.questions,
     tokens = d.tokens + excluded.tokens, duration_ms = d.duration_ms + excluded.duration_ms
 """
 # The greater of two ranked values, of equal ranks the greater text: as `Summary` decides, in code points.
@@ -149,13 +145,14 @@ class Chat:
     chatbot_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class Spent:
-    """What a model has cost in one run, in tokens and milliseconds."""
+@dataclass(slots=True)
+class Share:
+    """What a model has done in one run, all its attempts together, and what was said there."""
 
-    model: str
-    tokens: int
-    duration_ms: int
+    messages: int = 0
+    questions: int = 0
+    tokens: int = 0
+    duration_ms: int = 0
 
 
 async def asked(connection: Connection, chat: Chat, question: str, *, position: int, client_ip: str = "") -> None:
@@ -175,16 +172,14 @@ async def _said(
     await connection.execute(_SAID, *names, model, client_ip, question, position, random.randrange(_SLOTS))
 
 
-async def spent(connection: Connection, chat: Chat, costs: Sequence[Spent]) -> None:
-    """A run in this chat has ended and cost this; once for each, in the transaction that ends it. A model once."""
-    if not costs:
-        return
+async def ended(connection: Connection, chat: Chat, shares: Mapping[str, Share]) -> None:
+    """A run in this chat has ended, with shares by model; once for each, in the transaction that ends it."""
+    parts = list(shares.values())
     await connection.execute(
-        _SPENT,
-        *(chat.user_id, chat.id, chat.chatbot_id, sum(cost.tokens for cost in costs)),
-        [cost.model for cost in costs],
-        [cost.tokens for cost in costs],
-        [cost.duration_ms for cost in costs],
+        _ENDED,
+        *(chat.user_id, chat.id, chat.chatbot_id, sum(share.tokens for share in parts)),
+        list(shares),
+        *([getattr(share, name) for share in parts] for name in Share.__slots__),
     )
 
 

@@ -1,5 +1,6 @@
 """How every run ends, whoever ends it: the answer saved with its `message` event, then exactly one terminal event."""
 
+from collections import defaultdict
 from typing import Any
 
 import orjson
@@ -47,8 +48,7 @@ class Ending:
             status="complete" if answer.failure is None else "partial",
         )
         if new:
-            model = answer.attempts[-1].model if answer.attempts else ""
-            await index.answered(connection, _chat(stream), model=model)
+            await index.answered(connection, _chat(stream), model=_model(answer))
 
     async def conclude(self, stream: Stream, writer: Writer, result: Result) -> None:
         """The terminal event, in one commit with the status, the session's release and what is left to record.
@@ -66,7 +66,7 @@ class Ending:
             )
             for progress in result.flows:
                 await usage.record(connection, _entries(stream, progress))
-            await index.spent(connection, _chat(stream), _costs(result))
+            await index.ended(connection, _chat(stream), _shares(result))
             await record_run(connection, _figures(stream, writer.last_id + 1, result))
 
         await self._streams.conclude(writer, "stream_end", data, work=work, status=result.status)
@@ -86,7 +86,7 @@ class Ending:
             if answer.shown:
                 await self._store_answer(connection, stream, answer)
             await usage.record(connection, _entries(stream, answer))
-            await index.spent(connection, _chat(stream), _costs(result))
+            await index.ended(connection, _chat(stream), _shares(result))
             await record_run(connection, _figures(stream, last_id, result))
 
         await self._streams.lose(stream.id, last_id, work=work)
@@ -110,14 +110,21 @@ def _chat(stream: Stream) -> index.Chat:
     return index.Chat(stream.user_id, stream.session_id, stream.chatbot_id)
 
 
-def _costs(result: Result) -> list[index.Spent]:
-    """What each model has cost, all its attempts in all flows together."""
-    costs: dict[str, index.Spent] = {}
+def _shares(result: Result) -> dict[str, index.Share]:
+    """By model. The question and the answer are of the model that answered, or should have."""
+    shares: defaultdict[str, index.Share] = defaultdict(index.Share)
     for attempt in (attempt for progress in result.flows for attempt in progress.attempts):
-        before, counted = costs.get(attempt.model, index.Spent(attempt.model, 0, 0)), attempt.usage or Usage(0, 0)
-        tokens = before.tokens + counted.prompt_tokens + counted.completion_tokens
-        costs[attempt.model] = index.Spent(attempt.model, tokens, before.duration_ms + attempt.duration_ms)
-    return list(costs.values())
+        share, counted = shares[attempt.model], attempt.usage or Usage(0, 0)
+        share.tokens += counted.prompt_tokens + counted.completion_tokens
+        share.duration_ms += attempt.duration_ms
+    said = shares[_model(result.answer)]
+    said.questions = 1
+    said.messages = 2 if result.answer.shown else 1
+    return shares
+
+
+def _model(answer: Progress) -> str:
+    return answer.attempts[-1].model if answer.attempts else ""
 
 
 def _attachment(name: str, content: str, offset: int) -> dict[str, Any]:

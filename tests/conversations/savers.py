@@ -9,7 +9,7 @@ import asyncpg
 
 from app.chats import store, usage
 from app.conversations import index
-from app.conversations.index import Chat, Spent
+from app.conversations.index import Chat, Share
 
 _BEGIN = """
 insert into streaming_sessions (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status)
@@ -63,7 +63,7 @@ class Saver:
             tokens = await self._connection.fetchval(
                 "select sum(prompt_tokens + completion_tokens) from usage_ledger where stream_id = $1", stream
             )
-            await index.spent(self._connection, chat, [Spent("small", tokens, 5)])
+            await index.ended(self._connection, chat, {"small": Share(2, 1, tokens, 5)})
             await self._pause()
             await self._connection.execute(_END, stream)
 
