@@ -298,6 +298,30 @@ def remove_source(source_id: str) -> None:
     click.echo(f"Removed, with {forgotten} conversations of the index.")
 
 
+@main.command()
+@click.argument("source", required=False)
+@click.option("--client", help="Only sources of this client.")
+def discover(source: str | None, client: str | None) -> None:
+    """Index what is new in SOURCE, or in all sources, to the end; exit with 1 where one cannot be read."""
+    settings = _with_database()
+    _log(settings.model_copy(update={"log_level": "error"}))
+    from app.conversations.discovering import Seen, discover_all
+
+    async def run() -> list[Seen]:
+        seen = []
+        async with discover_all(settings, source, client) as sources:
+            for each in sources:
+                with click.progressbar(length=await each.ahead(), label=each.source.id, file=sys.stderr) as bar:
+                    async for rows in each.rows():
+                        bar.update(rows)
+                seen.append(each.seen)
+                click.echo(each.seen.line())
+        return seen
+
+    if any(one.error for one in _run(run)):
+        sys.exit(1)
+
+
 @main.group()
 def keys() -> None:
     """API keys that servers ask with, the key that signs streaming URLs, and secrets that are stored encrypted."""

@@ -15,7 +15,7 @@ from app.errors import Misconfigured, ParleyError
 from app.flows import chatbots
 from app.flows.rotation import holdings
 from app.jobs import runs
-from app.jobs.schedule import SCHEDULE
+from app.jobs.schedule import SCHEDULE, discovery_cron
 from app.jobs.scheduler import complaint
 from app.postgres import AWAY, OLDEST, Connection, open_connection, refuse_pooler, why
 from app.providers.provider import Deadlines, Endpoint
@@ -110,7 +110,7 @@ async def _examine_database(settings: Settings, dsn: str, connection: Connection
     yield await _examine_row_security(settings, connection)
     for subject, sentence in zip(("answers", "errors"), await journal.last_day(connection), strict=False):
         yield Finding(subject, True, sentence)
-    async for finding in _examine_jobs(connection):
+    async for finding in _examine_jobs(settings, connection):
         yield finding
     endpoints = await _endpoints(connection)
     if not endpoints:
@@ -149,10 +149,20 @@ async def _examine_row_security(settings: Settings, connection: Connection) -> F
         return Finding("row security", settings.row_security == "auto", error.detail)
 
 
-async def _examine_jobs(connection: Connection) -> AsyncGenerator[Finding, None]:
+async def _examine_jobs(settings: Settings, connection: Connection) -> AsyncGenerator[Finding, None]:
     now, known = await runs.now(connection), await runs.all_runs(connection)
     since = await runs.serving_since(connection)
-    wrong = [(name, said) for name in SCHEDULE if (said := complaint(name, known.get(name), now, since=since))]
+    crons = {**SCHEDULE, "discovery": discovery_cron(settings)}
+    if not settings.enable_background_jobs:
+        del crons["discovery"]
+    elif crons["discovery"] != settings.discovery_cron:
+        used = crons["discovery"]
+        yield Finding("schedule", False, f"CONVERSATION_DISCOVERY_CRON cannot be read, and {used} is used; correct it")
+    wrong = [
+        (name, said)
+        for name, cron in crons.items()
+        if (said := complaint(name, known.get(name), now, since=since, cron=cron))
+    ]
     for name, said in wrong:
         yield Finding(f"job {name}", False, said)
     if not wrong:

@@ -31,9 +31,12 @@ from app.chats.allowance import Allowance
 from app.chats.decoders import Decoders
 from app.chats.images import Images
 from app.chats.picture import Limits as PictureLimits
-from app.conversations import administration
+from app.conversations import administration, discovery_endpoints
 from app.conversations import endpoints as conversation_endpoints
+from app.conversations.batch import Bounds as PassBounds
+from app.conversations.passes import Passes
 from app.conversations.upkeep import Upkeep
+from app.conversations.webhook import secrets_of
 from app.errors import Misconfigured, Unavailable
 from app.flows import configuration
 from app.flows import endpoints as flow_endpoints
@@ -51,7 +54,8 @@ from app.flows.stopping import Stopping
 from app.flows.takeover import Patience, Takeover
 from app.flows.turns import Turns
 from app.jobs.retention import Retention
-from app.jobs.schedule import expiring, jobs
+from app.jobs.runs import next_of
+from app.jobs.schedule import discovery_cron, expiring, jobs
 from app.jobs.scheduler import Scheduler
 from app.journal import Journal
 from app.openapi import Reference
@@ -83,6 +87,8 @@ log = structlog.get_logger(__name__)
 _JOBS_S = 10
 # How often a replica looks which keys sign: one that was taken away is believed no longer than this.
 _SIGNING_S = 30
+# How often every replica tells what the sources' states say.
+_TELL_S = 30
 _LEADER = 0x7061_726C_6579_0003
 # How long telling the others that this replica leaves may take, in seconds.
 _GOODBYE_S = 1
@@ -105,6 +111,7 @@ class State(
     chat_endpoints.Needs,
     conversation_endpoints.Needs,
     administration.Needs,
+    discovery_endpoints.Needs,
     health.Needs,
     problems.Needs,
     guard.Needs,
@@ -131,6 +138,7 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
     Reach.parse(settings.provider_networks)
     signing_keys, safe = given_keys(settings), Safe.of(settings.master_key)
     limits_of(settings, Metrics())
+    secrets_of(settings)
     reference = Reference(OPERATIONS, HEADERS)
     body_limit = [Middleware(problems.BodyLimit, settings.body_limit, within_s=settings.body_timeout_s)]
     routes = [
@@ -178,6 +186,19 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
         Route("/api/sync/stats", administration.stats),
         Route("/api/sync/index", administration.delete, methods=["DELETE"]),
         Route("/api/sync/reset", administration.reset, methods=["POST"]),
+        Route("/api/discovery/status", discovery_endpoints.discovery_status),
+        Route(
+            "/api/webhooks/conversation-complete",
+            discovery_endpoints.conversation_complete,
+            methods=["POST"],
+            middleware=[
+                Middleware(
+                    problems.BodyLimit,
+                    min(settings.body_limit, discovery_endpoints.BODY_LIMIT),
+                    within_s=settings.body_timeout_s,
+                )
+            ],
+        ),
         Route("/api/conversation-health", health.conversation_health),
         Route("/livez", health.livez),
         Route("/readyz", health.readyz),
@@ -337,6 +358,12 @@ class Gateway:
         self._abandonment = Abandonment(hub, streams, runner)
         self._leadership = Leadership(self._dsn, _LEADER)
         retention = Retention(pool, expiring(settings, chatbots=chatbots, turns=turns))
+        self._passes = passes = Passes(
+            pool=pool,
+            bounds=PassBounds(seconds=settings.discovery_pass_s, sessions=settings.discovery_batch),
+            metrics=metrics,
+            failing=self._failing,
+        )
         self._scheduler = Scheduler(
             pool=pool,
             replica=replica,
@@ -346,7 +373,8 @@ class Gateway:
                 partitions=self._partitions,
                 retention=retention,
                 upkeep=Upkeep(self._dsn),
-                enabled=settings.enable_background_jobs,
+                passes=passes,
+                settings=settings,
             ),
             metrics=metrics,
             failing=self._failing,
@@ -361,6 +389,10 @@ class Gateway:
         )
         self._uploads = Allowance(_UPLOADS * settings.upload_limit, of="uploads")
         self.state = State(
+            passes=passes,
+            webhook_secrets=secrets_of(settings),
+            discovery_cron=discovery_cron(settings),
+            discovery_next=partial(next_of, pool, "discovery"),
             credentials=Credentials(
                 settings.auth,
                 Keys(pool),
@@ -442,6 +474,7 @@ class Gateway:
                 every(scan_s, self._takeover.run_once, name="takeover", failing=failing, sooner=bus.gone),
                 every(scan_s, self._stopping.run_once, name="stopping", failing=failing, sooner=bus.stop),
                 every(scan_s, self._look_after, name="turns", failing=failing),
+                every(_TELL_S, self._passes.tell, name="sources", failing=failing),
                 every(_SIGNING_S, self._signing.run_once, name="stream keys", failing=failing),
                 self._run_jobs(),
             ):

@@ -8,6 +8,7 @@ import orjson
 from pydantic import BaseModel
 
 from app.chats.endpoints import UploadAnswer, UploadImage
+from app.conversations.discovery_endpoints import ConversationComplete, ConversationCompleteAnswer, DiscoveryStatus
 from app.flows.configuration import ConfigurationAnswer, ReplaceAnswer, ReplaceConfiguration
 from app.flows.endpoints import (
     Cancel,
@@ -481,6 +482,73 @@ _SEND_NOW = Operation(
     problems=_QUEUE_PROBLEMS,
 )
 
+_STATUS: dict[str, Any] = {
+    "cron": "*/5 * * * *",
+    "lastRun": "2024-01-01T12:00:00.000Z",
+    "nextRun": "2024-01-01T12:05:00.000Z",
+    "alerts": [],
+    "sources": [
+        {
+            "source": "n8n",
+            "crewCode": "n8n",
+            "client": "",
+            "enabled": True,
+            "lastRun": "2024-01-01T12:00:00.000Z",
+            "lastComplete": "2024-01-01T12:00:00.000Z",
+            "lagSeconds": 12.5,
+            "watermark": 4711,
+            "conversations": 310,
+            "rows": 4711,
+            "skipped": {"no_conversation": 2},
+            "lastSessions": 3,
+            "lastRows": 8,
+            "lastSeconds": 0.012,
+            "consecutiveFailures": 0,
+            "error": None,
+            "drift": 0,
+        }
+    ],
+}
+_DISCOVERY_STATUS = Operation(
+    "How discovery is doing",
+    "When sources were looked through last and will be next, and of each source how far it is read, how far behind, "
+    "and what went wrong. `alerts` are sentences for operators.",
+    answers={200: Answer("The state of every source.", {_JSON: Content(_STATUS, DiscoveryStatus)})},
+    problems={503: ["database_unavailable"]},
+)
+_CONVERSATION_COMPLETE = Operation(
+    "Say that a conversation is complete",
+    "Another program tells that it has written a conversation to the table of a source: it is indexed at once, and not "
+    "only when the source is looked through next. Signed as [Standard Webhooks](https://www.standardwebhooks.com) say, "
+    "with one of `PARLEY_WEBHOOK_SECRETS`. An id that was received before does nothing.",
+    answers={
+        200: Answer(
+            "The source has been read.",
+            {
+                _JSON: Content(
+                    {"success": True, "source": "n8n", "indexed": True, "new": 1, "replayed": False},
+                    ConversationCompleteAnswer,
+                )
+            },
+        )
+    },
+    parameters=[
+        Parameter("webhook-id", "header", "Names the webhook; the same one when it is sent again."),
+        Parameter("webhook-timestamp", "header", "Seconds since 1970; at most five minutes from now."),
+        Parameter("webhook-signature", "header", "`v1,` and HMAC-SHA256 in base64; several with a space between two."),
+    ],
+    body=Content({"session_id": "5b6f1f0a", "crew_code": "n8n"}, ConversationComplete),
+    problems={
+        400: ["invalid_json", "bad_request"],
+        401: ["webhook_refused"],
+        404: ["source_unknown"],
+        408: ["body_too_slow"],
+        413: ["body_too_large"],
+        422: ["invalid_request"],
+        503: ["source_unavailable", "database_unavailable"],
+    },
+)
+
 _HEALTH: dict[str, Any] = {
     "status": "healthy",
     "database": "connected",
@@ -550,6 +618,8 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("DELETE", "/api/sessions/{session_id}/queue/{message_id}"): _REMOVE_QUEUED,
     ("POST", "/api/sessions/{session_id}/queue/{message_id}/send-now"): _SEND_NOW,
     **INDEX_OPERATIONS,
+    ("GET", "/api/discovery/status"): _DISCOVERY_STATUS,
+    ("POST", "/api/webhooks/conversation-complete"): _CONVERSATION_COMPLETE,
     ("GET", "/api/conversation-health"): _CONVERSATION_HEALTH,
     ("GET", "/livez"): _LIVEZ,
     ("GET", "/readyz"): _READYZ,

@@ -239,6 +239,25 @@ class Settings(BaseSettings):
         description="Whether discovery and roll-ups run here. Partitions are made and old rows go in any case.",
     )
 
+    discovery_cron: str = Field(
+        "*/5 * * * *",
+        validation_alias=AliasChoices("CONVERSATION_DISCOVERY_CRON", "discovery_cron"),
+        description="When sources of conversations are looked through (cron, UTC); one that cannot be read is "
+        "reported, and the default used.",
+    )
+    discovery_batch: int = Field(
+        500, ge=1, le=10_000, description="Conversations of a source that are counted in one transaction."
+    )
+    discovery_pass_s: float = Field(
+        30, gt=0, le=240, description="Longest pass over one source, in seconds; the next one goes on from there."
+    )
+    webhook_secrets: str | None = Field(
+        None,
+        repr=False,
+        description="Where the secrets are that sign webhooks: `env:NAME` or `file:/path`; several with a comma "
+        "between two. Without any, webhooks are refused.",
+    )
+
     sse_heartbeat_s: float = Field(15, gt=0, description="Interval of the SSE heartbeat, in seconds.")
     sse_send_timeout_s: float = Field(
         20, gt=0, description="A reader that takes no byte for this long is closed, in seconds."

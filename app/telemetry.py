@@ -75,6 +75,36 @@ class Metrics:
         self.job_due = gauge("parley_job_due_timestamp_seconds", "When a job is due next.", ["job"])
         self.job_ended = gauge("parley_job_ended_timestamp_seconds", "When a job's last pass ended.", ["job"])
         self.job_failures = gauge("parley_job_failures", "Failures of a job since it last went well.", ["job"])
+        self.discovery_seconds = gauge("parley_discovery_seconds", "Time of the last pass over a source.", ["source"])
+        self.discovery_rows = counter("parley_discovery_rows", "Rows of sources that were read.", ["source"])
+        self.discovery_sessions = counter(
+            "parley_discovery_sessions", "Conversations in which passes found something new.", ["source"]
+        )
+        self.discovery_created = counter(
+            "parley_discovery_created", "Conversations that passes found for the first time.", ["source"]
+        )
+        self.discovery_skipped = counter(
+            "parley_discovery_skipped", "Rows that are not indexed, by reason.", ["source", "reason"]
+        )
+        self.discovery_conversations = gauge(
+            "parley_discovery_conversations",
+            "Conversations in the index.",
+            ["source", "client"],
+        )
+        self.discovery_lag = gauge(
+            "parley_discovery_lag_seconds", "Since a pass last came to the end of a source.", ["source"]
+        )
+        self.discovery_failures = gauge(
+            "parley_discovery_failures", "Failed passes over a source since one went well.", ["source"]
+        )
+        self.discovery_error_rate = gauge(
+            "parley_discovery_error_ratio",
+            "Share of failures among the last 100 passes here.",
+            ["source"],
+        )
+        self.discovery_last = gauge(
+            "parley_discovery_last_timestamp_seconds", "When the last pass over a source ended.", ["source"]
+        )
         self.journal_dropped = counter("parley_journal_dropped", "Error rows dropped because too many came at once.")
 
 

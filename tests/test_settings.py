@@ -15,7 +15,11 @@ from app.settings import Settings, load
 ROOT = Path(__file__).parent.parent
 # Where the environment may be touched: settings, references, and what only hands it on to children.
 _READERS = {"app/settings.py", "app/references.py", "app/__main__.py"}
-_FIXED = {"database_url": "DATABASE_URL", "enable_background_jobs": "ENABLE_BACKGROUND_JOBS"}
+_FIXED = {
+    "database_url": "DATABASE_URL",
+    "enable_background_jobs": "ENABLE_BACKGROUND_JOBS",
+    "discovery_cron": "CONVERSATION_DISCOVERY_CRON",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -33,6 +33,9 @@ _DEMANDS: Demands = {
     ("GET", "/api/sync/stats"): "index",
     ("DELETE", "/api/sync/index"): "admin",
     ("POST", "/api/sync/reset"): "admin",
+    ("GET", "/api/discovery/status"): "admin",
+    # Signed, by whoever has one of PARLEY_WEBHOOK_SECRETS.
+    ("POST", "/api/webhooks/conversation-complete"): "public",
     ("GET", "/api/conversation-health"): "public",
     ("GET", "/livez"): "public",
     ("GET", "/readyz"): "public",

@@ -25,13 +25,16 @@ class Bounds:
 
 @dataclass(slots=True)
 class Batch:
-    """`rows` counts those that are skipped, too. `is_complete`: everything that was there has been read."""
+    """`rows` counts those that are skipped, too. `is_complete`: everything that was there has been read. `is_stuck`:
+    nothing was, and nothing has moved.
+    """
 
     most_keys: int
     summaries: Summaries = field(default_factory=dict)
     skipped: Counter[str] = field(default_factory=Counter)
     rows: int = 0
     is_complete: bool = False
+    is_stuck: bool = False
 
     @classmethod
     def of(cls, shape: Shape) -> "Batch":
@@ -62,13 +65,14 @@ class Found:
     created: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     is_complete: bool = False
+    is_stuck: bool = False
 
     def add(self, batch: Batch, created: int) -> None:
         self.rows += batch.rows
         self.sessions += len(batch.summaries)
         self.created += created
         self.skipped += batch.skipped
-        self.is_complete = batch.is_complete
+        self.is_complete, self.is_stuck = batch.is_complete, batch.is_stuck
 
 
 # Told after every batch.

@@ -2,6 +2,7 @@
 was committed (docs/decisions/0012). A pass reads a source in batches, each counted in one transaction of ours.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from time import monotonic
 
@@ -25,15 +26,13 @@ class Discovery:
         """One pass over a source, in bounded time; what it has not come to is for the next one."""
         until, found = monotonic() + self.bounds.seconds, Found()
         standing = await foreign.standing()
-        while not found.is_complete and monotonic() < until:
-            try:
+        while True:
+            with suppress(Outrun, *CONFLICT):
                 batch, created = await self._count(source, foreign, standing, until)
-            except (Outrun, *CONFLICT):
-                continue
-            found.add(batch, created)
-            if progress is not None:
-                progress(found)
-            if batch.rows == 0:
+                found.add(batch, created)
+                if progress is not None:
+                    progress(found)
+            if found.is_complete or found.is_stuck or monotonic() > until:
                 break
         return found
 
@@ -47,6 +46,7 @@ class Discovery:
                 self.pool, source, foreign, state, standing, bounds=self.bounds, until=until
             )
         if new == state and not batch.rows:
+            batch.is_stuck = True
             return batch, 0
         async with self.pool.acquire() as connection, connection.transaction():
             await source_state.swap(connection, source, new, rows=batch.rows, skipped=batch.skipped)

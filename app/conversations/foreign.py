@@ -1,6 +1,7 @@
 """A source's table as a pass reads it: who writes to it, and its rows, a page at a time."""
 
 from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -26,16 +27,18 @@ from (select pg_current_snapshot() as now) s
 # them much later, or another server draws them. Where its value may not be read it is not known.
 _STANDING = """
 with drawn as (
-    select s.seqrelid, s.seqcache, s.seqincrement from pg_sequence s join pg_depend d on d.objid = s.seqrelid
+    select s.seqrelid, s.seqcache, s.seqincrement, s.seqstart from pg_sequence s
+    join pg_depend d on d.objid = s.seqrelid
     where d.classid = 'pg_class'::regclass and d.refobjid = $1::text::regclass
     union
-    select s.seqrelid, s.seqcache, s.seqincrement from pg_attrdef a
+    select s.seqrelid, s.seqcache, s.seqincrement, s.seqstart from pg_attrdef a
     join pg_depend d on d.classid = 'pg_attrdef'::regclass and d.objid = a.oid
     join pg_sequence s on s.seqrelid = d.refobjid where a.adrelid = $1::text::regclass)
 select coalesce(bool_or(seqincrement < 0), false) as falls,
     coalesce(bool_or(seqcache > 1), false)
         or exists (select from pg_subscription_rel where srrelid = $1::text::regclass) as keeps,
-    min(case when has_sequence_privilege(seqrelid, 'select') then pg_sequence_last_value(seqrelid) end) as drawn,
+    min(case when has_sequence_privilege(seqrelid, 'select')
+        then coalesce(pg_sequence_last_value(seqrelid), seqstart - seqincrement) end) as drawn,
     (pg_relation_size($1::text::regclass) / current_setting('block_size')::int)::bigint as pages,
     pg_relation_filenode($1::text::regclass)::bigint as file,
     exists (select from pg_attribute where attrelid = $1::text::regclass and not attisdropped
@@ -157,14 +160,16 @@ class Foreign:
         """Rows of a table without serial keys, as they lie there. Each piece is a transaction that only reads."""
         if extent.earliest is not None:
             where = _TIMES.format(time=self.shape.time.column if self.shape.time else "")
-            async for page in self._streamed(extent, where, extent.earliest):
-                yield page
+            async with aclosing(self._streamed(extent, where, extent.earliest)) as pages:
+                async for page in pages:
+                    yield page
             return
         begin, place = int(extent.place.strip("()").partition(",")[0]), extent.place
         while begin < extent.pages:
             end = f"({begin + _PIECE},0)"
-            async for page in self._streamed(extent, _PLACES, place, end):
-                yield page
+            async with aclosing(self._streamed(extent, _PLACES, place, end)) as pages:
+                async for page in pages:
+                    yield page
             begin, place = begin + _PIECE, end
             yield Swept((), place)
 

@@ -23,10 +23,16 @@ update conversation_source_state set version = version + 1, settled = $3, seen =
 where source = $1 and version = $2 returning 1
 """
 _RECORD = """
-update conversation_source_state set passes = passes + 1, last_discovered_at = parley_now(), last_session_count = $2,
-    last_rows = $3, last_seconds = $4, failures = case when $6::text is null then 0 else failures + 1 end,
-    error_code = $6, error = $7, last_complete_at = case when $5 then parley_now() else last_complete_at end
-where source = $1
+insert into conversation_source_state as s (
+    source, passes, last_discovered_at, last_session_count, last_rows, last_seconds, last_complete_at, failures,
+    error_code, error)
+values ($1, 1, parley_now(), $2, $3, $4, case when $5 then parley_now() end, ($6::text is not null)::int, $6, $7)
+on conflict (source) do update set
+    passes = s.passes + 1, last_discovered_at = excluded.last_discovered_at,
+    last_session_count = excluded.last_session_count, last_rows = excluded.last_rows,
+    last_seconds = excluded.last_seconds, last_complete_at = coalesce(excluded.last_complete_at, s.last_complete_at),
+    failures = case when excluded.failures = 0 then 0 else s.failures + 1 end,
+    error_code = excluded.error_code, error = excluded.error
 """
 
 
@@ -110,33 +116,32 @@ async def record(connection: Connection, source: str, outcome: Outcome) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What operators are told of a source."""
+    """What operators are told of a source, as the view `crew_discovery_state` says it. Ids are watermarks."""
 
+    crew_code: str
     source: str
-    rows: int
-    skipped: Mapping[str, int]
-    conversations: int
-    watermark: int
+    client: str
+    is_enabled: bool
     last_discovered_at: datetime | None
-    last_complete_at: datetime | None
-    lag_s: float | None
-    last_sessions: int
+    last_session_count: int
     last_rows: int
     last_seconds: float
-    failures: int
-    error_code: str | None
-    error: str | None
+    last_complete_at: datetime | None
+    lag_seconds: float | None
+    conversation_count: int
+    row_count: int
+    skipped: Mapping[str, int]
+    consecutive_failures: int
+    last_error_code: str | None
+    last_error: str | None
+    watermark: int | None
+    reconciled_at: datetime | None
     drift: int
 
 
-_ALL = """
-select source, row_count, skipped, conversation_count, watermark, last_discovered_at, last_complete_at, lag_seconds,
-    last_session_count, last_rows, last_seconds, consecutive_failures, last_error_code, last_error, drift
-from crew_discovery_state order by source
-"""
+_TOLD = f"select {', '.join(Told.__dataclass_fields__)} from crew_discovery_state order by source"
 
 
-async def all_states(connection: Connection | Pool) -> list[Told]:
-    """Bounded by the sources that were ever configured."""
-    rows = await connection.fetch(_ALL)
-    return [Told(row[0], row[1], orjson.loads(row[2]), *list(row.values())[3:]) for row in rows]
+async def told(connection: Connection | Pool) -> list[Told]:
+    """Of every source that is configured."""
+    return [Told(**{**row, "skipped": orjson.loads(row["skipped"])}) for row in await connection.fetch(_TOLD)]

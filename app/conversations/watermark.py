@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Self
 
 MOST_MARKS = 8
-# How a prepared transaction is called, whatever it was called before.
+# How a prepared transaction is called after a restart of its server, whatever it was called before.
 _PREPARED = "-1/"
 
 
@@ -39,11 +39,12 @@ class Mark:
     next: int
 
     def seen_again(self, look: Look) -> Self:
-        """Who of them is still there. Who has gone may be one of those that are prepared now."""
-        left = self.writers & look.writers
-        if left == self.writers:
+        """Who of them is still there. Who has gone with a restart may be prepared, and have another name."""
+        gone = self.writers - look.writers
+        if not gone:
             return self
-        return replace(self, writers=left | {writer for writer in look.writers if writer.startswith(_PREPARED)})
+        unnamed = look.writers if any(not _is_prepared(writer) for writer in gone) else frozenset[str]()
+        return replace(self, writers=self.writers - gone | set(filter(_is_prepared, unnamed)))
 
     def is_settled(self, look: Look, *, grace_s: float) -> bool:
         """`grace_s` is for ids that are drawn before there is a lock, or, on a standby, a transaction's id."""
@@ -57,6 +58,10 @@ class Mark:
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Self:
         return cls(**{**value, "writers": frozenset(value["writers"])})
+
+
+def _is_prepared(writer: str) -> bool:
+    return writer.startswith(_PREPARED)
 
 
 def settle(marks: Sequence[Mark], look: Look, *, grace_s: float) -> tuple[int | None, list[Mark]]:

@@ -10,6 +10,7 @@ from app.postgres import Connection, Pool
 _NOW = "select parley_now()"
 _SERVING = "select min(started_at) from replicas where alive"
 _ALL = "select name, next_at, started_at, ended_at, done, failures, error from job_runs"
+_NEXT = "select next_at from job_runs where name = $1"
 _FIRST = """
 insert into job_runs (name, next_at, started_at, replica_id) values ($1, $2, parley_now(), $3)
 on conflict (name) do nothing returning 1
@@ -51,6 +52,12 @@ async def serving_since(connection: Connection | Pool) -> datetime | None:
 async def all_runs(connection: Connection | Pool) -> Mapping[str, JobRun]:
     """By the job's name. Bounded by the schedule."""
     return {row["name"]: JobRun(*list(row.values())[1:]) for row in await connection.fetch(_ALL)}
+
+
+async def next_of(pool: Pool, name: str) -> datetime | None:
+    """When a job is due next; None where it has never run."""
+    moment: datetime | None = await pool.fetchval(_NEXT, name)
+    return moment
 
 
 async def begin(pool: Pool, name: str, next_at: datetime, known: JobRun | None, replica_id: UUID) -> bool:

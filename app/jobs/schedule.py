@@ -4,10 +4,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from cronsim import CronSim
+import structlog
+from cronsim import CronSim, CronSimError
 
 from app.access.audit import audit_expiring
 from app.chats.images import images_expiring
+from app.conversations.passes import Passes
 from app.conversations.upkeep import Upkeep
 from app.expiry import Expiring
 from app.flows.chatbots import Chatbots
@@ -23,6 +25,8 @@ from app.streams.replicas import Replica
 from app.streams.retention import Events
 from app.streams.stream import streams_expiring
 
+log = structlog.get_logger(__name__)
+
 _HOUR_S = 3600.0
 _DAY_S = 24 * _HOUR_S
 
@@ -33,6 +37,7 @@ SCHEDULE = {
     "retention": "*/10 * * * *",  # seconds per pass, rows per statement
     "index": "*/5 * * * *",  # what a killed rebuild left; one rebuild where its schema is old
     "replicas": "17 * * * *",  # one row for each start in a week
+    "discovery": "*/5 * * * *",  # CONVERSATION_DISCOVERY_CRON; seconds per source, and sources at once
 }
 
 
@@ -44,26 +49,56 @@ class Job:
     run_once: Callable[[], Awaitable[object]]
     # Whether ENABLE_BACKGROUND_JOBS=false leaves it running: what keeps tables from growing does.
     always: bool = True
+    # When, instead of what the schedule says.
+    cron: str | None = None
 
     def after(self, moment: datetime) -> datetime:
         """When it is due next."""
-        return next(CronSim(SCHEDULE[self.name], moment.astimezone(UTC)))
+        return next(CronSim(self.cron or SCHEDULE[self.name], moment.astimezone(UTC)))
 
 
-def interval(name: str, moment: datetime) -> timedelta:
+def discovery_cron(settings: Settings) -> str:
+    """When discovery runs: as the setting says, or as the schedule does where nobody can read that."""
+    cron = settings.discovery_cron
+    return cron if is_cron(cron) else SCHEDULE["discovery"]
+
+
+def is_cron(expression: str) -> bool:
+    """Whether it can be read, and ever comes true."""
+    try:
+        next(CronSim(expression, datetime(2026, 1, 1, tzinfo=UTC)))
+    except (CronSimError, StopIteration):
+        return False
+    return True
+
+
+def interval(name: str, moment: datetime, cron: str | None = None) -> timedelta:
     """Between the next two slots of a job."""
-    slots = CronSim(SCHEDULE[name], moment.astimezone(UTC))
+    slots = CronSim(cron or SCHEDULE[name], moment.astimezone(UTC))
     first = next(slots)
     return next(slots) - first
 
 
-def jobs(replica: Replica, *, partitions: Partitions, retention: Retention, upkeep: Upkeep, enabled: bool) -> list[Job]:
+def jobs(
+    replica: Replica,
+    *,
+    partitions: Partitions,
+    retention: Retention,
+    upkeep: Upkeep,
+    passes: Passes,
+    settings: Settings,
+) -> list[Job]:
     """What runs here: everything, or what always does."""
+    cron, enabled = discovery_cron(settings), settings.enable_background_jobs
+    if cron != settings.discovery_cron:
+        log.warning("cron_invalid", variable="CONVERSATION_DISCOVERY_CRON", used=cron)
+    log.info("discovery_scheduled", cron=cron, enabled=enabled)
     every = [
         Job("partitions", partitions.run_once),
         Job("retention", retention.run_once),
         Job("index", upkeep.run_once),
         Job("replicas", replica.forget_dead),
+        Job("discovery", passes.run_once, always=False, cron=cron),
     ]
     return [job for job in every if enabled or job.always]
 

@@ -57,11 +57,12 @@ class Scheduler:
             return 0
         due = [job for job in self.jobs if job.name not in known or known[job.name].next_at <= now]
         for job in due:
-            if await runs.begin(self.pool, job.name, job.after(now), known.get(job.name), self.replica.id):
-                await self._run(job)
+            next_at = job.after(now)
+            if await runs.begin(self.pool, job.name, next_at, known.get(job.name), self.replica.id):
+                await self._run(job, next_at)
         return len(due)
 
-    async def _run(self, job: Job) -> None:
+    async def _run(self, job: Job, next_at: datetime) -> None:
         began = perf_counter()
         done, failure = 0, None
         try:
@@ -79,7 +80,7 @@ class Scheduler:
         if took > _SLOW_S:
             log.warning("job_slow", job=job.name, seconds=round(took, 1))
         if done:
-            log.info("job_done", job=job.name, done=done, seconds=round(took, 3))
+            log.info("job_done", job=job.name, done=done, seconds=round(took, 3), next_at=next_at.isoformat())
         try:
             await runs.end(self.pool, job.name, done=done, error=failure)
         except AWAY as error:
@@ -94,9 +95,9 @@ class Scheduler:
             log.warning("job_unreliable", job=name, error_rate=round(rate, 2), passes=len(outcomes))
 
     def _watch(self, known: Mapping[str, JobRun], now: datetime, since: datetime | None) -> None:
-        for name in (job.name for job in self.jobs):
-            run = known.get(name)
-            wrong = complaint(name, run, now, since=since) is not None
+        for job in self.jobs:
+            name, run = job.name, known.get(job.name)
+            wrong = complaint(name, run, now, since=since, cron=job.cron) is not None
             (self.failing.add if wrong else self.failing.discard)(f"job {name}")
             if run is not None:
                 self._tell(name, run)
@@ -109,11 +110,13 @@ class Scheduler:
             self.metrics.job_ended.labels(name).set(run.ended_at.timestamp())
 
 
-def complaint(name: str, run: JobRun | None, now: datetime, *, since: datetime | None = None) -> str | None:
+def complaint(
+    name: str, run: JobRun | None, now: datetime, *, since: datetime | None = None, cron: str | None = None
+) -> str | None:
     """What is wrong with a job, in a sentence; without a run it is due `since` then, if anybody could run it."""
     if run is not None and run.failures > _FAILURES:
         return f"has failed {run.failures} times in a row: {run.error}"
     due = since if run is None else run.next_at
-    if due is not None and now - due > max(_OVERDUE, 2 * interval(name, now)):
+    if due is not None and now - due > max(_OVERDUE, 2 * interval(name, now, cron)):
         return f"was due at {due:%Y-%m-%d %H:%M} UTC and has not run: is a replica up, and its database?"
     return None

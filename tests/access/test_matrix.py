@@ -140,6 +140,8 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("GET", "/api/sync/stats"): _nothing,
     ("DELETE", "/api/sync/index"): _nothing,
     ("POST", "/api/sync/reset"): _nothing,
+    ("GET", "/api/discovery/status"): _nothing,
+    ("POST", "/api/webhooks/conversation-complete"): _nothing,
     ("GET", "/api/conversation-health"): _nothing,
     ("GET", "/livez"): _nothing,
     ("GET", "/readyz"): _nothing,
