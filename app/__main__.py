@@ -18,6 +18,7 @@ from app.settings import Settings, load
 if TYPE_CHECKING:
     from app.access.audit import Action
     from app.conversations.sources.source import SourceChange
+    from app.conversations.upkeep import Progress, Tell
     from app.flows.chatbots import Change
     from app.postgres import Connection
     from app.safe import Safe
@@ -426,6 +427,52 @@ def rotate_keys() -> None:
     click.echo(f"{changed} rows encrypted anew; {found.sealed.total()} values have the master key {safe.newest} now.")
 
 
+@main.group("index")
+def index_group() -> None:
+    """The index of conversations: look at it, count it anew, build it anew (docs/conversations.md)."""
+
+
+@index_group.command("status")
+def index_status() -> None:
+    """Print what is in the index; exit with 1 where it was deleted."""
+    from app.conversations.upkeep import stats
+
+    found = _connected(_with_database(), stats)
+    synced = f"synced {found.synced_at:%Y-%m-%d %H:%M}" if found.synced_at else "never synced"
+    click.echo(f"{found.conversations:,} conversations, {found.size / 1e6:,.1f} MB, schema {found.version}, {synced}")
+    for source, conversations in found.sources.items():
+        click.echo(f"{source:<32} {conversations:,}")
+    if not found.exists:
+        click.echo("The index was deleted; POST /api/sync/init and then `parley index sync`, or `parley index reset`.")
+        sys.exit(1)
+
+
+@index_group.command("sync")
+def index_sync() -> None:
+    """Count our own conversations anew while messages are saved (of others: `parley discover`); exit with 1 where some
+    could not be counted."""
+    from app.conversations import upkeep
+
+    done = _kept_up(_with_database(), upkeep.sync)
+    click.echo(f"{done.messages:,} messages of {done.found:,} conversations counted; {done.indexed:,} put right.")
+    for failed in done.failed:
+        click.echo(f"{failed.source} {failed.id}: {failed.reason}")
+    if done.failures:
+        click.echo(f"{done.failures:,} could not be counted.", err=True)
+        sys.exit(1)
+
+
+@index_group.command("reset")
+def index_reset() -> None:
+    """Build the index anew beside the one that is read, and put it in its place: lists go on meanwhile."""
+    from app.access.audit import operator
+    from app.conversations import upkeep
+
+    who = operator()
+    found = _kept_up(_with_database(), lambda connection, tell: upkeep.reset(connection, who, tell))
+    click.echo(f"Built anew: {found.conversations:,} conversations.")
+
+
 @main.command()
 @click.option("--last", "most", default=50, show_default=True, type=click.IntRange(1, 10_000), help="How many.")
 def audit(most: int) -> None:
@@ -518,6 +565,25 @@ def _noted(
             done = await work(connection)
             await note(connection, operator(), action, target=target(done), detail=detail)
         return done
+
+    return _connected(settings, run)
+
+
+def _kept_up(settings: Settings, work: "Callable[[Connection, Tell], Coroutine[None, None, T]]") -> T:
+    """Do something with the whole index that nobody else does meanwhile, with a bar of its progress."""
+    from app.conversations.upkeep import alone
+
+    _log(settings.model_copy(update={"log_level": "error"}))
+
+    async def run(_: "Connection") -> T:
+        async with alone(_dsn(settings)) as connection:
+            with click.progressbar(length=1, label="begin", file=sys.stderr, width=40) as bar:
+
+                def tell(progress: "Progress") -> None:
+                    bar.label, bar.length = f"{progress.phase:<8}", max(progress.of, 1)
+                    bar.update(min(progress.done, bar.length) - bar.pos)
+
+                return await work(connection, tell)
 
     return _connected(settings, run)
 

@@ -35,7 +35,7 @@ from app.conversations import administration, discovery_endpoints
 from app.conversations import endpoints as conversation_endpoints
 from app.conversations.batch import Bounds as PassBounds
 from app.conversations.passes import Passes
-from app.conversations.upkeep import Upkeep
+from app.conversations.upkeep import Upkeep, each_source
 from app.conversations.webhook import secrets_of
 from app.errors import Misconfigured, Unavailable
 from app.flows import configuration
@@ -407,6 +407,7 @@ class Gateway:
             settings=settings,
             pool=pool,
             wall=wall,
+            discover=partial(each_source, passes),
             probe=health.Probe(reserve, on_silence=self._distrust),
             failing=self._failing,
             metrics=metrics,

@@ -14,7 +14,7 @@ from starlette.responses import Response
 from app.access.audit import Actor
 from app.access.guard import owner_of, principal_of
 from app.conversations import upkeep
-from app.conversations.upkeep import Progress, Stats, Synced, Tell
+from app.conversations.upkeep import Discover, Progress, Stats, Synced, Tell
 from app.errors import ParleyError, to_problem
 from app.postgres import Connection, Pool
 from app.settings import Settings
@@ -33,6 +33,7 @@ class Needs(TypedDict):
     settings: Settings
     pool: Pool
     wall: Wall
+    discover: Discover
 
 
 class IndexMade(BaseModel):
@@ -116,7 +117,7 @@ async def sync(request: Request[Needs]) -> Response:
     """Fill it."""
 
     async def work(connection: Connection, tell: Tell) -> Json:
-        return _synced(await upkeep.sync(connection, tell))
+        return _synced(await upkeep.sync(connection, tell, discover=request.state["discover"]))
 
     return await _answer(request, work)
 

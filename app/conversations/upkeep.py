@@ -1,6 +1,6 @@
 """The index as a whole: made, filled, emptied, built anew and looked at. One does it at a time, on all replicas."""
 
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,9 +12,11 @@ from app.access.audit import Actor
 from app.conversations import rebuild as rebuilding
 from app.conversations.index import OWN
 from app.conversations.listing import require_index
+from app.conversations.passes import Passes
 from app.conversations.rebuild import VERSION
-from app.conversations.recount import Failed, Recounted, recount
+from app.conversations.recount import MOST_FAILED, Failed, Recounted, recount
 from app.conversations.replacement import LONG_S
+from app.conversations.sources.source import all_sources
 from app.errors import Conflict, Unavailable
 from app.postgres import AWAY, Connection, open_connection, retry_conflicts, why
 
@@ -67,6 +69,41 @@ class Progress:
 
 
 Tell = Callable[[Progress], None]
+
+
+@dataclass(slots=True)
+class Discovered:
+    """What passes over the sources have found: messages, conversations with news, and rows without a conversation."""
+
+    messages: int = 0
+    found: int = 0
+    skipped: int = 0
+    failed: list[Failed] = field(default_factory=list)
+
+
+# One pass over each source.
+Discover = Callable[[Tell], Awaitable[Discovered]]
+
+
+async def no_sources(_: Tell) -> Discovered:
+    return Discovered()
+
+
+async def each_source(passes: Passes, tell: Tell) -> Discovered:
+    """A pass over each source that is switched on, in bounded time; what it has not come to is for the next one."""
+    await passes.forget()
+    async with passes.pool.acquire() as connection:
+        sources = [source for source in await all_sources(connection) if source.enabled]
+    done = Discovered()
+    for number, source in enumerate(sources):
+        tell(Progress("sources", number, len(sources)))
+        result = await passes.run(source)
+        done.messages += result.found.rows
+        done.found += result.found.sessions
+        done.skipped += result.found.skipped.total()
+        if result.is_busy or result.error_code:
+            done.failed.append(Failed(source.id, "", result.error or "somebody else is at it"))
+    return done
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,8 +188,8 @@ async def delete(connection: Connection, actor: Actor) -> bool:
     return await retry_conflicts(work)
 
 
-async def sync(connection: Connection, tell: Tell = lambda _: None) -> Synced:
-    """Count our own conversations anew and find those of other sources. Called by one at a time.
+async def sync(connection: Connection, tell: Tell = lambda _: None, *, discover: Discover = no_sources) -> Synced:
+    """Count our own conversations anew, then one pass over each source. Called by one at a time.
 
     Raises Conflict where the index was deleted.
     """
@@ -164,11 +201,21 @@ async def sync(connection: Connection, tell: Tell = lambda _: None) -> Synced:
         tell(Progress("recount", done.found, done.of))
 
     own = await recount(connection, told)
+    theirs = await discover(tell)
     await connection.execute(_SYNCED)
     tell(Progress("done", own.found, own.of))
-    ended = datetime.now(UTC)
-    log.info("index_synced", conversations=own.found, written=own.written, failed=own.failures)
-    return Synced(began, ended, own.messages, own.found, own.written, 0, own.failures, own.failed)
+    done = Synced(
+        began=began,
+        ended=datetime.now(UTC),
+        messages=own.messages + theirs.messages,
+        found=own.found + theirs.found,
+        indexed=own.written + theirs.found,
+        skipped=theirs.skipped,
+        failures=own.failures + len(theirs.failed),
+        failed=[*theirs.failed, *own.failed][:MOST_FAILED],
+    )
+    log.info("index_synced", found=done.found, written=done.indexed, skipped=done.skipped, failed=done.failures)
+    return done
 
 
 async def reset(connection: Connection, actor: Actor, tell: Tell = lambda _: None) -> Stats:

@@ -11,9 +11,10 @@ from app.chats import store, usage
 from app.conversations import index
 from app.conversations.index import Chat, Share
 
+# Of a replica that lives, where there is one: nobody shall take it over.
 _BEGIN = """
-insert into streaming_sessions (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status)
-values ($1, $2, $3, $4, 1, 'main', 'active')
+insert into streaming_sessions (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status, replica_id)
+values ($1, $2, $3, $4, 1, 'main', 'active', (select id from replicas where alive limit 1))
 """
 _END = "update streaming_sessions set status = 'completed', ended_at = now() where id = $1"
 # Accepts of a chat wait for each other, so that positions do not collide.

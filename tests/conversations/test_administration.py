@@ -2,11 +2,14 @@
 
 from random import Random
 
+import asyncpg
 import httpx2
 import orjson
 
+from app.access.audit import Actor
 from app.conversations import upkeep
 from app.conversations.index import Chat
+from tests.command import run
 from tests.conversations.counted import agreed
 from tests.conversations.savers import Saver
 from tests.house import Open
@@ -63,3 +66,22 @@ async def test_two_at_once_one_works_and_the_other_is_told(house: Open, database
                     refused = await home.client.request(method, f"/api/sync/{path}", headers=headers)
                     assert (refused.status_code, refused.json()["code"]) == (409, "sync_running")
         assert (await home.client.post("/api/sync/sync")).status_code == 200
+
+
+async def test_the_commands(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    await Saver(connection, Random(1)).save(Chat("ann", "c1", "shop"))
+    assert (await run("index", "sync", DATABASE_URL=database)).out == [
+        "2 messages of 1 conversations counted; 0 put right."
+    ]
+    done = await run("index", "reset", DATABASE_URL=database)
+    assert (done.code, done.out) == (0, ["Built anew: 1 conversations."])
+    async with upkeep.alone(database) as own:
+        refused = await run("index", "reset", DATABASE_URL=database)
+        assert refused.code == 1
+        assert "under way" in refused.err[-1]
+        await upkeep.delete(own, Actor("command:test"))
+    deleted = await run("index", "status", DATABASE_URL=database)
+    assert deleted.code == 1
+    assert deleted.out[0].startswith("0 conversations")
+    await connection.close()

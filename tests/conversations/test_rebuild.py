@@ -102,7 +102,7 @@ async def test_lists_and_messages_go_on_while_it_is_rebuilt(database: str) -> No
         # The lock keeps the leader of the server from taking this for what a killed rebuild has left.
         async with (
             upkeep.alone(database) as alone,
-            serving(database, drain_s=0) as client,
+            serving(database, drain_s=0, enable_background_jobs=False) as client,
             asyncio.TaskGroup() as tasks,
         ):
             first = await _page(client, size=7)
