@@ -19,7 +19,7 @@ from app.conversations.source_state import Outcome, Told
 from app.conversations.sources.reading import open_source
 from app.conversations.sources.recognition import recognise
 from app.conversations.sources.source import Source, all_sources
-from app.errors import Misconfigured
+from app.errors import ParleyError
 from app.postgres import AWAY, CONFLICT, Pool
 from app.telemetry import Metrics
 
@@ -236,7 +236,7 @@ def complaint(told: Told) -> str | None:
 def _what(error: Exception) -> tuple[str, str]:
     """A stable code and a sentence without anything of the rows."""
     match error:
-        case Misconfigured():
+        case ParleyError():
             return error.code, error.detail
         case asyncpg.LockNotAvailableError():
             return "source_locked", "Somebody holds a lock on the table."

@@ -11,12 +11,18 @@ import orjson
 
 from app.conversations.ranges import Ranges
 from app.conversations.watermark import Mark
+from app.errors import Conflict
 from app.postgres import Connection, Pool
 
 _LOAD = """
-select version, settled, seen, marks, sweep, skipped from conversation_source_state where source = $1
+select s.version, s.settled, s.seen, s.marks, s.sweep, s.skipped, i.is_there
+from conversation_index i left join conversation_source_state s on s.source = $1
 """
-_MAKE = "insert into conversation_source_state (source) values ($1) on conflict do nothing"
+# Not from 0: one that was taken away and made anew must not be taken for the one before.
+_MAKE = """
+insert into conversation_source_state (source, version) values ($1, floor(random() * 1e15)::bigint)
+on conflict do nothing
+"""
 _SWAP = """
 update conversation_source_state set version = version + 1, settled = $3, seen = $4, marks = $5, sweep = $6,
     rows = rows + $7, skipped = $8
@@ -24,9 +30,10 @@ where source = $1 and version = $2 returning 1
 """
 _RECORD = """
 insert into conversation_source_state as s (
-    source, passes, last_discovered_at, last_session_count, last_rows, last_seconds, last_complete_at, failures,
-    error_code, error)
-values ($1, 1, parley_now(), $2, $3, $4, case when $5 then parley_now() end, ($6::text is not null)::int, $6, $7)
+    source, version, passes, last_discovered_at, last_session_count, last_rows, last_seconds, last_complete_at,
+    failures, error_code, error)
+values ($1, floor(random() * 1e15)::bigint, 1, parley_now(), $2, $3, $4, case when $5 then parley_now() end,
+    ($6::text is not null)::int, $6, $7)
 on conflict (source) do update set
     passes = s.passes + 1, last_discovered_at = excluded.last_discovered_at,
     last_session_count = excluded.last_session_count, last_rows = excluded.last_rows,
@@ -60,8 +67,14 @@ class State:
 
 
 async def load(connection: Connection | Pool, source: str) -> State:
-    """Of a source that was never read, too."""
-    if (row := await connection.fetchrow(_LOAD, source)) is None:
+    """Of a source that was never read, too. Raises Conflict where there is no index to count into.
+
+    Whoever deletes the index takes the states away in the same transaction, and outruns what is under way.
+    """
+    row = await connection.fetchrow(_LOAD, source)
+    if row is None or not row["is_there"]:
+        raise Conflict("index_missing", "There is no index: POST /api/sync/init and /api/sync/sync make one.")
+    if row["version"] is None:
         await connection.execute(_MAKE, source)
         return await load(connection, source)
     spans = [(part.lower, part.upper - 1) for part in row["seen"]]

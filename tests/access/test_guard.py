@@ -27,7 +27,9 @@ from tests.serving import client_of, serving, until_ready
 
 _PATHS: dict[str, str] = defaultdict(lambda: "none", stream_id="0197c1a2-7b3c-7def-8a01-23456789abcd")
 _PUBLIC = {"/livez", "/readyz", "/api/conversation-health", "/openapi.json", "/docs"}
-_GUARDED = [(method, path) for method, path in OPERATIONS if path not in _PUBLIC]
+# Whoever signs what is sent there needs no credentials: tests/conversations/test_webhook.py.
+_SIGNED = {"/api/webhooks/conversation-complete"}
+_GUARDED = [(method, path) for method, path in OPERATIONS if path not in _PUBLIC | _SIGNED]
 _NO_POOL: Any = None
 _NONE = f"parley_{'0' * 16}_{'0' * 64}"
 
@@ -99,7 +101,7 @@ def test_the_table_of_a_server_is_complete_and_public_is_what_was_promised() -> 
     create_app(load(database_url="postgresql://nowhere/x"))
     table = demands()
     assert {(method, path.partition("?")[0]) for method, path in table} == OPERATIONS.keys()
-    assert {path for (_, path), demand in table.items() if demand == "public"} == _PUBLIC
+    assert {path for (_, path), demand in table.items() if demand == "public"} == _PUBLIC | _SIGNED
     opened = {entry for entry, demand in demands(metrics_open=True).items() if demand != table[entry]}
     assert opened == {("GET", "/metrics"), ("GET", "/readyz?verbose")}
 

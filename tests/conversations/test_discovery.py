@@ -14,6 +14,7 @@ from app.conversations.discovery import Discovery
 from app.conversations.foreign import Foreign
 from app.conversations.ranges import LEAST
 from app.conversations.source_state import State
+from app.errors import Conflict
 from app.postgres import Pool, open_pool
 from tests.conversations.plain import MADE, MADE_OF_UUIDS, OF_UUIDS, Plain, as_indexed, indexed, recounted
 
@@ -192,6 +193,25 @@ async def test_a_locked_table_is_not_waited_for(site: Site) -> None:
     async with asyncio.timeout(5):
         with pytest.raises(asyncpg.LockNotAvailableError):
             await site.discover()
+
+
+async def test_a_pass_beside_the_deletion_of_the_index_counts_nothing(site: Site) -> None:
+    await site.writer.execute("insert into chat (session, text) values ('s', 'I')")
+    loaded = await site.state()
+    async with site.pool.acquire() as connection, connection.transaction():
+        await connection.execute(
+            "delete from conversation_source_state; update conversation_index set is_there = false"
+        )
+    async with site.pool.acquire() as connection:
+        with pytest.raises(source_state.Outrun):
+            await source_state.swap(connection, "plain", loaded, rows=1, skipped={})
+    with pytest.raises(Conflict):
+        await site.discover()
+    await site.pool.execute("update conversation_index set is_there = true")
+    assert (await site.discover()).rows == 1
+    with pytest.raises(source_state.Outrun):
+        async with site.pool.acquire() as connection:
+            await source_state.swap(connection, "plain", loaded, rows=1, skipped={})
 
 
 async def test_the_page_query_descends_the_index_once_per_gap(site: Site) -> None:

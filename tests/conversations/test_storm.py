@@ -46,5 +46,7 @@ async def test_reading_on_from_the_last_id_would_lose_rows(
 async def test_two_that_do_not_compare_and_swap_would_count_twice(
     database: str, empty_database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_state, "_SWAP", source_state._SWAP.replace("version = $2", "version >= $2 - 1000000"))
+    monkeypatch.setattr(
+        source_state, "_SWAP", source_state._SWAP.replace("version = $2", "version >= $2::bigint - 1000000")
+    )
     assert not await (await stormy(database, empty_database, 1)).agrees()
