@@ -20,14 +20,13 @@ from app.postgres import Connection
 FAR = 10_000
 # Ids of messages that an entry of ours names; those of other sources are as many as the index keeps.
 _IDS = 100
-# Where fewer are expected than this, the index of words is asked at once. Where more are, the list is walked as far as
-# reading what the index has would cost, but at most so far; and so far for each that is needed.
-_NEAR, _STROLL_FAR, _STEPS = 2_000, 10_000, 4
-# So many times FAR the statistics have to say before they are believed.
-_SURELY = 3
+# A row of a walk costs a third of one that the index of words finds. A walk is as long as its page should need, and
+# half as long again, as not everything comes evenly.
+_CHEAPER, _MARGIN = 3, 1.5
+# So many times FAR the statistics have to say before they are believed: of so many they know better than by a tenth.
+_SURELY = 1.3
 # Always true, and what the index for lists without filters asks for.
 _EVERY = "message_count >= 0"
-_NOBODY: Mapping[str, str | None] = {"username": None, "model": None, "chatbot_id": None, "source": None}
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _IS_THERE = "select is_there from conversation_index"
@@ -60,6 +59,7 @@ page as materialized (
     select id from matching order by last_message_at {way}, id {way} limit {limit} offset {offset})
 """
 _COUNT_FOUND = "select count(*) from ({found} limit {far}) counted"
+_COUNT_WORDS = "select count(*) from (select from conversation_words where words @@ {query} limit {far}) counted"
 _PAGE = """
 with {page}
 select c.id, c.source, c.username, c.conversation_id, c.chatbot_id, c.model, c.client_ip, c.first_message_at,
@@ -67,7 +67,8 @@ select c.id, c.source, c.username, c.conversation_id, c.chatbot_id, c.model, c.c
     case when c.source = '{own}' then array(
         select m.id from messages m where m.user_id = c.username and m.chat_id = c.conversation_id and not m.is_deleted
         order by m.position desc limit {ids}) else c.message_ids end as message_ids
-from page join conversations c using (id) order by c.last_message_at {way}, c.id {way}
+from page cross join lateral (select * from conversations where id = page.id offset 0) c
+order by c.last_message_at {way}, c.id {way}
 """
 
 
@@ -175,7 +176,8 @@ async def page(connection: Connection, wanted: Wanted, *, size: int, after: Plac
     slice_ = Slice(size, after, skip)
     if wanted.query is None and len(wanted.facets) < 2:
         return await _walked(connection, wanted, slice_)
-    seen = await look(connection, wanted.query or "", facets(**dict(_NOBODY) | wanted.facets))
+    first = dict(list(wanted.facets.items())[:1])
+    seen = await look(connection, wanted.query or "", facets(wanted.facets), facets(first))
     if wanted.query is not None and not seen.words:
         return Page([], Total(0), None)
     if seen.is_bound:
@@ -192,17 +194,22 @@ async def _walked(connection: Connection, wanted: Wanted, slice_: Slice, words: 
 
 
 async def _strolled(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page | None:
-    """Where much fits a page is full soon; None where it was not, or is not to be expected."""
-    expected = seen.rarest * seen.conversations
-    far = max(_NEAR, min(int(expected), _STROLL_FAR)) + _STEPS * slice_.needed
-    hopeless = not wanted.facets and far * seen.likely < slice_.needed / 2
-    if expected < _NEAR or hopeless:
+    """Where much fits a page is full soon; None where it was not, or where the index of words is cheaper."""
+    if (far := _far(slice_, seen)) is None:
         return None
     sql, values = strolling(wanted, slice_, words=seen.words, far=far)
     rows = await connection.fetch(sql, *values)
     if len(rows) <= slice_.size:
         return None
     return _page(rows, slice_, slice_.total or await _total_found(connection, wanted, seen))
+
+
+def _far(slice_: Slice, seen: Look) -> int | None:
+    """How far to walk for a page; None where it is not worth it."""
+    if not seen.within:
+        return None
+    far = int(_MARGIN * slice_.needed / seen.within) + 1
+    return far if far < _CHEAPER * seen.rarest * seen.conversations else None
 
 
 async def _found(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page:
@@ -247,6 +254,8 @@ def matching(wanted: Wanted, slice_: Slice, *, query: str) -> tuple[str, list[An
 def counting(wanted: Wanted, *, query: str) -> tuple[str, list[Any]]:
     """What counts how many are found, up to FAR and one more."""
     terms = _Terms()
+    if wanted.since is None and wanted.until is None:
+        return _COUNT_WORDS.format(query=terms.add(query), far=terms.add(FAR + 1)), terms.values
     found = terms.found(wanted, None, query)
     return _COUNT_FOUND.format(found=found, far=terms.add(FAR + 1)), terms.values
 

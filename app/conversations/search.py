@@ -28,7 +28,8 @@ with terms as (
     select n, lexeme, position, is_stem
     from unnest($1::text[], $2::boolean[]) with ordinality as parts(part, is_stem, n),
         unnest({tokens("part")}) as word(lexeme, positions, weights), unnest(positions) as position
-    union all select 0, facet, 0, false from unnest($3::text[]) as facet),
+    union all select 0, facet, 0, false from unnest($3::text[]) as facet
+    union all select -1, nearby, 0, false from unnest($4::text[]) as nearby),
 common as (
     select most_common_elems::text::text[] as words, most_common_elem_freqs as shares
     from pg_stats where (schemaname, tablename, attname) = ((select relnamespace::regnamespace::text from pg_class
@@ -59,13 +60,14 @@ class Look:
     """What to look for and what to expect. Shares are of all conversations, from 0 to 1.
 
     `words` is the tsquery of the words alone, empty where none was given; `query` has the facets as well. No more match
-    than `rarest` says; as many as `likely` says if terms meet by chance. `is_bound`: a user's rows alone can be seen.
+    than `rarest` says; `within` is the share of those that have the facet one walks along, if terms meet by chance.
+    `is_bound`: a user's rows alone can be seen.
     """
 
     words: str
     query: str
     rarest: float
-    likely: float
+    within: float
     terms: int
     conversations: float
     is_bound: bool
@@ -81,20 +83,24 @@ def _part(phrase: str, word: str) -> Part:
     return Part(phrase or stem, is_stem=stem != word and len(stem) >= _STEM)
 
 
-async def look(connection: Connection, query: str, facets: Sequence[str]) -> Look:
-    """Read what there is to know beforehand. `words` is empty where the query has no word, too."""
+async def look(connection: Connection, query: str, facets: Sequence[str], along: Sequence[str] = ()) -> Look:
+    """Read what there is to know before looking for these words and facets, or walking along one of those.
+
+    `words` is empty where the query has no word, too.
+    """
     given = parts(query)
-    rows = await connection.fetch(_LOOK, [part.text for part in given], [part.is_stem for part in given], facets)
+    rows = await connection.fetch(_LOOK, [part.text for part in given], [part.is_stem for part in given], facets, along)
     overall = await connection.fetchrow(_ALL)
     assert overall is not None
     phrases = [_phrase(list(words)) for n, words in groupby(rows, itemgetter("n")) if n > 0]
-    shares = [row["share"] for row in rows]
+    shares = [row["share"] for row in rows if row["n"] >= 0]
+    walked = prod(row["share"] for row in rows if row["n"] < 0)
     return Look(
         words=" & ".join(phrases),
         query=" & ".join([*map(_quoted, facets), *phrases]),
         rarest=min(shares, default=1.0),
-        likely=prod(shares),
-        terms=len(rows),
+        within=min(prod(shares) / walked, 1.0) if walked else 0.0,
+        terms=len(shares),
         conversations=overall["conversations"],
         is_bound=overall["is_bound"],
     )

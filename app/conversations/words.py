@@ -67,11 +67,10 @@ def saved(rows: str) -> str:
     return _SAVED.format(vector=vector(), rows=rows)
 
 
-def facets(*, username: str | None, model: str | None, chatbot_id: str | None, source: str | None) -> list[str]:
-    """The lexemes that all conversations have for which these were given; one for all but the user."""
-    given = {"model": model, "chatbot_id": chatbot_id, "source": source}
-    named = {name: value for name, value in given.items() if value is not None}
-    found = [] if username is None else [f"U:{username[:_NAME]}"]
+def facets(given: Mapping[str, str]) -> list[str]:
+    """The lexemes that all conversations have which have these in their columns; one for all but the user."""
+    named = {name: given[name] for name in _LETTERS if name in given}
+    found = [f"U:{given['username'][:_NAME]}"] if "username" in given else []
     if named:
         letters = "".join(_LETTERS[name] for name in named)
         found.append(f"{letters}:" + _BETWEEN.join(value[:_NAME] for value in named.values()))

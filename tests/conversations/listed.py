@@ -8,6 +8,7 @@ import asyncpg
 import httpx2
 
 from app.conversations import words
+from app.postgres import Connection
 
 BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 INSERT = """
@@ -66,3 +67,16 @@ async def walk(client: httpx2.AsyncClient, **params: Any) -> list[Row]:
         entries += part["conversations"]
     assert total == len(entries)
     return entries
+
+
+async def plan(connection: Connection, statement: tuple[str, list[Any]]) -> str:
+    """As the statement is planned when it is prepared: without its values. (`explain` alone would know them.)"""
+    sql, values = statement
+    await connection.execute(f"prepare asked as {sql}")
+    rows = await connection.fetch(f"explain execute asked({', '.join(map(_literal, values))})")
+    await connection.execute("deallocate asked")
+    return "\n".join(row[0] for row in rows)
+
+
+def _literal(value: object) -> str:
+    return str(value) if isinstance(value, int) else "'" + str(value).replace("'", "''") + "'"

@@ -3,7 +3,6 @@
 from collections.abc import AsyncGenerator
 from datetime import timedelta
 from random import Random
-from typing import Any
 
 import httpx2
 import pytest
@@ -132,9 +131,8 @@ async def test_every_way_finds_the_same(database: str, monkeypatch: pytest.Monke
             and (since is None or row["last"] >= since)
         }
         wanted = listing.Wanted(**given, since=since, query=" ".join(terms) or None, newest_first=chance.random() < 0.5)
-        for near, far in ((10_000, 10_000), (0, 10_000), (0, 0)):
-            monkeypatch.setattr(listing, "_NEAR", near)
-            monkeypatch.setattr(listing, "_STROLL_FAR", far)
+        for far in (None, 1, 100, 1000):
+            monkeypatch.setattr(listing, "_far", lambda *_, far=far: far)
             assert await _all(connection, wanted, chance.randint(1, 50)) == expected
     await connection.close()
 
@@ -229,11 +227,6 @@ _WANTED = [
 _AFTER = listing.Place(BEGAN, 7, listing.Total(1))
 
 
-async def _plan(connection: Connection, statement: tuple[str, list[Any]]) -> str:
-    sql, values = statement
-    return "\n".join(row[0] for row in await connection.fetch(f"explain {sql}", *values))
-
-
 @pytest.mark.parametrize("wanted", _WANTED)
 async def test_each_search_has_its_plan(many: Connection, wanted: listing.Wanted) -> None:
     for after in (None, _AFTER):
@@ -243,12 +236,12 @@ async def test_each_search_has_its_plan(many: Connection, wanted: listing.Wanted
             listing.statement(wanted, slice_, words=words),
             listing.strolling(wanted, slice_, words=words, far=2000),
         ):
-            plan = await _plan(many, sql)
+            plan = await listed.plan(many, sql)
             walk = plan[plan.index("CTE page") : plan.index("CTE Scan on page")]
             assert "Sort" not in walk, plan
             assert "Seq Scan" not in plan, plan
             assert "Index Scan using conversation_words_pkey" in walk or not words, plan
-        plan = await _plan(many, listing.matching(wanted, slice_, query="'x'"))
+        plan = await listed.plan(many, listing.matching(wanted, slice_, query="'x'"))
         assert "Bitmap Index Scan on conversation_words_found" in plan, plan
         assert "Index Scan using conversations_pkey" in plan, plan
         assert "Seq Scan" not in plan, plan
@@ -260,5 +253,5 @@ async def test_the_way_follows_what_is_common(many: Connection) -> None:
     assert rare.rarest < 0.01 < 0.9 < common.rarest
     assert (rare.conversations, rare.is_bound) == (20_000, False)
     await many.execute("set plan_cache_mode = force_custom_plan")
-    asked = [await _plan(many, listing.counting(_WANTED[0], query=query)) for query in ("'w7'", "'common'")]
+    asked = [await listed.plan(many, listing.counting(_WANTED[0], query=query)) for query in ("'w7'", "'common'")]
     assert ["Bitmap Index Scan on conversation_words_found" in plan for plan in asked] == [True, False], asked
