@@ -35,8 +35,9 @@ update conversation_index set is_there = true, version = $1, changed_at = parley
 """
 # Days of our own chats stay: nothing could count them anew.
 _EMPTY = [
-    f"delete from conversation_days where source <> '{OWN}'",
+    # First of all: a pass that is under way counts no more after that.
     "delete from conversation_source_state",
+    f"delete from conversation_days where source <> '{OWN}'",
     "set local lock_timeout = '1s'",
     "truncate conversations, conversation_words, conversation_counts",
     "update conversation_index set is_there = false, synced_at = null, changed_at = parley_now()",
