@@ -89,7 +89,8 @@ _LIST = Operation(
 _ONE = Operation(
     "Read a conversation",
     "A conversation with a page of its messages, in their order. Its id may be used by several users or sources: then "
-    "409 `ambiguous` lists them, and `username` and `source` say which.",
+    "409 `ambiguous` lists them, and `username` and `source` say which. Of another program's table, a row may hold "
+    "several messages, and `size` counts rows.",
     answers={
         200: Answer(
             "A page of its messages.",
@@ -129,7 +130,7 @@ _ONE = Operation(
         400: ["bad_parameter"],
         404: ["conversation_unknown"],
         409: ["index_missing", "ambiguous"],
-        **_PROBLEMS,
+        503: [*_PROBLEMS[503], "overloaded", "source_unavailable"],
     },
 )
 _STATISTICS = Operation(

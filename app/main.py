@@ -98,6 +98,8 @@ _RESERVE = 2
 _ORDERS = 2
 # Bodies of uploads in memory at once, in largest ones. Each is there twice while it is read and parsed.
 _UPLOADS = 3
+# Conversations of other programs that are read at once.
+_READINGS = 4
 # How long a stopping server waits for accepts that were under way, in seconds; longer than one waits for locks.
 _ACCEPTS_S = 5
 # How long the loops of a server that has drained may take to end, in seconds.
@@ -425,6 +427,7 @@ class Gateway:
             stopping=stopping,
             images=images,
             uploads=self._uploads,
+            readings=Allowance(_READINGS, of="readings of sources"),
             admit_upload=replica.admit,
             admit_question=partial(_admit_question, intake),
             analyse=partial(_analyse, intake),

@@ -12,10 +12,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access.guard import acting_for, owner_of
+from app.chats.allowance import Allowance
 from app.conversations import listing, transcript
+from app.conversations.foreign_transcript import find_source, foreign_messages
 from app.conversations.listing import FAR, Place, Wanted
+from app.conversations.sources.shape import Message
 from app.conversations.statistics import Group, statistics
+from app.conversations.transcript import Named
 from app.errors import BadRequest
+from app.postgres import Pool
 from app.text import clean
 from app.wall import Wall
 
@@ -28,6 +33,9 @@ _LONGEST = 256
 
 class Needs(TypedDict):
     wall: Wall
+    pool: Pool
+    # Conversations that are read from other programs' databases at once, each over a connection of its own.
+    readings: Allowance
 
 
 class Conversation(BaseModel):
@@ -64,14 +72,16 @@ class Conversations(BaseModel):
 
 
 class ConversationMessage(BaseModel):
-    """One utterance. A `partial` one is an answer that was stopped or broke off."""
+    """One utterance. A `partial` one is an answer that was stopped or broke off. Of another program's table, `id` is
+    the row's, and tools and instructions are `other`.
+    """
 
     id: str
-    role: Literal["user", "assistant", "system"]
+    role: Literal["user", "assistant", "system", "other"]
     content: str
     status: Literal["complete", "partial", "failed"]
     attachments: list[dict[str, Any]]
-    timestamp: str
+    timestamp: str | None
 
 
 class Transcript(BaseModel):
@@ -182,17 +192,38 @@ async def conversation(request: Request[Needs]) -> Response:
     async with request.state["wall"].connection() as connection:
         await listing.require_index(connection)
         named = await transcript.find(connection, named_id, username=username, source=source)
-        page = await transcript.own_messages(connection, named, after=after, size=size)
+        if named.is_own:
+            page = await transcript.own_messages(connection, named, after=after, size=size)
+            return _transcript(named, [_message(row) for row in page.rows], page.behind)
+    async with request.state["readings"].take():
+        told = await foreign_messages(
+            await find_source(request.state["pool"], named.source), named, after=after, size=size
+        )
+    return _transcript(named, [_foreign(key, message) for key, message in told.messages], told.behind)
+
+
+def _transcript(named: Named, messages: list[Mapping[str, Any]], behind: int | None) -> Response:
     return _json(
         {
             "conversationId": named.id,
             "source": named.source,
             "username": named.username,
-            "messages": [_message(row) for row in page.rows],
+            "messages": messages,
             "messageCount": named.messages,
-            "nextCursor": None if page.behind is None else str(page.behind),
+            "nextCursor": None if behind is None else str(behind),
         }
     )
+
+
+def _foreign(key: str, message: Message) -> Mapping[str, Any]:
+    return {
+        "id": key,
+        "role": message.role,
+        "content": message.text,
+        "status": "complete",
+        "attachments": [],
+        "timestamp": None if message.at is None else _told(message.at),
+    }
 
 
 def _message(row: asyncpg.Record) -> Mapping[str, Any]:

@@ -13,7 +13,7 @@ from app.postgres import Connection
 _NAMESAKES = 20
 
 _NAMED = """
-select source, username, message_count from conversations
+select source, username, message_count, message_ids from conversations
 where conversation_id = $1 and ($2::text is null or username = $2) and ($3::text is null or source = $3)
 order by source, username limit $4
 """
@@ -25,12 +25,17 @@ where user_id = $1 and chat_id = $2 and not is_deleted and position > $3 order b
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """Which conversation, and how many messages it has."""
+    """Which conversation, and how many messages it has; `keys` are those of its rows that the index holds."""
 
     source: str
     username: str
     id: str
     messages: int
+    keys: Sequence[str] = ()
+
+    @property
+    def is_own(self) -> bool:
+        return self.source == OWN
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +57,13 @@ async def find(
         those = [{"source": row["source"], "username": row["username"]} for row in rows]
         detail = "Several conversations have this id; say which by source and username."
         raise Conflict("ambiguous", detail, conversations=those)
-    return Named(rows[0]["source"], rows[0]["username"], conversation_id, rows[0]["message_count"])
+    row = rows[0]
+    return Named(row["source"], row["username"], conversation_id, row["message_count"], row["message_ids"])
 
 
 async def own_messages(connection: Connection, named: Named, *, after: int, size: int) -> Messages:
     """Messages of a conversation of ours behind a position."""
-    assert named.source == OWN
+    assert named.is_own
     rows = await connection.fetch(_MESSAGES, named.username, named.id, after, size + 1)
     behind = rows[size - 1]["position"] if len(rows) > size else None
     return Messages(rows[:size], behind)

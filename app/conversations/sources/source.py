@@ -9,7 +9,7 @@ import orjson
 
 from app.access.audit import Actor, note
 from app.errors import Misconfigured
-from app.postgres import Connection
+from app.postgres import Connection, Pool
 
 Kind = Literal["n8n", "langchain", "langchain-postgres", "flowise", "litellm", "proxy"]
 Wanted = Literal["auto", "n8n", "langchain", "langchain-postgres", "flowise", "litellm", "proxy"]
@@ -75,7 +75,7 @@ class SourceChange:
     after: Source
 
 
-async def all_sources(connection: Connection) -> list[Source]:
+async def all_sources(connection: Connection | Pool) -> list[Source]:
     """In the order of their ids, those that are switched off included."""
     return [_of(row) for row in await connection.fetch(_ALL)]
 
