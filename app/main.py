@@ -77,6 +77,8 @@ from app.streams.replicas import Fenced, Replica
 from app.streams.seats import Seats
 from app.streams.stream import Streams
 from app.streams.tail import Tail
+from app.sync import endpoints as sync_endpoints
+from app.sync.changes import Changes
 from app.telemetry import Metrics, RequestIds
 from app.ticker import every
 from app.wall import Wall
@@ -114,6 +116,7 @@ class State(
     conversation_endpoints.Needs,
     administration.Needs,
     discovery_endpoints.Needs,
+    sync_endpoints.Needs,
     health.Needs,
     problems.Needs,
     guard.Needs,
@@ -197,6 +200,18 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
                 Middleware(
                     problems.BodyLimit,
                     min(settings.body_limit, discovery_endpoints.BODY_LIMIT),
+                    within_s=settings.body_timeout_s,
+                )
+            ],
+        ),
+        Route(
+            "/api/chat/sync",
+            sync_endpoints.sync_chats,
+            methods=["GET", "POST"],
+            middleware=[
+                Middleware(
+                    problems.BodyLimit,
+                    min(settings.body_limit, sync_endpoints.BODY_LIMIT),
                     within_s=settings.body_timeout_s,
                 )
             ],
@@ -428,6 +443,7 @@ class Gateway:
             images=images,
             uploads=self._uploads,
             readings=Allowance(_READINGS, of="readings of sources"),
+            changes=Changes(replica, wall),
             admit_upload=replica.admit,
             admit_question=partial(_admit_question, intake),
             analyse=partial(_analyse, intake),

@@ -23,6 +23,7 @@ from app.index_operations import INDEX_OPERATIONS
 from app.openapi import Answer, Content, Operation, Parameter
 from app.streams.endpoints import Page
 from app.streams.event import to_frames, to_object, with_more_in_id
+from app.sync_operations import SYNC_OPERATIONS
 
 _STREAM = "0197c1a2-7b3c-7def-8a01-23456789abcd"
 _JSON = "application/json"
@@ -620,6 +621,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     **INDEX_OPERATIONS,
     ("GET", "/api/discovery/status"): _DISCOVERY_STATUS,
     ("POST", "/api/webhooks/conversation-complete"): _CONVERSATION_COMPLETE,
+    **SYNC_OPERATIONS,
     ("GET", "/api/conversation-health"): _CONVERSATION_HEALTH,
     ("GET", "/livez"): _LIVEZ,
     ("GET", "/readyz"): _READYZ,

@@ -238,6 +238,11 @@ class Settings(BaseSettings):
         validation_alias=AliasChoices("ENABLE_BACKGROUND_JOBS", "enable_background_jobs"),
         description="Whether discovery and roll-ups run here. Partitions are made and old rows go in any case.",
     )
+    sync_enabled: bool = Field(
+        True,
+        validation_alias=AliasChoices("SYNC_ENABLED", "sync_enabled"),
+        description="Whether devices may synchronise chats; otherwise they are answered 403 `sync_disabled`.",
+    )
 
     discovery_cron: str = Field(
         "*/5 * * * *",

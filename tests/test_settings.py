@@ -19,6 +19,7 @@ _FIXED = {
     "database_url": "DATABASE_URL",
     "enable_background_jobs": "ENABLE_BACKGROUND_JOBS",
     "discovery_cron": "CONVERSATION_DISCOVERY_CRON",
+    "sync_enabled": "SYNC_ENABLED",
 }
 
 
@@ -49,7 +50,7 @@ def test_the_table_of_settings_is_the_settings() -> None:
 @pytest.mark.parametrize("name", Settings.model_fields)
 def test_every_setting_is_read_from_the_variable_in_the_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"data_dir": "/elsewhere", "log_level": "debug", "log_format": "text", "bus": "poll"}
-    given |= {"database_url": "postgresql://x", "enable_background_jobs": "false"}
+    given |= {"database_url": "postgresql://x", "enable_background_jobs": "false", "sync_enabled": "false"}
     given |= {"auth": "open", "open_anywhere": "true", "metrics_open": "true", "row_security": "off"}
     value = given.get(name) or ("other" if name == "host" else "60")
     monkeypatch.setenv(_FIXED.get(name, f"PARLEY_{name.upper()}"), value)

@@ -36,6 +36,8 @@ _DEMANDS: Demands = {
     ("GET", "/api/discovery/status"): "admin",
     # Signed, by whoever has one of PARLEY_WEBHOOK_SECRETS.
     ("POST", "/api/webhooks/conversation-complete"): "public",
+    ("POST", "/api/chat/sync"): "sync",
+    ("GET", "/api/chat/sync"): "sync",
     ("GET", "/api/conversation-health"): "public",
     ("GET", "/livez"): "public",
     ("GET", "/readyz"): "public",

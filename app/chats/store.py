@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import orjson
 
 from app.chats.chat import Message, MessageStatus, title_from
+from app.chats.head import advance
 from app.errors import Conflict
 from app.postgres import Connection, Pool
 
@@ -17,24 +19,48 @@ _NO_POSITION = (1 << 31) - 1
 # "offset"}.
 Attachment = Mapping[str, Any]
 
-_SAVE_QUESTION = """
-with chat as (
-    insert into chats (user_id, id, title) values ($1, $2, $3)
-    on conflict (user_id, id) do update set updated_at = now(), is_deleted = false)
-insert into messages (user_id, chat_id, id, content, role, attachments, position)
-values ($1, $2, $4, $5, 'user', $6,
-        (select coalesce(max(position), 0) + 1 from messages where user_id = $1 and chat_id = $2))
-on conflict (user_id, id) do nothing
-returning position
+# Where a message goes, and its stamp (app/sync/merge.py): behind those of the last message there.
+_NEXT = """
+with last as (
+    select position, ('x' || left(stamp, 12))::bit(48)::bigint as ms from messages
+    where user_id = $1 and chat_id = $2 order by position desc limit 1),
+next as (
+    select coalesce(max(position), 0) + 1 as position, lpad(to_hex(greatest(
+        (extract(epoch from parley_now()) * 1000)::bigint, coalesce(max(ms), 0) + 1)), 12, '0') || '-0000' as stamp
+    from last)
 """
-_SAVE_ANSWER = """
-with chat as (
-    update chats set updated_at = now() where user_id = $1 and id = $2)
-insert into messages (user_id, chat_id, id, content, role, status, attachments, position)
-values ($1, $2, $3, $4, 'assistant', $5, $6,
-        (select coalesce(max(position), 0) + 1 from messages where user_id = $1 and chat_id = $2))
+# A chat that was deleted comes back; the title of a new one gives way to whatever a device calls it.
+_SAVE_QUESTION = f"""
+{_NEXT}, was as (
+    select is_deleted from chats where user_id = $1 and id = $2),
+chat as (
+    insert into chats as c (user_id, id, title, seq) values ($1, $2, $3, $7)
+    on conflict (user_id, id) do update set updated_at = now(), is_deleted = false, is_purged = false,
+        seq = case when c.is_deleted then excluded.seq else c.seq end,
+        origin = case when c.is_deleted then '' else c.origin end,
+        client = case when c.is_deleted then '' else c.client end,
+        stamp = case when c.is_deleted then greatest(c.stamp, (select stamp from next)) else c.stamp end),
+message as (
+    insert into messages (user_id, chat_id, id, content, role, attachments, position, stamp, seq)
+    select $1, $2, $4, $5, 'user', $6, position, stamp, $7 from next
+    on conflict (user_id, id) do nothing
+    returning position)
+select (select position from message) as position, coalesce((select is_deleted from was), false) as came_back
+"""
+# Devices may have been faster than the question.
+_ASK_STORED = """
+update messages set is_asked = true, updated_at = now()
+where user_id = $1 and id = $2 and chat_id = $3 and content = $4 and role = 'user' and status = 'complete'
+    and not is_deleted and not is_asked
+returning position, created_at
+"""
+_SAVE_ANSWER = f"""
+{_NEXT}, chat as (
+    update chats set updated_at = now() where user_id = $1 and id = $2 returning is_deleted)
+insert into messages (user_id, chat_id, id, content, role, status, attachments, position, stamp, seq)
+select $1, $2, $3, $4, 'assistant', $5, $6, position, stamp, $7 from next
 on conflict (user_id, id) do nothing
-returning position
+returning not coalesce((select is_deleted from chat), false)
 """
 _HAS_CHAT = "select exists (select from chats where user_id = $1 and id = $2)"
 _QUESTION = "select content, position from messages where user_id = $1 and id = $2 and role = 'user' and not is_deleted"
@@ -45,6 +71,18 @@ order by position desc limit $3
 """
 
 
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """Where a question stands in its chat. `came_back`: the chat had been deleted.
+
+    `brought_at`: when one of the user's devices had brought it, unless it is new.
+    """
+
+    position: int
+    came_back: bool
+    brought_at: datetime | None = None
+
+
 async def save_question(
     connection: Connection,
     *,
@@ -53,18 +91,21 @@ async def save_question(
     message_id: str,
     content: str,
     attachments: Sequence[Attachment] = (),
-) -> int:
-    """The user's message at the end of its chat, which is made where it is new; returns its position there.
+) -> Saved:
+    """The user's message at the end of its chat, which is made where it is new. Raises Conflict for a used id.
 
-    Raises Conflict for a used id.
-
-    The caller holds the lock of the chat's session, so positions do not collide.
+    The caller holds the lock of the chat's session, so positions of nobody's messages do not collide either.
     """
-    values = (user_id, chat_id, title_from(content), message_id, content, orjson.dumps(attachments).decode())
-    position: int | None = await connection.fetchval(_SAVE_QUESTION, *values)
-    if position is None:
+    seq = await advance(connection, user_id)
+    values = (user_id, chat_id, title_from(content), message_id, content, orjson.dumps(attachments).decode(), seq)
+    row = await connection.fetchrow(_SAVE_QUESTION, *values)
+    assert row is not None
+    if row["position"] is not None:
+        return Saved(row["position"], row["came_back"])
+    stored = await connection.fetchrow(_ASK_STORED, user_id, message_id, chat_id, content)
+    if stored is None:
         raise Conflict("message_exists", "A message with this client_message_id was stored before; choose a new id.")
-    return position
+    return Saved(stored["position"], row["came_back"], stored["created_at"])
 
 
 async def save_answer(
@@ -77,10 +118,12 @@ async def save_answer(
     status: MessageStatus,
     attachments: Sequence[Attachment] = (),
 ) -> bool:
-    """The assistant's message; saving it again under the same id changes nothing. Whether it is new."""
-    kept = orjson.dumps(attachments).decode()
-    position = await connection.fetchval(_SAVE_ANSWER, user_id, chat_id, message_id, content, status, kept)
-    return position is not None
+    """The assistant's message; saving it again under the same id changes nothing. Whether it is new, in a chat that
+    was not deleted meanwhile: an answer does not bring one back.
+    """
+    kept, seq = orjson.dumps(attachments).decode(), await advance(connection, user_id)
+    new = await connection.fetchval(_SAVE_ANSWER, user_id, chat_id, message_id, content, status, kept, seq)
+    return bool(new)
 
 
 async def has_chat(connection: Connection, *, user_id: str, chat_id: str) -> bool:

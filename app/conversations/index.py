@@ -4,6 +4,7 @@ run, and by a pass over another source."""
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 import orjson
@@ -22,13 +23,14 @@ with conversation as (
         source, username, conversation_id, chatbot_id, model, client_ip, first_message_at, last_message_at,
         time_source, message_count, total_tokens, first_question, first_question_rank, last_question,
         last_question_rank)
-    values ('{OWN}', $1, $2, $3, $4, $5, now(), now(), 'message', 1, 0, $6, $7, $6, $7)
+    values ('{OWN}', $1, $2, $3, $4, $5, now(), now(), 'message', $9, 0, $6, $7, $6, $7)
     on conflict (source, username, conversation_id) do update set
         chatbot_id = excluded.chatbot_id,
         model = case when excluded.model = '' then c.model else excluded.model end,
         client_ip = case when excluded.client_ip = '' then c.client_ip else excluded.client_ip end,
-        last_message_at = greatest(c.last_message_at, excluded.last_message_at),
-        message_count = c.message_count + 1,
+        last_message_at = case when excluded.message_count = 0 then c.last_message_at
+            else greatest(c.last_message_at, excluded.last_message_at) end,
+        message_count = c.message_count + excluded.message_count,
         first_question = case when c.first_question_rank <= excluded.first_question_rank
             or excluded.first_question_rank is null then c.first_question else excluded.first_question end,
         first_question_rank = least(c.first_question_rank, excluded.first_question_rank),
@@ -41,6 +43,12 @@ words as ({words.saved("conversation")})
 insert into conversation_counts as n (source, slot, conversations)
 select '{OWN}', $8, 1 from conversation where is_new
 on conflict (source, slot) do update set conversations = n.conversations + 1
+"""
+# A device brought a question that is now asked: its run counts it.
+_ASKED_NOW = f"""
+update conversation_days set messages = messages - 1, questions = questions - 1
+where day = ($2::timestamptz at time zone 'utc')::date and source = '{OWN}' and username = $1
+    and chatbot_id = '' and model = ''
 """
 _ENDED = f"""
 with conversation as (
@@ -56,8 +64,9 @@ on conflict (day, source, username, chatbot_id, model) do update set
 """
 # The greater of two ranked values, of equal ranks the greater text: as `Summary` decides, in code points.
 _GREATER = """
-case when c.{name}_rank is null or (excluded.{name}_rank, excluded.{name} collate "C")
-    > (c.{name}_rank, c.{name} collate "C") then excluded.{name} else c.{name} end
+case when excluded.{name}_rank is not null and (c.{name}_rank is null
+    or (excluded.{name}_rank, excluded.{name} collate "C") > (c.{name}_rank, c.{name} collate "C"))
+    then excluded.{name} else c.{name} end
 """
 
 
@@ -155,9 +164,23 @@ class Share:
     duration_ms: int = 0
 
 
-async def asked(connection: Connection, chat: Chat, question: str, *, position: int, client_ip: str = "") -> None:
-    """A user's message was saved at this position. To be called once for each, in the transaction that saved it."""
-    await _said(connection, chat, "", client_ip, question[:QUESTION], position)
+async def asked(
+    connection: Connection,
+    chat: Chat,
+    question: str,
+    *,
+    position: int,
+    client_ip: str = "",
+    brought_at: datetime | None = None,
+) -> None:
+    """A user's message was saved at this position. To be called once for each, in the transaction that saved it.
+
+    `brought_at`: when a device had brought it, and it was counted; its chatbot and client become known now.
+    """
+    new = brought_at is None
+    await _said(connection, chat, "", client_ip, question[:QUESTION], position, messages=int(new))
+    if not new:
+        await connection.execute(_ASKED_NOW, chat.user_id, brought_at)
 
 
 async def answered(connection: Connection, chat: Chat, *, model: str) -> None:
@@ -166,10 +189,17 @@ async def answered(connection: Connection, chat: Chat, *, model: str) -> None:
 
 
 async def _said(
-    connection: Connection, chat: Chat, model: str, client_ip: str, question: str, position: int | None
+    connection: Connection,
+    chat: Chat,
+    model: str,
+    client_ip: str,
+    question: str,
+    position: int | None,
+    *,
+    messages: int = 1,
 ) -> None:
-    names = (chat.user_id, chat.id, chat.chatbot_id)
-    await connection.execute(_SAID, *names, model, client_ip, question, position, random.randrange(_SLOTS))
+    names, slot = (chat.user_id, chat.id, chat.chatbot_id), random.randrange(_SLOTS)
+    await connection.execute(_SAID, *names, model, client_ip, question, position, slot, messages)
 
 
 async def ended(connection: Connection, chat: Chat, shares: Mapping[str, Share]) -> None:

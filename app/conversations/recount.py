@@ -25,17 +25,18 @@ cross join lateral (
     select count(*)::int as messages, min(created_at) as first_at, max(created_at) as last_at,
         min(position) filter (where role = 'user') as first_rank,
         max(position) filter (where role = 'user') as last_rank
-    from messages where user_id = k.username and chat_id = k.conversation_id and not is_deleted) m
+    from messages where user_id = k.username and chat_id = k.conversation_id and not is_deleted and status <> 'failed'
+        and not exists (select from chats where user_id = k.username and id = k.conversation_id and is_deleted)) m
 cross join lateral (
     select coalesce(sum(prompt_tokens + completion_tokens), 0)::bigint as tokens
     from usage_ledger where user_id = k.username and chat_id = k.conversation_id
         and stream_id not in (select id from streaming_sessions where status in ('queued', 'active'))) l
 left join lateral (
     select left(content, 300) as content from messages where user_id = k.username and chat_id = k.conversation_id
-        and position = m.first_rank and role = 'user' and not is_deleted limit 1) first on true
+        and position = m.first_rank and role = 'user' and not is_deleted and status <> 'failed' limit 1) first on true
 left join lateral (
     select left(content, 300) as content from messages where user_id = k.username and chat_id = k.conversation_id
-        and position = m.last_rank and role = 'user' and not is_deleted limit 1) last on true
+        and position = m.last_rank and role = 'user' and not is_deleted and status <> 'failed' limit 1) last on true
 left join conversation_sessions s on s.user_id = k.username and s.id = k.conversation_id
 left join lateral (
     select chatbot_id, model from usage_ledger where user_id = k.username and chat_id = k.conversation_id
@@ -46,8 +47,9 @@ insert into conversations (source, username, conversation_id, first_message_at, 
     message_count, total_tokens)
 select '{OWN}', k.username, k.conversation_id, now(), now(), 'message', 0, 0
 from unnest($1::text[], $2::text[]) as k(username, conversation_id)
-where exists (select from messages m
-    where m.user_id = k.username and m.chat_id = k.conversation_id and not m.is_deleted)
+where exists (select from messages m join chats c on c.user_id = m.user_id and c.id = m.chat_id
+    where m.user_id = k.username and m.chat_id = k.conversation_id and not m.is_deleted and m.status <> 'failed'
+        and not c.is_deleted)
 order by 2, 3 on conflict do nothing
 """
 _LOCK = f"""
@@ -185,12 +187,17 @@ async def _batch(connection: Connection, keys: Sequence[Key], done: Recounted) -
 
 async def count(connection: Connection, keys: Sequence[Key]) -> tuple[int, int]:
     """Count these in one transaction; returns their messages, and how many rows said something else."""
-    columns = [key[0] for key in keys], [key[1] for key in keys]
     async with connection.transaction():
-        made = int((await connection.execute(_MAKE, *columns)).rpartition(" ")[2])
-        await connection.execute(_LOCK, *columns)
-        row = await connection.fetchrow(_WRITE, *columns)
-        assert row is not None
-        if made != row["gone"]:
-            await connection.execute(_ADD, OWN, made - row["gone"])
+        return await count_within(connection, keys)
+
+
+async def count_within(connection: Connection, keys: Sequence[Key]) -> tuple[int, int]:
+    """As `count`, in the caller's transaction."""
+    columns = [key[0] for key in keys], [key[1] for key in keys]
+    made = int((await connection.execute(_MAKE, *columns)).rpartition(" ")[2])
+    await connection.execute(_LOCK, *columns)
+    row = await connection.fetchrow(_WRITE, *columns)
+    assert row is not None
+    if made != row["gone"]:
+        await connection.execute(_ADD, OWN, made - row["gone"])
     return row["messages"], row["written"] + row["gone"]

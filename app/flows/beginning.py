@@ -11,7 +11,7 @@ from app.chats import store
 from app.chats.chat import Message, most_recent
 from app.chats.images import Images
 from app.chats.picture import Picture
-from app.conversations import index
+from app.conversations import index, recount
 from app.errors import Invalid, NotFound
 from app.flows.chatbots import Chatbots
 from app.flows.conditions import Ask
@@ -104,7 +104,7 @@ class Beginning:
         history = incoming.history
         if history is None:
             history = () if new else await self._stored(connection, incoming.user_id, session_id)
-        position = await store.save_question(
+        saved = await store.save_question(
             connection,
             user_id=incoming.user_id,
             chat_id=session_id,
@@ -112,8 +112,19 @@ class Beginning:
             content=incoming.text,
             attachments=[{"type": "image", "id": incoming.image_id}] if incoming.image_id else [],
         )
+        if saved.brought_at is not None and incoming.history is None:
+            history = await self._stored(connection, incoming.user_id, session_id, before=saved.position)
         chat = index.Chat(incoming.user_id, session_id, incoming.chatbot_id)
-        await index.asked(connection, chat, incoming.text, position=position, client_ip=incoming.client_ip)
+        await index.asked(
+            connection,
+            chat,
+            incoming.text,
+            position=saved.position,
+            client_ip=incoming.client_ip,
+            brought_at=saved.brought_at,
+        )
+        if saved.came_back:
+            await recount.count_within(connection, [(incoming.user_id, session_id)])
         stream = Stream(
             stream_id, incoming.user_id, session_id, incoming.chatbot_id, prepared.version, prepared.flow_type
         )

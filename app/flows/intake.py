@@ -40,8 +40,8 @@ class Accepted:
 
 
 class Intake:
-    """The accepting transaction. Its locks, in order: idempotency key, session, user, chat, message, stream, quotas,
-    fence.
+    """The accepting transaction. Its locks, in order: idempotency key, session, user, sync head, chat, message, stream,
+    quotas, fence.
 
     At most `at_once` of them are under way, so that a burst of messages leaves connections to everybody else.
     `key_s`: how long an idempotency key is remembered; `user_runs`: the most answers of a user under way, on all

@@ -17,7 +17,8 @@ COLUMNS = [
     """,
     """
     alter table messages add column seq bigint not null default 0, add column origin text not null default '',
-        add column stamp text not null default '000000000000-0000', add column parent_id text
+        add column stamp text not null default '000000000000-0000', add column parent_id text,
+        add column is_asked boolean not null default true
     """,
     # Only for what asks by seq: a look-up by id would else find them as good as the primary key while a table is small.
     "create index chats_changed on chats (user_id, seq) where seq > 0",

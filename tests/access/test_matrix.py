@@ -142,6 +142,9 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("POST", "/api/sync/reset"): _nothing,
     ("GET", "/api/discovery/status"): _nothing,
     ("POST", "/api/webhooks/conversation-complete"): _nothing,
+    # Its ids are the user's own, whoever else has the same: tests/sync/test_gateway.py.
+    ("POST", "/api/chat/sync"): _nothing,
+    ("GET", "/api/chat/sync"): _nothing,
     ("GET", "/api/conversation-health"): _nothing,
     ("GET", "/livez"): _nothing,
     ("GET", "/readyz"): _nothing,

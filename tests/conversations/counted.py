@@ -15,7 +15,8 @@ join lateral (
     select count(*) as count, min(created_at) as since, max(created_at) as until,
         (array_agg(left(content, 300) order by position) filter (where role = 'user'))[1] as first,
         (array_agg(left(content, 300) order by position desc) filter (where role = 'user'))[1] as last
-    from messages where user_id = c.username and chat_id = c.conversation_id) m on true
+    from messages where user_id = c.username and chat_id = c.conversation_id
+        and not is_deleted and status <> 'failed') m on true
 join lateral (
     select coalesce(sum(prompt_tokens + completion_tokens), 0) as tokens from usage_ledger
     where user_id = c.username and chat_id = c.conversation_id) l on true
@@ -25,6 +26,14 @@ order by c.conversation_id
 _WORDS = f"""
 select c.id, w.conversation from (select id, {words.vector()} as words from conversations) c
 full join conversation_words w on w.conversation = c.id where w.words is distinct from c.words
+"""
+_CHATS = """
+select count(*) from chats c where not is_deleted and exists (select from messages m
+    where m.user_id = c.user_id and m.chat_id = c.id and not m.is_deleted and m.status <> 'failed')
+"""
+# Days count what was said, also where it was deleted since.
+_DELETED = """
+select exists (select from chats where is_deleted) or exists (select from messages where is_deleted)
 """
 
 
@@ -36,12 +45,12 @@ async def agreed(database: asyncpg.Connection) -> list[dict[str, Any]]:
         assert (row["first_question"], row["last_question"]) == (row["first"], row["last"])
         assert (row["first_message_at"], row["last_message_at"]) == (row["since"], row["until"])
         assert row["total_tokens"] == row["tokens"]
-    assert len(rows) == await database.fetchval("select count(*) from chats")
+    assert len(rows) == await database.fetchval(_CHATS)
     assert len(rows) == await database.fetchval("select coalesce(sum(conversations), 0) from conversation_counts")
     assert await database.fetch(_WORDS) == []
     days = await database.fetchrow("select sum(messages) as messages, sum(tokens) as tokens from conversation_days")
     assert days is not None
-    if rows:
+    if rows and not await database.fetchval(_DELETED):
         assert days["messages"] == sum(row["count"] for row in rows)
         assert days["tokens"] == sum(row["tokens"] for row in rows)
     return rows

@@ -1,0 +1,397 @@
+"""The one exchange: what a device pushes is applied, and what it has not seen is read, in one transaction.
+
+Everything here happens under the user's row of `sync_head` or after a look at it: commits come in the order of `seq`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import Any, Literal
+
+import orjson
+
+from app.conversations import index, recount
+from app.conversations.summary import Said, fold
+from app.errors import Conflict, Unavailable
+from app.postgres import Connection, retry_conflicts
+from app.streams.replicas import Fenced, Replica
+from app.sync import merge, pages, rows
+from app.sync.cursor import Cursor
+from app.sync.merge import AddMessage, Chat, Message, Op, State
+from app.wall import Wall
+
+# What is not there any more.
+_NONE = Message("", "", "user", "", is_deleted=True)
+ChatOp = merge.PutChat | merge.DeleteChat
+# Devices known per user, those that pushed last.
+MOST_CLIENTS = 100
+
+_HEAD = """
+select h.epoch, h.seq, h.gc_seq, h.clients, now() as at, (extract(epoch from parley_now()) * 1000)::bigint as now_ms,
+    (select json_agg(json_build_array(s.id, s.streaming_session_id)) from conversation_sessions s
+     where s.user_id = h.user_id and s.status = 'active') as active
+from sync_head h where h.user_id = $1
+"""
+_LOCK = "select from sync_head where user_id = $1 for update"
+_MAKE = "insert into sync_head (user_id) values ($1) on conflict do nothing"
+_MOVE = "update sync_head set seq = $2, clients = $3 where user_id = $1"
+# What was there before devices were, and what replicas of the version before have written since.
+_ADOPT = """
+with new as (
+    select id, row_number() over (order by created_at, position) as n from messages where user_id = $1 and seq = 0),
+adopted as (
+    update messages m set seq = $2 + new.n,
+        stamp = lpad(to_hex((extract(epoch from m.created_at) * 1000)::bigint), 12, '0') || '-0000'
+    from new where m.user_id = $1 and m.id = new.id returning 1)
+select count(*) from adopted
+"""
+_ADOPT_CHATS = """
+with new as (select id, row_number() over (order by created_at) as n from chats where user_id = $1 and seq = 0),
+adopted as (
+    update chats c set seq = $2 + new.n from new where c.user_id = $1 and c.id = new.id returning 1)
+select count(*) from adopted
+"""
+
+Resync = Literal["epoch", "ahead", "compacted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Mutation:
+    """Operations that are applied together or not at all. `altered`: they are not quite as the device said."""
+
+    mid: int
+    ops: Sequence[Op]
+    altered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a device says. Without a `client` it only reads; `failed`: it wants failed messages, and may push some."""
+
+    client: str = ""
+    cursor: Cursor | None = None
+    push: Sequence[Mutation] = ()
+    failed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """`acked`: the last mutation of this device that the server has."""
+
+    acked: int
+    cursor: Cursor
+    server_time: int
+    chats: Sequence[Chat]
+    messages: Sequence[Message]
+    more: bool
+    bootstrap: bool = False
+    resync: Resync | None = None
+    results: Sequence[Mapping[str, Any]] = ()
+    active_streams: Sequence[Mapping[str, Any]] = ()
+
+
+@dataclass(slots=True)
+class _Head:
+    """The user's row, and what is known of the device that asks."""
+
+    epoch: str
+    seq: int
+    gc_seq: int
+    clients: dict[str, Any]
+    at: datetime
+    now_ms: int
+    active: Sequence[tuple[str, str]]
+
+
+@dataclass(slots=True)
+class _Pushed:
+    """What became of a push: what the device has to be told of, beside what others did."""
+
+    results: list[Mapping[str, Any]] = field(default_factory=list)
+    chats: dict[str, Chat] = field(default_factory=dict)
+    messages: dict[str, Message] = field(default_factory=dict)
+
+
+class Changes:
+    """Of all users, on one replica."""
+
+    def __init__(self, replica: Replica, wall: Wall) -> None:
+        self._replica = replica
+        self._wall = wall
+
+    async def exchange(self, user_id: str, asked: Asked) -> Answer:
+        """Apply, then read. Raises Conflict for a gap or an unknown device, Unavailable where nothing can be written.
+
+        Any number of times with the same effect.
+        """
+        if asked.push:
+            self._replica.admit()
+        elif (answer := await self._read(user_id, asked)) is not None:
+            return answer
+        try:
+            return await retry_conflicts(lambda: self._write(user_id, asked))
+        except Fenced:
+            raise Unavailable("replica_lost", "The server is recovering; send it again.", retry_after=2) from None
+
+    async def _read(self, user_id: str, asked: Asked) -> Answer | None:
+        """The answer to who pushes nothing; None where something has to be written for it: before a bootstrap."""
+        async with self._wall.connection() as connection:
+            head = await _head(connection, user_id)
+            if head is None or _start(head, asked)[1] == 0:
+                return None
+            return await _answer(connection, user_id, asked, head, _Pushed())
+
+    async def _write(self, user_id: str, asked: Asked) -> Answer:
+        async with self._replica.transaction(wall=self._wall) as connection:
+            head = await self._locked(connection, user_id)
+            pushed = await _push(connection, user_id, asked, head) if asked.push else _Pushed()
+            if _start(head, asked)[1] == 0:
+                await _adopt(connection, user_id, head)
+            return await _answer(connection, user_id, asked, head, pushed)
+
+    async def _locked(self, connection: Connection, user_id: str) -> _Head:
+        # Read in a statement of its own, after the lock: the one that waits for it still sees what was before.
+        if await connection.fetchrow(_LOCK, user_id) is None:
+            await connection.execute(_MAKE, user_id)
+            await connection.fetchrow(_LOCK, user_id)
+        head = await _head(connection, user_id)
+        assert head is not None
+        return head
+
+
+async def _head(connection: Connection, user_id: str) -> _Head | None:
+    row = await connection.fetchrow(_HEAD, user_id)
+    if row is None:
+        return None
+    active = orjson.loads(row["active"] or "[]")
+    given = (row["epoch"], row["seq"], row["gc_seq"], orjson.loads(row["clients"]), row["at"], row["now_ms"])
+    return _Head(*given, [(chat, stream) for chat, stream in active])
+
+
+def _start(head: _Head, asked: Asked) -> tuple[Resync | None, int]:
+    """Why a device has to begin anew, and its cursor's `until`, where 0 is a bootstrap from nothing."""
+    cursor = asked.cursor
+    if cursor is None or (asked.failed and not cursor.failed):
+        return None, 0
+    if cursor.epoch != head.epoch:
+        return "epoch", 0
+    if max(cursor.seq, cursor.until) > head.seq:
+        return "ahead", 0
+    # In a bootstrap: since it began.
+    if cursor.compacted != head.gc_seq if cursor.until else cursor.seq < head.gc_seq:
+        return "compacted", 0
+    return None, max(cursor.until, 1)
+
+
+async def _adopt(connection: Connection, user_id: str, head: _Head) -> None:
+    for statement in (_ADOPT_CHATS, _ADOPT):
+        head.seq += await connection.fetchval(statement, user_id, head.seq)
+    await _move(connection, user_id, head)
+
+
+async def _move(connection: Connection, user_id: str, head: _Head) -> None:
+    await connection.execute(_MOVE, user_id, head.seq, orjson.dumps(head.clients).decode())
+
+
+# -- pushing
+
+
+async def _push(connection: Connection, user_id: str, asked: Asked, head: _Head) -> _Pushed:
+    acked = _acked(head, asked)
+    found = await rows.load(connection, user_id, [op for mutation in asked.push for op in mutation.ops])
+    before = State(dict(found.state.chats), dict(found.state.messages))
+    work = _Work(asked, head, found)
+    for mutation in asked.push:
+        if mutation.mid <= acked:
+            work.repeat(mutation)
+        else:
+            work.apply(mutation)
+    pushed = work.told()
+    if asked.push[-1].mid <= acked:
+        return pushed
+    await rows.keep(connection, user_id, work.losers)
+    places = await rows.write(connection, user_id, found, work.marks)
+    await _index(connection, user_id, before, found.state, places=places, at=head.at)
+    _remember(head, asked, pushed.results)
+    await _move(connection, user_id, head)
+    return pushed
+
+
+def _acked(head: _Head, asked: Asked) -> int:
+    """The last mutation of this device that is here. Raises Conflict where those sent do not follow on it."""
+    known = head.clients.get(asked.client)
+    acked: int = known["mid"] if known else 0
+    first = asked.push[0].mid
+    if known is None and first != 1:
+        detail = "The server does not know this device; take a new client id and count from 1."
+        raise Conflict("unknown_client", detail)
+    if first > acked + 1:
+        raise Conflict("gap", f"Mutation {acked + 1} comes next.", expected=acked + 1)
+    return acked
+
+
+def _remember(head: _Head, asked: Asked, results: Sequence[Mapping[str, Any]]) -> None:
+    """How far this device is now; the one that was silent for longest is forgotten where there are too many."""
+    head.clients[asked.client] = {"mid": asked.push[-1].mid, "at": head.now_ms}
+    if results:
+        head.clients[asked.client]["results"] = results
+    while len(head.clients) > MOST_CLIENTS:
+        del head.clients[min(head.clients, key=lambda client: head.clients[client]["at"])]
+
+
+@dataclass(slots=True)
+class _Work:
+    """Mutations, one after the other, on rows in memory. `chats` and `messages`: what the device has to be told of."""
+
+    asked: Asked
+    head: _Head
+    found: rows.Found
+    marks: rows.Marks = field(default_factory=rows.Marks)
+    losers: list[Chat] = field(default_factory=list)
+    results: list[Mapping[str, Any]] = field(default_factory=list)
+    chats: set[str] = field(default_factory=set)
+    messages: dict[str, Message] = field(default_factory=dict)
+
+    def apply(self, mutation: Mutation) -> None:
+        told, before = [], len(self.marks)
+        for op in mutation.ops:
+            if isinstance(op, AddMessage) and op.status == "failed" and not self.asked.failed:
+                continue
+            status = self._apply(op, self.head.seq + 1, altered=mutation.altered)
+            if status is not None:
+                told.append({"id": op.id, "status": status})
+        self.head.seq += len(self.marks) > before
+        if told:
+            self.results.append({"mid": mutation.mid, "ops": told})
+
+    def _apply(self, op: Op, seq: int, *, altered: bool) -> merge.Status | None:
+        have = self.found.state.chats.get(op.id) if isinstance(op, ChatOp) else None
+        outcome = merge.apply(self.found.state, op, client=self.asked.client, now_ms=self.head.now_ms)
+        plain = outcome.plain and not altered
+        origin = self.asked.client if plain else ""
+        own = isinstance(op, ChatOp)
+        self.marks.set(seq, chats=outcome.chats, origin=origin if own else "")
+        self.marks.set(seq, messages=outcome.messages, origin=origin)
+        if not plain:
+            self._name(op)
+        if not plain or not own:
+            self.chats.update(outcome.chats)
+            self.messages |= {} if plain else dict.fromkeys(outcome.messages, _NONE)
+        if outcome.loser is not None and (outcome.loser is not have or not self._knew(have)):
+            self.losers.append(outcome.loser)
+        return outcome.status
+
+    def _knew(self, chat: Chat) -> bool:
+        """Whether the device has seen what it replaced: then that did not lose against it, it was followed."""
+        cursor, seq = self.asked.cursor, self.found.seqs.get(chat.id, 0)
+        if chat.client == self.asked.client:
+            return True
+        return cursor is not None and cursor.epoch == self.head.epoch and seq <= cursor.seq
+
+    def repeat(self, mutation: Mutation) -> None:
+        """The device did not hear what became of it: it is told what is there now."""
+        for op in mutation.ops:
+            self._name(op)
+        known = self.head.clients[self.asked.client].get("results", [])
+        self.results.extend(result for result in known if result["mid"] == mutation.mid)
+
+    def _name(self, op: Op) -> None:
+        if isinstance(op, ChatOp):
+            self.chats.add(op.id)
+        else:
+            self.messages[op.id] = Message(op.id, getattr(op, "chat_id", ""), "user", "", is_deleted=True)
+
+    def told(self) -> _Pushed:
+        """As it is after all of them. What is not there any more is told as deleted."""
+        chats, messages = self.found.state.chats, self.found.state.messages
+        return _Pushed(
+            self.results,
+            {name: chats[name] for name in self.chats if name in chats},
+            {name: messages.get(name, gone) for name, gone in self.messages.items()},
+        )
+
+
+async def _index(
+    connection: Connection,
+    user_id: str,
+    before: State,
+    after: State,
+    *,
+    places: Mapping[str, int],
+    at: datetime,
+) -> None:
+    """Keep the index of conversations: add what is new, and count where something has gone or come back."""
+    said = [
+        Said(message.chat_id, user_id, places[name], name, _SAYS[message.role], at, question=_question(message))
+        for name, message in after.messages.items()
+        if _counts(message) and not _counts(before.messages.get(name))
+    ]
+    await index.merge(connection, index.OWN, fold(said, most_keys=0))
+    gone = {one.chat_id for name, one in before.messages.items() if _counts(one) and after.messages[name].is_deleted}
+    turned = {name for name, chat in after.chats.items() if chat.is_deleted != _is_deleted(before.chats.get(name))}
+    hidden = {one.conversation_id for one in said if after.chats[one.conversation_id].is_deleted}
+    if chats := sorted(gone | turned | hidden):
+        await recount.count_within(connection, [(user_id, chat) for chat in chats])
+
+
+_SAYS: Mapping[str, Literal["user", "assistant", "other"]] = {
+    "user": "user",
+    "assistant": "assistant",
+    "system": "other",
+}
+
+
+def _question(message: Message) -> str:
+    return message.content if message.role == "user" else ""
+
+
+def _counts(message: Message | None) -> bool:
+    return message is not None and not message.is_deleted and message.status != "failed"
+
+
+def _is_deleted(chat: Chat | None) -> bool:
+    return chat is not None and chat.is_deleted
+
+
+# -- reading
+
+
+async def _answer(connection: Connection, user_id: str, asked: Asked, head: _Head, pushed: _Pushed) -> Answer:
+    resync, until = _start(head, asked)
+    cursor = asked.cursor
+    if until == 0 or cursor is None:
+        cursor = Cursor(head.epoch, 0, head.seq, head.gc_seq, asked.failed)
+    else:
+        cursor = replace(cursor, failed=asked.failed)
+    page = await pages.read(connection, user_id, cursor, client=asked.client, last=head.seq)
+    chats = pushed.chats | {chat.id: chat for chat in page.chats}
+    messages = pushed.messages | {message.id: message for message in page.messages}
+    known = head.clients.get(asked.client)
+    return Answer(
+        acked=known["mid"] if known else 0,
+        cursor=page.cursor,
+        server_time=head.now_ms,
+        chats=list(chats.values()),
+        messages=[one for one in messages.values() if asked.failed or one.status != "failed"],
+        more=page.more,
+        bootstrap=until == 0,
+        resync=resync,
+        results=pushed.results,
+        active_streams=await _streams(connection, head.active),
+    )
+
+
+_LAST_EVENTS = """
+select s.id::text as id, coalesce((select max(e.id) from streaming_events e where e.stream_id = s.id), 0) as last
+from unnest($1::uuid[]) as s(id)
+"""
+
+
+async def _streams(connection: Connection, active: Sequence[tuple[str, str]]) -> list[Mapping[str, Any]]:
+    """Answers in the making, to be followed from any of their events on."""
+    if not active:
+        return []
+    ids = [stream for _, stream in active]
+    await connection.execute("select set_config('parley.streams', $1, true)", f"{{{','.join(ids)}}}")
+    last = {row["id"]: row["last"] for row in await connection.fetch(_LAST_EVENTS, ids)}
+    return [{"chat_id": chat, "streaming_session_id": stream, "last_event_id": last[stream]} for chat, stream in active]

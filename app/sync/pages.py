@@ -1,0 +1,62 @@
+"""What a device has not seen, a page at a time: cut between two changes, bounded in rows and in bytes."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from app.postgres import Connection
+from app.sync.cursor import Cursor
+from app.sync.merge import Chat, Message
+from app.sync.rows import CHAT, MESSAGE, message_of
+
+ROWS = 500
+# Text of messages; one more change than that, so that there is always one.
+BYTES = 4 << 20
+# No device is called so.
+_NO_CLIENT = " "
+
+# Own rows are known, but for those from before a bootstrap.
+_UNSEEN = "user_id = $1 and seq > 0 and seq > $2 and seq <= $3 and (origin <> $4 or seq <= $5)"
+_CHATS = f"select seq, {CHAT} from chats where {_UNSEEN} order by seq limit {ROWS + 1}"
+# Text beyond the bound is not read; a row without it ends the page.
+_TEXT = f"case when before < {BYTES} then content end as content"
+_MESSAGES = f"""
+select seq, before < {BYTES} as fits, {MESSAGE.replace("content", _TEXT)}
+from (
+    select *, coalesce(sum(octet_length(content)) over (
+        order by seq groups between unbounded preceding and 1 preceding), 0) as before
+    from (select seq, {MESSAGE} from messages where {_UNSEEN} and ($6 or status <> 'failed' or is_deleted)
+        order by seq limit {ROWS + 1}) unseen) sized
+order by seq
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """`cursor` is where the next one begins."""
+
+    chats: Sequence[Chat]
+    messages: Sequence[Message]
+    cursor: Cursor
+    more: bool
+
+
+async def read(connection: Connection, user_id: str, cursor: Cursor, *, client: str, last: int) -> Page:
+    """Rows behind the cursor, up to the change `last`, which has been committed."""
+    if cursor.seq >= last:
+        return Page((), (), cursor, False)
+    values = (user_id, cursor.seq, last, client or _NO_CLIENT, cursor.until)
+    chats = await connection.fetch(_CHATS, *values)
+    messages = await connection.fetch(_MESSAGES, *values, cursor.failed)
+    end = _end(sorted([*(row["seq"] for row in chats), *(row["seq"] for row in messages)]), last)
+    end = min([end, *(row["seq"] - 1 for row in messages if not row["fits"])])
+    return Page(
+        [Chat(*list(row)[1:]) for row in chats if row["seq"] <= end],
+        [message_of(row) for row in messages if row["seq"] <= end],
+        replace(cursor, seq=end),
+        end < last,
+    )
+
+
+def _end(seqs: Sequence[int], last: int) -> int:
+    """The last change that is on the page with all of its rows."""
+    return seqs[ROWS] - 1 if len(seqs) > ROWS else last
