@@ -29,6 +29,7 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 }
 _KNOWN = {
     *("$ref", "type", "anyOf", "enum", "const", "properties", "required", "items", "additionalProperties", "pattern"),
+    *("oneOf", "discriminator", "maxItems", "minimum", "exclusiveMaximum", "maximum"),
     *("title", "description", "default", "minLength", "maxLength", "format"),
 }
 
@@ -58,8 +59,8 @@ def _mismatch(spec: Json, schema: Json, value: Any, place: str = "") -> str | No
         return f"{place}: the test does not know {unknown}"
     if "$ref" in schema:
         return _mismatch(spec, _follow(spec, schema["$ref"]), value, place)
-    if "anyOf" in schema:
-        found = [_mismatch(spec, option, value, place) for option in schema["anyOf"]]
+    if options := schema.get("anyOf") or schema.get("oneOf"):
+        found = [_mismatch(spec, option, value, place) for option in options]
         return None if None in found else "; ".join(map(str, found))
     if "type" in schema and not isinstance(value, _TYPES[schema["type"]]):
         return f"{place}: {value!r} is no {schema['type']}"
