@@ -253,7 +253,7 @@ _RESET = Operation(
             },
         )
     },
-    problems={409: ["sync_running"], 503: [*_PROBLEMS[503], "index_busy"]},
+    problems={409: ["sync_running", "index_held"], 503: [*_PROBLEMS[503], "index_busy"]},
 )
 
 INDEX_OPERATIONS: Mapping[tuple[str, str], Operation] = {

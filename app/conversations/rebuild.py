@@ -12,13 +12,14 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
+import asyncpg
 import structlog
 
 from app.conversations import words
 from app.conversations.index import OWN
 from app.conversations.recount import COUNTED, Key, chats
 from app.conversations.replacement import LONG_S, Replacement
-from app.errors import Unavailable
+from app.errors import Conflict, Unavailable
 from app.postgres import CONFLICT, Connection
 
 log = structlog.get_logger(__name__)
@@ -259,6 +260,9 @@ class _Rebuild:
         except CONFLICT:
             self._state.conversations = counted
             raise
+        except asyncpg.DependentObjectsStillExistError as error:
+            detail = f"Something else depends on the table, which can therefore not be replaced: {error.detail}"
+            raise Conflict("index_held", detail) from error
 
     async def _catch_up(self, most: int) -> int:
         """Bring those that have changed since up to date; returns how many changes that were."""

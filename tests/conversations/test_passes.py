@@ -3,12 +3,15 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import asyncpg
 import pytest
 from structlog.testing import capture_logs
 
+from app.access.audit import Actor
+from app.conversations import upkeep
 from app.conversations.batch import Bounds
 from app.conversations.passes import Passes
 from app.conversations.sources.source import Source, apply_sources
@@ -145,3 +148,22 @@ def test_a_schedule_that_cannot_be_read_is_the_default() -> None:
     assert discovery_cron(load(discovery_cron="1 2 * * *")) == "1 2 * * *"
     for wrong in ("often", "99 * * * *", "0 0 30 2 *", ""):
         assert discovery_cron(load(discovery_cron=wrong)) == SCHEDULE["discovery"]
+
+
+async def test_a_sync_passes_over_each_and_brings_all_back_after_a_delete(
+    database: str, writer: asyncpg.Connection
+) -> None:
+    async with passes_of(database) as passes, upkeep.alone(database) as own:
+        for _ in range(2):
+            synced = await upkeep.sync(own, discover=partial(upkeep.each_source, passes))
+            assert (synced.messages, synced.failures) == (4000, 1)
+            assert [(failed.source, failed.id) for failed in synced.failed] == [("gone", "")]
+            assert (await upkeep.stats(own)).sources == {"one": 30, "two": 1000}
+            reset = await upkeep.reset(own, Actor("command:test"))
+            assert reset.sources == {"one": 30, "two": 1000}
+            # Both know what was counted: nothing is counted twice, on no day either.
+            assert (await upkeep.sync(own, discover=partial(upkeep.each_source, passes))).messages == 0
+            assert await own.fetchval("select sum(messages) from conversation_days") == 4000
+            assert await own.fetchval("select sum(message_count) from conversations") == 4000
+            assert await upkeep.delete(own, Actor("command:test"))
+            assert await upkeep.init(own)

@@ -204,3 +204,12 @@ async def test_deleted_and_brought_back(database: str) -> None:
         assert (synced.found, synced.messages, synced.failures) == (len(_CHATS), 2 * len(_CHATS) + 4, 0)
         await agreed(connection)
         assert await connection.fetchval("select count(*) from audit where action = 'index.delete'") == 2
+
+
+async def test_what_depends_on_the_table_keeps_it(database: str) -> None:
+    async with _connected(database) as connection:
+        shape = await _shape(connection)
+        await connection.execute("create view mine as select conversation_id from conversations")
+        with pytest.raises(Conflict, match="view mine depends"):
+            await rebuild(connection)
+        assert await _shape(connection) == shape
