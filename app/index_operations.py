@@ -58,8 +58,9 @@ _LIST = Operation(
     "The index over all conversations, wherever they were held; the last ones first. A page costs the same at any "
     "depth if `nextCursor` is sent back as `cursor`; pages are turned by number up to the 10,000th conversation. "
     "Filters may be combined, and one that is empty is none; a `q` without a word in it finds nothing.\n\n"
-    "`total` is exact without filters and up to 10,000; beyond that, `totalIsExact` is false and there are more. With "
-    "a cursor it is what it was on the first page. `from` and `to` are about the last message.",
+    "`total` is exact without filters, with one filter up to 10,000, with several or with `q` at least up to 1,000; "
+    "beyond that, `totalIsExact` is false and there are more. With a cursor it is what it was on the first page. "
+    "`from` and `to` are about the last message.",
     answers={200: Answer("A page.", {_JSON: Content(_LISTED, Conversations)})},
     parameters=[
         _USERNAME,

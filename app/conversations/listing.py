@@ -23,8 +23,9 @@ _IDS = 100
 # A row of a walk costs a third of one that the index of words finds. A walk is as long as its page should need, and
 # half as long again, as not everything comes evenly.
 _CHEAPER, _MARGIN = 3, 1.5
-# So many times FAR the statistics have to say before they are believed: of so many they know better than by a tenth.
-_SURELY = 1.3
+# How far a total of several filters, or of words, is counted where more than that is found: it would be the dearest
+# part of a first page. Statistics that say so many times more are believed.
+_COUNTED, _SURELY = 1_000, 3
 # Always true, and what the index for lists without filters asks for.
 _EVERY = "message_count >= 0"
 
@@ -252,12 +253,12 @@ def matching(wanted: Wanted, slice_: Slice, *, query: str) -> tuple[str, list[An
 
 
 def counting(wanted: Wanted, *, query: str) -> tuple[str, list[Any]]:
-    """What counts how many are found, up to FAR and one more."""
+    """What counts how many are found, up to _COUNTED and one more."""
     terms = _Terms()
     if wanted.since is None and wanted.until is None:
-        return _COUNT_WORDS.format(query=terms.add(query), far=terms.add(FAR + 1)), terms.values
+        return _COUNT_WORDS.format(query=terms.add(query), far=terms.add(_COUNTED + 1)), terms.values
     found = terms.found(wanted, None, query)
-    return _COUNT_FOUND.format(found=found, far=terms.add(FAR + 1)), terms.values
+    return _COUNT_FOUND.format(found=found, far=terms.add(_COUNTED + 1)), terms.values
 
 
 async def _total(connection: Connection, wanted: Wanted, words: str) -> Total:
@@ -265,23 +266,23 @@ async def _total(connection: Connection, wanted: Wanted, words: str) -> Total:
         return Total(await connection.fetchval(_ALL))
     terms = _Terms()
     where = terms.all_of(terms.named(wanted.facets) or [_EVERY], terms.between(wanted, None), terms.has(words))
-    return _counted(await connection.fetchval(_COUNT.format(where=where, far=terms.add(FAR + 1)), *terms.values))
+    return _counted(await connection.fetchval(_COUNT.format(where=where, far=terms.add(FAR + 1)), *terms.values), FAR)
 
 
 async def _total_found(connection: Connection, wanted: Wanted, seen: Look) -> Total:
-    """Of a single word or facet that very many have, the statistics are enough to know that there are more than FAR."""
+    """At least so many. Of a single word or facet that many have the statistics are enough to know it."""
     unbounded = wanted.since is None and wanted.until is None
-    if seen.terms == 1 and unbounded and seen.rarest * seen.conversations > _SURELY * FAR:
-        return Total(FAR + 1, exact=False)
+    if seen.terms == 1 and unbounded and seen.rarest * seen.conversations > _SURELY * _COUNTED:
+        return Total(_COUNTED + 1, exact=False)
     sql, values = counting(wanted, query=seen.query)
     async with connection.transaction():
         # Whether the index is worth it depends on how common the words are; our connections plan without looking.
         await connection.execute("set local plan_cache_mode = force_custom_plan")
-        return _counted(await connection.fetchval(sql, *values))
+        return _counted(await connection.fetchval(sql, *values), _COUNTED)
 
 
-def _counted(count: int) -> Total:
-    return Total(count, exact=count <= FAR)
+def _counted(count: int, far: int) -> Total:
+    return Total(count, exact=count <= far)
 
 
 @dataclass(slots=True)

@@ -31,16 +31,15 @@ select c.username, 'm' || c.id || '-' || p, c.conversation_id,
     case when p % 2 = 0 then 'user' else 'assistant' end, p, c.last_message_at - ({messages} - p) * interval '30 s'
 from conversations c, generate_series(0, {messages} - 1) p where c.id between {first} and {last}
 """
-_INDEXES = ("conversations_recent", "conversations_of_user", "conversations_of_model", "conversations_of_chatbot")
 _WRITTEN = "(select * from conversations) written"
 _STEP = 100_000
 
 
-async def fill(connection: Connection, conversations: int) -> None:
+async def fill(connection: Connection, conversations: int, *, messages: bool = True) -> None:
     """Into empty tables."""
     for first in range(1, conversations + 1, _STEP):
         bounds = {"first": first, "last": min(first + _STEP - 1, conversations)}
-        for statement in (_CONVERSATIONS, _MESSAGES):
+        for statement in (_CONVERSATIONS, _MESSAGES) if messages else (_CONVERSATIONS,):
             sql = statement.format(messages=MESSAGES, conversations=conversations, words=_WORDS, **bounds)
             await connection.execute(sql, timeout=600)
     for statement in (
