@@ -313,7 +313,9 @@ async def test_doctor_names_jobs_that_have_not_run(database: str) -> None:
     assert code == 1
     assert [(subject, said[:12]) for subject, said in found.items() if "job" in subject] == [
         ("job partitions", "FAIL was due"),
+        ("job index", "FAIL was due"),
         ("job replicas", "FAIL was due"),
+        ("job discovery", "FAIL was due"),
     ]
 
 
