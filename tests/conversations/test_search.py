@@ -259,7 +259,7 @@ async def test_the_way_follows_what_is_common(many: Connection) -> None:
 
 
 async def test_totals_of_searches_are_counted_so_far(many: Connection) -> None:
-    async def total(**wanted: str) -> listing.Total:
+    async def total(**wanted: Any) -> listing.Total:
         page = await listing.page(many, listing.Wanted(**wanted), size=5)
         assert len(page.rows) == min(5, page.total.count)
         return page.total
