@@ -3,6 +3,7 @@
 from collections.abc import AsyncGenerator
 from datetime import timedelta
 from random import Random
+from typing import Any
 
 import httpx2
 import pytest
