@@ -1,0 +1,246 @@
+"""Users with several devices at two gateways, and all that can go wrong between them; and what must hold then."""
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from random import Random
+from time import time
+
+import asyncpg
+
+from app.chats import store
+from app.conversations import index, recount
+from app.errors import Conflict
+from app.postgres import Connection, open_pool, retry_conflicts
+from app.streams.replicas import Replica
+from app.sync import changes
+from app.sync.changes import Asked, Changes
+from app.sync.merge import AddMessage, Chat, DeleteChat, DeleteMessage, Message, Op, PutChat, State, fork
+from app.wall import Reach, Wall, within
+from tests.sync.device import Device
+
+_HOUR_MS = 3_600_000
+_ROWS = "select * from {} where user_id = $1"
+# Exchanges until everybody must have everything.
+_ENOUGH = 40
+
+
+class Plain(Changes):
+    """A control: numbers from a sequence, and nobody waits for anybody."""
+
+    source = "nextval('control')"
+
+    async def _locked(self, connection: Connection, user_id: str) -> changes._Head:
+        await connection.execute(changes._MAKE, user_id)
+        head = await changes._head(connection, user_id)
+        assert head is not None
+        head.seq = await connection.fetchval(f"select {self.source}")
+        await asyncio.sleep(0.005 * Random().random())
+        return head
+
+
+class Timestamps(Plain):
+    """A control: changes are numbered by the time."""
+
+    source = "(extract(epoch from clock_timestamp()) * 1000000)::bigint"
+
+
+@dataclass(slots=True)
+class Storm:
+    """Two gateways over one database."""
+
+    gateways: list[Changes]
+    database: asyncpg.Pool
+
+    async def run(self, seed: int, *, rounds: int = 12) -> list[str]:
+        """A run of two users; returns what did not hold."""
+        users = [User(self, f"u{seed}-{name}", Random(f"{seed} {name}")) for name in ("ann", "bob")]
+        await asyncio.gather(*(user.live(rounds) for user in users))
+        return [f"seed {seed}: {wrong}" for user in users for wrong in await user.wrong()]
+
+
+@asynccontextmanager
+async def storm(dsn: str, kind: type[Changes] = Changes) -> AsyncGenerator[Storm, None]:
+    async with AsyncExitStack() as stack:
+        gateways = []
+        for _ in range(2):
+            pool = await open_pool(dsn, 4)
+            stack.callback(pool.terminate)
+            wall = await stack.enter_async_context(Wall(pool, demand="require").open(dsn, 4))
+            async with pool.acquire() as connection:
+                await wall.look_for_role(connection)
+            replica = Replica(pool)
+            await replica.register()
+            replica.refusal = None
+            gateways.append(kind(replica, wall))
+        database = await open_pool(dsn, 2)
+        stack.callback(database.terminate)
+        yield Storm(gateways, database)
+
+
+@dataclass(slots=True)
+class User:
+    """One user's devices, what they said that was acknowledged, and what came late."""
+
+    storm: Storm
+    name: str
+    chance: Random
+    devices: list[Device] = field(default_factory=list)
+    acknowledged: list[Op] = field(default_factory=list)
+    deleted: set[str] = field(default_factory=set)
+    late: list[Asked] = field(default_factory=list)
+    words: int = 0
+
+    async def live(self, rounds: int) -> None:
+        skews = (0, -_HOUR_MS, 6 * _HOUR_MS, 30_000)
+        self.devices = [Device(skew_ms=self.chance.choice(skews)) for _ in range(3)]
+        for _ in range(rounds):
+            await asyncio.gather(*(self._act(device) for device in self.devices), self._serve())
+        for asked in self.late:
+            await self._send(asked)
+        for _ in range(_ENOUGH):
+            for device in self.devices:
+                await self._exchange(device)
+            if all(not device.outbox for device in self.devices):
+                break
+        for device in self.devices:  # once more, as the last ones to push were not heard by the first
+            for _ in range(_ENOUGH):
+                if not await self._exchange(device):
+                    break
+
+    async def _act(self, device: Device) -> None:
+        chance = self.chance.random()
+        if chance < 0.03:
+            device.wipe()
+        for _ in range(self.chance.randrange(3)):
+            device.say(*self._ops(device))
+        if self.chance.random() < 0.3:  # offline
+            return
+        if self.chance.random() < 0.15:  # the request is lost, or comes some time
+            self.late.append(device.ask())
+            return
+        if self.chance.random() < 0.15:  # the answer is lost
+            await self._send(device.ask())
+            return
+        if self.late and self.chance.random() < 0.3:
+            await self._send(self.chance.choice(self.late))
+        await self._exchange(device)
+
+    def _ops(self, device: Device) -> list[Op]:
+        now, seen, chance = round(time() * 1000), device.view(), self.chance
+        self.words += 1
+        chat = f"c{chance.randrange(4)}"
+        kind = chance.random()
+        if kind < 0.55:
+            # Ids are drawn from few, so that several devices say different things under one.
+            message = f"m{chance.randrange(10_000) if chance.random() < 0.8 else chance.randrange(10)}"
+            return [AddMessage(message, chat, "user", f"{self.name} {self.words}", device.stamp(now))]
+        if kind < 0.75:
+            return [PutChat(chat, f"{self.name} {self.words}", device.stamp(now), chance.choice([None, "c0"]))]
+        if kind < 0.85:
+            return [DeleteChat(chat, device.stamp(now))]
+        if seen.messages and kind < 0.93:
+            gone = chance.choice(sorted(seen.messages))
+            self.deleted.add(gone)
+            return [DeleteMessage(gone)]
+        branch = f"b{self.words}"
+        return [
+            PutChat(branch, f"{self.name} {self.words}", device.stamp(now), chat),
+            AddMessage(f"{branch}-m", branch, "user", f"{self.name} {self.words}", device.stamp(now)),
+        ]
+
+    async def _send(self, asked: Asked) -> changes.Answer | None:
+        with within(Reach(self.name)):
+            try:
+                return await self.chance.choice(self.storm.gateways).exchange(self.name, asked)
+            except Conflict:
+                return None
+
+    async def _exchange(self, device: Device) -> bool:
+        """Whether there is more to do."""
+        asked = device.ask()
+        answer = await self._send(asked)
+        if answer is None:
+            device.begin_anew()
+            return True
+        self.acknowledged += device.take(answer)
+        return answer.more or bool(device.outbox)
+
+    async def _serve(self) -> None:
+        """A run saves a question and an answer; each of them twice."""
+        if self.chance.random() < 0.5:
+            return
+        self.words += 1
+        chat, name, text = f"c{self.chance.randrange(4)}", f"run-{self.words}", f"{self.name} {self.words}"
+        for _ in range(2):
+            await retry_conflicts(lambda: self._run(chat, name, text))
+
+    async def _run(self, chat: str, name: str, text: str) -> None:
+        async with self.storm.database.acquire() as connection:
+            with suppress(Conflict):
+                async with connection.transaction():
+                    await _ask(connection, self.name, chat, f"{name}-q", text)
+            async with connection.transaction():
+                await _answer(connection, self.name, chat, f"{name}-a", text)
+
+    async def wrong(self) -> list[str]:
+        """What does not hold; nothing, where everything does."""
+        server = await self._stored()
+        found = [f"an outbox of {self.name} is not empty" for device in self.devices if device.outbox]
+        found += [
+            f"{self.name}: a device differs: {_difference(_shown(device.view()), _shown(server))}"
+            for device in self.devices
+            if _shown(device.view()) != _shown(server)
+        ]
+        found += [f"{self.name}: lost {op}" for op in self.acknowledged if self._is_lost(op, server)]
+        texts = [message.content for device in self.devices for message in device.base.messages.values()]
+        found += [f"{self.name} sees {text}" for text in texts if text and not text.startswith(f"{self.name} ")]
+        return found
+
+    def _is_lost(self, op: Op, server: State) -> bool:
+        if not isinstance(op, AddMessage):
+            return False
+        stored = [server.messages.get(op.id), server.messages.get(fork(op))]
+        if any(one is not None and one.content == op.content for one in stored):
+            return False
+        return not any(one is not None and one.is_deleted for one in stored)
+
+    async def _stored(self) -> State:
+        chats = await self.storm.database.fetch(_ROWS.format("chats"), self.name)
+        messages = await self.storm.database.fetch(_ROWS.format("messages"), self.name)
+        return State(
+            {row["id"]: Chat(**{name: row[name] for name in Chat.__slots__}) for row in chats},
+            {row["id"]: Message(**{name: row[name] for name in Message.__slots__}) for row in messages},
+        )
+
+
+async def _ask(connection: Connection, user: str, chat: str, message: str, text: str) -> None:
+    saved = await store.save_question(connection, user_id=user, chat_id=chat, message_id=message, content=text)
+    named = index.Chat(user, chat, "bot")
+    await index.asked(connection, named, text, position=saved.position, brought_at=saved.brought_at)
+    if saved.came_back:
+        await recount.count_within(connection, [(user, chat)])
+
+
+async def _answer(connection: Connection, user: str, chat: str, message: str, text: str) -> None:
+    new = await store.save_answer(
+        connection, user_id=user, chat_id=chat, message_id=message, content=text, status="complete"
+    )
+    if new:
+        await index.answered(connection, index.Chat(user, chat, "bot"), model="small")
+
+
+def _shown(state: State) -> dict[str, object]:
+    """What a user sees: chats that are there, with their messages."""
+    chats = {f"chat {chat.id}": chat for chat in state.chats.values() if not chat.is_deleted}
+    messages = {
+        f"message {one.id}": one
+        for one in state.messages.values()
+        if not one.is_deleted and f"chat {one.chat_id}" in chats
+    }
+    return {**chats, **messages}
+
+
+def _difference(one: dict[str, object], other: dict[str, object]) -> Sequence[object]:
+    return [(name, one.get(name), other.get(name)) for name in {*one, *other} if one.get(name) != other.get(name)][:3]
