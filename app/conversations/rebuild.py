@@ -132,6 +132,8 @@ _CHATS, _ROWS = 500, 10_000
 _SPOKEN = 2_000
 # Changes of one round, how many rounds, and how many may be left for the moment in which everybody waits.
 _ROUND, _ROUNDS, _FEW = 2_000, 100, 50
+# So many may have come by the time that everybody waits; some hundred rows are counted in some ten milliseconds.
+_LAST = 500
 # How long everybody who wants the table may be kept waiting, and how often that is tried.
 _LOCK_MS = 200
 _PATIENCE_S = 60.0
@@ -254,7 +256,7 @@ class _Rebuild:
             async with self._connection.transaction():
                 await self._connection.execute(f"set local lock_timeout = {_LOCK_MS}")
                 await self._connection.execute("lock table conversations in access exclusive mode")
-                if await self._catch_up(2 * _FEW) == 2 * _FEW:
+                if await self._catch_up(_LAST) == _LAST:
                     raise CONFLICT[-1]("too much has changed since the last round")
                 await self._finish()
         except CONFLICT:

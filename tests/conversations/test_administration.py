@@ -9,6 +9,7 @@ import orjson
 from app.access.audit import Actor
 from app.conversations import upkeep
 from app.conversations.index import Chat
+from tests.access.users import as_user, serving_users
 from tests.command import run
 from tests.conversations.counted import agreed
 from tests.conversations.savers import Saver
@@ -84,4 +85,20 @@ async def test_the_commands(database: str) -> None:
     deleted = await run("index", "status", DATABASE_URL=database)
     assert deleted.code == 1
     assert deleted.out[0].startswith("0 conversations")
+    await connection.close()
+
+
+async def test_a_user_is_told_of_the_users_own_and_changes_nothing(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    saver = Saver(connection, Random(1))
+    for chat in (Chat("ann", "c1", "shop"), Chat("ann", "c2", "shop"), Chat("bob", "c3", "shop")):
+        await saver.save(chat)
+    async with serving_users(database) as client:
+        stats = (await client.get("/api/sync/stats", headers=as_user("bob"))).json()
+        assert (stats["indexExists"], stats["conversationCount"], stats["sources"]) == (True, 1, {})
+        size = "select sum(pg_column_size(c.*)) from conversations c where username = 'bob'"
+        assert stats["indexSize"] == await connection.fetchval(size)
+        for method, path in (("POST", "init"), ("POST", "sync"), ("POST", "reset"), ("DELETE", "index")):
+            refused = await client.request(method, f"/api/sync/{path}", headers=as_user("bob"))
+            assert (refused.status_code, refused.json()["code"]) == (403, "scope_missing")
     await connection.close()

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from app.access.audit import Actor
 from app.conversations import upkeep
 from app.conversations.index import Chat
-from app.conversations.rebuild import rebuild
+from app.conversations.rebuild import Rebuilt, rebuild
 from app.errors import Conflict
 from tests.conversations.counted import agreed
 from tests.conversations.savers import Saver
@@ -135,7 +136,7 @@ async def _read(client: httpx2.AsyncClient, done: asyncio.Event, username: str |
     """Until it is done; returns how often."""
     times = 0
     while not done.is_set():
-        page = await _page(client, size=200, **({"username": username} if username else {}))
+        page = await _page(client, size=50, **({"username": username} if username else {}))
         assert len(page["conversations"]) >= (10 if username else len(_CHATS) + 30)
         assert page["total"] >= len(page["conversations"]) if username else True
         times += 1
@@ -213,3 +214,20 @@ async def test_what_depends_on_the_table_keeps_it(database: str) -> None:
         with pytest.raises(Conflict, match="view mine depends"):
             await rebuild(connection)
         assert await _shape(connection) == shape
+
+
+async def test_who_leaves_a_rebuild_leaves_nothing_behind(database: str) -> None:
+    async with _connected(database) as connection:
+        await Saver(connection, Random(1)).save(_CHATS[0])
+        shape = await _shape(connection)
+        for phase in ("fill", "indexes", "swap"):
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.create_task(rebuild(connection, partial(_leave, phase)))
+            assert await _shape(connection) == shape
+        await agreed(connection)
+
+
+def _leave(at: str, now: Rebuilt) -> None:
+    task = asyncio.current_task()
+    if now.phase == at and task is not None:
+        task.cancel()
