@@ -132,8 +132,9 @@ _CHATS, _ROWS = 500, 10_000
 _SPOKEN = 2_000
 # Changes of one round, how many rounds, and how many may be left for the moment in which everybody waits.
 _ROUND, _ROUNDS, _FEW = 2_000, 100, 50
-# So many may have come by the time that everybody waits; some hundred rows are counted in some ten milliseconds.
-_LAST = 500
+# So many may have come by the time that everybody waits. A conversation that has changed often is counted once, and
+# a hundred of them in some ten milliseconds.
+_LAST = 2_000
 # How long everybody who wants the table may be kept waiting, and how often that is tried.
 _LOCK_MS = 200
 _PATIENCE_S = 60.0
