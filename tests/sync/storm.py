@@ -113,6 +113,8 @@ class User:
         chance = self.chance.random()
         if chance < 0.03:
             device.wipe()
+        elif chance < 0.1:  # it asks for everything
+            device.cursor = None
         for _ in range(self.chance.randrange(3)):
             device.say(*self._ops(device))
         if self.chance.random() < 0.3:  # offline
