@@ -1,0 +1,55 @@
+"""Reading changes: by their index, also behind the second wall, and bounded in bytes."""
+
+import asyncpg
+import pytest
+
+from app.postgres import open_pool
+from app.sync import pages
+from app.sync.cursor import Cursor, read
+from app.wall import Reach, Wall, within
+
+
+@pytest.mark.parametrize(
+    ("query", "index", "more"),
+    [(pages._CHATS, "chats_changed", ()), (pages._MESSAGES, "messages_changed", (False,))],
+)
+async def test_changes_are_found_by_their_number(
+    database: str, query: str, index: str, more: tuple[object, ...]
+) -> None:
+    pool = await open_pool(database, 2)
+    async with Wall(pool, demand="require").open(database, 2) as wall:
+        async with pool.acquire() as connection:
+            await wall.look_for_role(connection)
+        with within(Reach("ann")):
+            async with wall.connection() as connection:
+                await connection.execute("set local enable_seqscan = off")
+                values = ("ann", 5, 9, "phone", 0, *more)
+                plan = [row[0] for row in await connection.fetch(f"explain (costs off) {query}", *values)]
+    pool.terminate()
+    assert any(index in line for line in plan), plan
+    assert any("Index Cond" in line and "seq > " in line for line in plan), plan
+
+
+async def test_a_page_ends_where_its_text_is_enough_but_has_one_change_at_least(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    text = "x" * (pages.BYTES - 1)
+    for seq in (1, 2, 3):
+        await connection.execute(
+            "insert into messages (user_id, id, chat_id, content, role, position, seq) "
+            "values ('ann', $1, 'c', $2, 'user', 1, $3)",
+            *(f"m{seq}", text, seq),
+        )
+    cursor, seen = Cursor("0" * 12, 0), []
+    while True:
+        page = await pages.read(connection, "ann", cursor, client="phone", last=3)
+        seen.append([message.id for message in page.messages])
+        cursor = page.cursor
+        if not page.more:
+            break
+    await connection.close()
+    assert seen == [["m1", "m2"], ["m3"]]
+
+
+def test_cursors_are_read_as_they_were_told() -> None:
+    for cursor in (Cursor("0a" * 6, 5), Cursor("0a" * 6, 5, 9, 3), Cursor("0a" * 6, 5, failed=True)):
+        assert read(str(cursor)) == cursor
