@@ -20,9 +20,9 @@ from app.postgres import Connection
 FAR = 10_000
 # Ids of messages that an entry of ours names; those of other sources are as many as the index keeps.
 _IDS = 100
-# A row of a walk costs a third of one that the index of words finds. A walk is as long as its page should need, and
-# half as long again, as not everything comes evenly.
-_CHEAPER, _MARGIN = 3, 1.5
+# A row of a walk costs a third of one that the index of words finds. A walk may become so many times as long as a page
+# should need, as not everything comes evenly, but not longer than what the index would cost.
+_CHEAPER, _MARGIN = 3, 4
 # How far a total of several filters, or of words, is counted where more than that is found: it would be the dearest
 # part of a first page. Statistics that say so many times more are believed.
 _COUNTED, _SURELY = 1_000, 3
@@ -209,8 +209,8 @@ def _far(slice_: Slice, seen: Look) -> int | None:
     """How far to walk for a page; None where it is not worth it."""
     if not seen.within:
         return None
-    far = int(_MARGIN * slice_.needed / seen.within) + 1
-    return far if far < _CHEAPER * seen.rarest * seen.conversations else None
+    steps, most = int(slice_.needed / seen.within) + 1, int(_CHEAPER * seen.rarest * seen.conversations)
+    return min(_MARGIN * steps, most) if 1.5 * steps < most else None
 
 
 async def _found(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page:
@@ -299,11 +299,17 @@ class _Terms:
         return [f"{column} = {self.add(value)}" for column, value in facets.items()]
 
     def between(self, wanted: Wanted, after: Place | None) -> list[str]:
+        """Where a list begins is said once: of two conditions PostgreSQL might begin at the farther one."""
+        since, until = wanted.since, wanted.until
+        if after is not None and wanted.newest_first and until is not None:
+            after, until = (after, None) if after.at < until else (None, until)
+        if after is not None and not wanted.newest_first and since is not None:
+            after, since = (after, None) if after.at >= since else (None, since)
         conditions = []
-        if wanted.since is not None:
-            conditions.append(f"last_message_at >= {self.add(wanted.since)}")
-        if wanted.until is not None:
-            conditions.append(f"last_message_at < {self.add(wanted.until)}")
+        if since is not None:
+            conditions.append(f"last_message_at >= {self.add(since)}")
+        if until is not None:
+            conditions.append(f"last_message_at < {self.add(until)}")
         if after is not None:
             than = "<" if wanted.newest_first else ">"
             conditions.append(f"(last_message_at, id) {than} ({self.add(after.at)}, {self.add(after.id)})")

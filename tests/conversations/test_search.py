@@ -19,7 +19,7 @@ from tests.serving import serving
 
 @pytest.fixture
 async def client(database: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
-    async with serving(database, drain_s=0) as client:
+    async with serving(database, drain_s=0, enable_background_jobs=False) as client:  # n8n is no source of ours
         yield client
 
 
