@@ -20,9 +20,10 @@ from app.postgres import Connection
 FAR = 10_000
 # Ids of messages that an entry of ours names; those of other sources are as many as the index keeps.
 _IDS = 100
-# A row of a walk costs a third of one that the index of words finds. A walk may become so many times as long as a page
-# should need, as not everything comes evenly, but not longer than what the index would cost.
-_CHEAPER, _MARGIN = 3, 4
+# A row of a walk costs a third of one that the index of words finds. Whoever walks goes so many times as far as a page
+# should need, and so far at least, as not everything comes evenly; then so many times as far, until all of it costs
+# what the index would. A walk that would have to be luckier than likely is not begun.
+_CHEAPER, _MARGIN, _SHORT, _FARTHER, _LIKELY = 3, 4, 5_000, 8, 1.5
 # How far a total of several filters, or of words, is counted where more than that is found: it would be the dearest
 # part of a first page. Statistics that say so many times more are believed.
 _COUNTED, _SURELY = 1_000, 3
@@ -196,21 +197,23 @@ async def _walked(connection: Connection, wanted: Wanted, slice_: Slice, words: 
 
 async def _strolled(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page | None:
     """Where much fits a page is full soon; None where it was not, or where the index of words is cheaper."""
-    if (far := _far(slice_, seen)) is None:
-        return None
-    sql, values = strolling(wanted, slice_, words=seen.words, far=far)
-    rows = await connection.fetch(sql, *values)
-    if len(rows) <= slice_.size:
-        return None
-    return _page(rows, slice_, slice_.total or await _total_found(connection, wanted, seen))
+    for far in _walks(slice_, seen):
+        sql, values = strolling(wanted, slice_, words=seen.words, far=far)
+        rows = await connection.fetch(sql, *values)
+        if len(rows) > slice_.size:
+            return _page(rows, slice_, slice_.total or await _total_found(connection, wanted, seen))
+    return None
 
 
-def _far(slice_: Slice, seen: Look) -> int | None:
-    """How far to walk for a page; None where it is not worth it."""
-    if not seen.within:
-        return None
-    steps, most = int(slice_.needed / seen.within) + 1, int(_CHEAPER * seen.rarest * seen.conversations)
-    return min(_MARGIN * steps, most) if 1.5 * steps < most else None
+def _walks(slice_: Slice, seen: Look) -> list[int]:
+    """How far to walk for a page, and again where what is new is unlike the rest; none where it is not worth it."""
+    most = int(_CHEAPER * seen.rarest * seen.conversations)
+    if not seen.within or _LIKELY * slice_.needed / seen.within > most:
+        return []
+    walks = [max(_SHORT, int(_MARGIN * slice_.needed / seen.within))]
+    while walks[-1] * _FARTHER < most:
+        walks.append(walks[-1] * _FARTHER)
+    return walks if walks[0] < most else [most]
 
 
 async def _found(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page:

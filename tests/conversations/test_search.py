@@ -133,8 +133,8 @@ async def test_every_way_finds_the_same(database: str, monkeypatch: pytest.Monke
             and (since is None or row["last"] >= since)
         }
         wanted = listing.Wanted(**given, since=since, query=" ".join(terms) or None, newest_first=chance.random() < 0.5)
-        for far in (None, 1, 100, 1000):
-            monkeypatch.setattr(listing, "_far", lambda *_, far=far: far)
+        for walks in ([], [1], [1, 100], [1000]):
+            monkeypatch.setattr(listing, "_walks", lambda *_, walks=walks: walks)
             assert await _all(connection, wanted, chance.randint(1, 50)) == expected
     await connection.close()
 
