@@ -150,10 +150,13 @@ async def alone(dsn: str) -> AsyncGenerator[Connection, None]:
     except AWAY as error:
         raise Unavailable("database_unavailable", f"The database went away: {why(error)}", retry_after=2) from error
     finally:
-        with suppress(*AWAY):
-            # Whoever comes next shall not wait until the server has noticed that the connection is gone.
-            await connection.execute(_FREE, timeout=2)
-            await connection.close(timeout=2)
+        try:
+            with suppress(*AWAY):
+                # Whoever comes next shall not wait until the server has noticed that the connection is gone.
+                await connection.execute(_FREE, timeout=2)
+        finally:
+            # Not close(): what was cancelled in mid statement may refuse another one, and a close, too.
+            connection.terminate()
 
 
 async def require_free(connection: Connection) -> None:
