@@ -38,8 +38,7 @@ with conversation as (
             or excluded.last_question_rank is null then c.last_question else excluded.last_question end,
         last_question_rank = greatest(c.last_question_rank, excluded.last_question_rank),
         updated_at = now()
-    returning xmax = 0 as is_new, {words.WRITTEN}),
-words as ({words.saved("conversation")})
+    returning xmax = 0 as is_new)
 insert into conversation_counts as n (source, slot, conversations)
 select '{OWN}', $8, 1 from conversation where is_new
 on conflict (source, slot) do update set conversations = n.conversations + 1
@@ -50,10 +49,13 @@ update conversation_days set messages = messages - 1, questions = questions - 1
 where day = ($2::timestamptz at time zone 'utc')::date and source = '{OWN}' and username = $1
     and chatbot_id = '' and model = ''
 """
+# Words only now: once for a question and its answer, and not while somebody waits for the message to be accepted.
 _ENDED = f"""
 with conversation as (
     update conversations set total_tokens = total_tokens + $4, updated_at = now()
-    where source = '{OWN}' and username = $1 and conversation_id = $2 and $4 > 0)
+    where source = '{OWN}' and username = $1 and conversation_id = $2
+    returning {words.WRITTEN}),
+words as ({words.saved("conversation")})
 insert into conversation_days as d (day, source, username, chatbot_id, model, messages, questions, tokens, duration_ms)
 select (now() at time zone 'utc')::date, '{OWN}', $1, $3, share.*
 from unnest($5::text[], $6::int[], $7::int[], $8::bigint[], $9::bigint[])

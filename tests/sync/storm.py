@@ -221,6 +221,7 @@ async def _ask(connection: Connection, user: str, chat: str, message: str, text:
     saved = await store.save_question(connection, user_id=user, chat_id=chat, message_id=message, content=text)
     named = index.Chat(user, chat, "bot")
     await index.asked(connection, named, text, position=saved.position, brought_at=saved.brought_at)
+    await index.ended(connection, named, {})
     if saved.came_back:
         await recount.count_within(connection, [(user, chat)])
 
@@ -231,6 +232,7 @@ async def _answer(connection: Connection, user: str, chat: str, message: str, te
     )
     if new:
         await index.answered(connection, index.Chat(user, chat, "bot"), model="small")
+        await index.ended(connection, index.Chat(user, chat, "bot"), {})
 
 
 def _shown(state: State) -> dict[str, object]:
