@@ -122,10 +122,10 @@ def owner_of(request: Request[Any]) -> str | None:
 
     Raises Invalid for an empty name, which would else be taken for nobody in particular.
     """
-    given = request.query_params.get("user_id")
-    if given == "":
-        raise Invalid("invalid_request", "user_id is empty; name the user, or leave it out.")
-    return acting_for(request, None if given is None else clean(given))
+    given = request.query_params.getlist("user_id")
+    if given and (len(given) > 1 or not given[0]):
+        raise Invalid("invalid_request", "user_id is empty, or there twice; name one user, or leave it out.")
+    return acting_for(request, clean(given[0]) if given else None)
 
 
 def require_readable(request: Request[Any], stream_ids: Collection[UUID]) -> float:

@@ -66,7 +66,7 @@ _HAS_CHAT = "select exists (select from chats where user_id = $1 and id = $2)"
 _QUESTION = "select content, position from messages where user_id = $1 and id = $2 and role = 'user' and not is_deleted"
 _HISTORY = """
 select role, content from messages
-where user_id = $1 and chat_id = $2 and not is_deleted and status <> 'failed' and position < $4
+where user_id = $1 and chat_id = $2 and not is_deleted and status <> 'failed' and role <> 'system' and position < $4
 order by position desc limit $3
 """
 

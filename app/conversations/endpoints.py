@@ -265,7 +265,7 @@ def _group(request: Request[Needs]) -> Group:
 def _days(request: Request[Needs]) -> tuple[date, date]:
     since, until = _moment(request, "from"), _moment(request, "to")
     last = until.date() if until else datetime.now(UTC).date() + timedelta(days=1)
-    first = since.date() if since else last - timedelta(days=_DAYS)
+    first = since.date() if since else last - min(timedelta(days=_DAYS), last - date.min)
     if not timedelta(0) <= last - first <= timedelta(days=_MOST_DAYS):
         raise BadRequest("bad_parameter", f"from must be at most {_MOST_DAYS} days before to.")
     return first, last

@@ -24,6 +24,8 @@ from app.safe import NO_SAFE, is_sealed
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _TEMPLATE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[1-9][0-9]{0,8})?$"
 _ENV = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
+# The server's own secrets: whoever may replace a chatbot must not have them sent to a provider of their own.
+_OURS = re.compile(r"env:(DATABASE_URL|PG.*|PARLEY_(?!DEMO_URL$).*)", re.IGNORECASE | re.DOTALL)
 
 Name = Annotated[str, Field(pattern=_NAME)]
 Text = Annotated[str, Field(max_length=64 << 10)]
@@ -73,6 +75,7 @@ class ProviderShape(_Strict):
     @field_validator("base_url")
     @classmethod
     def _url_or_reference(cls, value: str) -> str:
+        _refuse_ours(value)
         if not (_ENV.fullmatch(value) or _is_url(value)):
             raise ValueError(
                 "must be an http(s) URL without credentials, ? and #, or env:NAME to read it from the environment"
@@ -83,10 +86,16 @@ class ProviderShape(_Strict):
     @classmethod
     def _stored(cls, value: str | None, info: ValidationInfo) -> str | None:
         """As it may be stored; the safe is the context."""
+        _refuse_ours(value or "")
         try:
             return None if value is None else (info.context or NO_SAFE).stored(value)
         except Misconfigured as error:
             raise ValueError(error.detail) from None
+
+
+def _refuse_ours(reference: str) -> None:
+    if _OURS.fullmatch(reference):
+        raise ValueError("names a secret of this server, which no provider may be told; name a variable of its own")
 
 
 class ChoiceShape(_Strict):

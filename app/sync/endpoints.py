@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.access.guard import acting_for, owner_of
+from app.access.guard import acting_for, owner_of, principal_of
 from app.chats.chat import MessageStatus, Role
 from app.errors import Forbidden, Invalid
 from app.settings import Settings
@@ -61,7 +61,8 @@ class AddMessage(_Strict):
     op: Literal["msg.add"]
     id: Id
     chat_id: Id
-    role: Role
+    # No instructions: what a device brings becomes part of what a model is told.
+    role: Literal["user", "assistant"]
     content: str
     stamp: Stamp
     parent_id: Id | None = None
@@ -186,8 +187,11 @@ async def _pull(request: Request[Needs]) -> Response:
 async def _exchange(request: Request[Needs]) -> Response:
     given = validated(SyncChats, parse_object(await request.body()))
     user_id = owner_of(request)
-    if user_id is None or given.user_id is not None:
-        user_id = acting_for(request, None if given.user_id is None else clean(given.user_id))
+    named = None if given.user_id is None else clean(given.user_id)
+    if user_id is None or named is not None:
+        if named is not None and user_id not in (None, named, principal_of(request).user_id):
+            raise Invalid("invalid_request", "user_id of the query and of the body name two users; say one of them.")
+        user_id = acting_for(request, named)
     asked = Asked(
         given.client,
         cursor.read(given.cursor) if given.cursor else None,

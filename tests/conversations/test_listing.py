@@ -112,6 +112,17 @@ async def test_what_no_list_can_be_is_refused(client: httpx2.AsyncClient, params
     assert (response.status_code, response.json()["code"]) == (400, code)
 
 
+async def test_statistics_of_the_first_days_there_are(client: httpx2.AsyncClient) -> None:
+    for params in ({"to": "0001-01-15"}, {"to": "0001-01-01"}, {"from": "9999-12-31"}):
+        assert (await client.get("/api/messages/statistics", params=params)).status_code in (200, 400)
+
+
+async def test_one_user_is_named_once(client: httpx2.AsyncClient) -> None:
+    for path in ("/api/messages/conversations", "/api/messages/statistics", "/api/sessions/s/queue"):
+        response = await client.get(f"{path}?user_id=bob&user_id=ann")
+        assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
+
+
 async def test_names_that_no_conversation_has(client: httpx2.AsyncClient, database: str) -> None:
     await listed.store(database, listed.rows(Random(3), 5))
     for name in ("nobody", "%00", "\x00", "'; drop table conversations", "\ufffd"):

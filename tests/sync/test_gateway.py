@@ -110,6 +110,7 @@ _BAD: list[tuple[Json, int, str]] = [
     ({"push": [{"mid": 1, "ops": [{"op": "msg.del", "id": "m"}] * 101}]}, 422, "invalid_request"),
     ({"push": [{"mid": 1, "ops": []}, {"mid": 3, "ops": []}]}, 422, "invalid_request"),
     ({"push": [{"mid": 1, "ops": [add("m", content="x" * (1 << 20))]}]}, 413, "body_too_large"),
+    ({"push": [{"mid": 1, "ops": [{**add("m"), "role": "system"}]}]}, 422, "invalid_request"),
     ({"user_id": None}, 422, "invalid_request"),
 ]
 
@@ -123,6 +124,10 @@ async def test_bad_exchanges_are_refused_and_change_nothing(house: Open) -> None
             assert (response.status_code, response.json()["code"]) == (status, code), body
             if code == "gap":
                 assert response.json()["expected"] == 2
+        other = await home.client.post(
+            "/api/chat/sync", params={"user_id": "ann"}, json={"client": "new", "user_id": "bob"}
+        )
+        assert (other.status_code, other.json()["code"]) == (422, "invalid_request")
         assert await home.database.fetchrow("select * from sync_head") == head
 
 
