@@ -396,8 +396,10 @@ async def test_doctor_where_the_key_is_missing(database: str, tmp_path: Path) ->
 @pytest.fixture
 def cluster_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("guarded")
-    for parent in (folder, *folder.parents[:2]):
-        parent.chmod(0o755)
+    # Up to the folder for everybody's: each process of the tests has a folder of its own, one deeper.
+    for parent in (folder, *folder.parents[:3]):
+        if not parent.stat().st_mode & 0o005:
+            parent.chmod(0o755)
     return folder
 
 

@@ -26,6 +26,7 @@ async def test_only_what_is_stale_is_forgotten(database: str) -> None:
         await index.merge(connection, source, fold(said))
 
     await index.asked(connection, index.Chat("ann", "c0", "bot"), "Why?", position=1)
+    await index.ended(connection, index.Chat("ann", "c0", "bot"), {"m": index.Share(1, 1, 0, 0)})
     await apply_sources(connection, [HERE, THERE])
     assert await forget_stale(connection) == {}
     for source in ("here", "there"):
