@@ -25,7 +25,9 @@ _NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 _TEMPLATE = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}(@[1-9][0-9]{0,8})?$"
 _ENV = re.compile(r"env:[A-Za-z_][A-Za-z0-9_]*")
 # The server's own secrets: whoever may replace a chatbot must not have them sent to a provider of their own.
-_OURS = re.compile(r"env:(DATABASE_URL|PG.*|PARLEY_(?!DEMO_URL$).*)", re.IGNORECASE | re.DOTALL)
+_OURS = re.compile(
+    r"env:(DATABASE_URL|PG[A-Z]+|PARLEY_(LISTEN_URL|MASTER_KEY|SIGNING_KEYS?|\w+_SECRETS?))", re.IGNORECASE
+)
 
 Name = Annotated[str, Field(pattern=_NAME)]
 Text = Annotated[str, Field(max_length=64 << 10)]

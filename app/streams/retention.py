@@ -46,7 +46,8 @@ _DAY = timedelta(days=1)
 @dataclass(frozen=True, slots=True)
 class _Day:
     name: str
-    rows: int
+    # None where another pass drops it just now: then it has no size any more.
+    rows: int | None
     attached: bool
     pending: bool
     day: datetime
@@ -69,7 +70,9 @@ class Events:
     async def expired(self, pool: Pool, most: int) -> Expired:
         """Rows are an estimate: nobody counts whole days of the log."""
         old = await self._old(pool)
-        return Expired(max(sum(day.rows for day in old), len(old)), old[0].age_s - self.keep_s) if old else Expired(0)
+        return (
+            Expired(max(sum(day.rows or 0 for day in old), len(old)), old[0].age_s - self.keep_s) if old else Expired(0)
+        )
 
     async def clean(self, pool: Pool, most: int) -> int:
         """Drop the oldest day that may go, whatever its size; the rows that were in it, or 1 where nobody counted."""
@@ -78,7 +81,7 @@ class Events:
                 log.warning("partition_in_use", partition=day.name)
                 continue
             if await self._drop(day):
-                return max(day.rows, 1)
+                return max(day.rows or 0, 1)
         return 0
 
     async def _old(self, pool: Pool) -> list[_Day]:

@@ -275,7 +275,6 @@ async def test_d4_connections_that_the_server_ends_are_opened_anew(database: str
         for last in range(2, 10):
             say(writer, 1)
             await reader.has(last)
-        assert writing.failing.ever + reading.failing.ever == [], "it was noticed before it failed"
         await writing.parts.end(writer)
         await reader.ends(10)
 
