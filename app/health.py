@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 from time import monotonic
 from typing import Any, TypedDict
 
-import orjson
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.requests import Request
 from starlette.responses import Response
 
 from app import __version__
+from app.answers import private_json, time_of
 from app.flows.runner import Runner
 from app.postgres import AWAY, Pool, prompt_connection
 from app.streams.bus import Bus
@@ -67,7 +67,7 @@ class Needs(TypedDict):
 
 async def livez(request: Request[Needs]) -> Response:
     """The process runs and its loop turns; nothing else is asked, so that no outage elsewhere restarts us."""
-    return _json({"status": "alive"})
+    return private_json({"status": "alive"})
 
 
 async def readyz(request: Request[Needs]) -> Response:
@@ -85,7 +85,7 @@ async def readyz(request: Request[Needs]) -> Response:
             "replica": str(request.state["replica"].id),
             "version": __version__,
         }
-    return _json(answer, 200 if ready else 503)
+    return private_json(answer, status=200 if ready else 503)
 
 
 async def conversation_health(request: Request[Needs]) -> Response:
@@ -98,9 +98,9 @@ async def conversation_health(request: Request[Needs]) -> Response:
         "status": fine if serving else "unhealthy",
         "database": "connected" if connected else "disconnected",
         "active_streams": request.state["runner"].active,
-        "timestamp": datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+        "timestamp": time_of(datetime.now(UTC)),
     }
-    return _json(answer, 200 if serving else 503)
+    return private_json(answer, status=200 if serving else 503)
 
 
 async def metrics(request: Request[Needs]) -> Response:
@@ -113,7 +113,3 @@ async def _connected(request: Request[Needs]) -> bool:
     """Whether the database answers, and takes this replica's heartbeats: a standby answers, too."""
     replica = request.state["replica"]
     return await request.state["probe"].answers() and (replica.beating or replica.refusal is not None)
-
-
-def _json(answer: dict[str, Any], status: int = 200) -> Response:
-    return Response(orjson.dumps(answer), status, {"Cache-Control": "no-store"}, "application/json")

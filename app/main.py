@@ -1,4 +1,4 @@
-"""The composition root: every part made once, wired by hand, and the one table of routes."""
+"""The composition root: every part made once, and wired by hand."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Coroutine, Sequence
@@ -11,13 +11,10 @@ import asyncpg
 import structlog
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
-from starlette.routing import Route
 
 from app import health, problems
-from app.access import client, guard
 from app.access.client import trusted_proxies
 from app.access.credentials import Credentials, is_loopback, require_safe
-from app.access.demands import demands
 from app.access.keys import Keys
 from app.access.limits import limits_of
 from app.access.links import Links
@@ -31,15 +28,11 @@ from app.chats.allowance import Allowance
 from app.chats.decoders import Decoders
 from app.chats.images import Images
 from app.chats.picture import Limits as PictureLimits
-from app.conversations import administration, discovery_endpoints
-from app.conversations import endpoints as conversation_endpoints
 from app.conversations.batch import Bounds as PassBounds
 from app.conversations.passes import Passes
 from app.conversations.upkeep import Upkeep, each_source
 from app.conversations.webhook import secrets_of
 from app.errors import Misconfigured, Unavailable
-from app.flows import configuration
-from app.flows import endpoints as flow_endpoints
 from app.flows.abandonment import Abandonment
 from app.flows.beginning import Beginning, Memory
 from app.flows.call import Means
@@ -58,16 +51,14 @@ from app.jobs.runs import next_of
 from app.jobs.schedule import discovery_cron, expiring, jobs
 from app.jobs.scheduler import Scheduler
 from app.journal import Journal
-from app.openapi import Reference
-from app.operations import HEADERS, OPERATIONS
 from app.postgres import AWAY, Leadership, Pool, open_pool, wait_for_database, warm
 from app.providers.provider import Deadlines, Effort
 from app.providers.reach import Reach
 from app.providers.registry import Providers
+from app.routes import State, routes
 from app.safe import Safe
 from app.schema import require_current
 from app.settings import Settings
-from app.streams import endpoints as stream_endpoints
 from app.streams.bus import Bus, NotifyBus, PollBus
 from app.streams.hub import Hub
 from app.streams.lifeline import Lifeline
@@ -77,7 +68,6 @@ from app.streams.replicas import Fenced, Replica
 from app.streams.seats import Seats
 from app.streams.stream import Streams
 from app.streams.tail import Tail
-from app.sync import endpoints as sync_endpoints
 from app.sync.changes import Changes
 from app.telemetry import Metrics, RequestIds
 from app.ticker import every
@@ -108,23 +98,6 @@ _ACCEPTS_S = 5
 _LAST_S = 1
 
 
-class State(
-    stream_endpoints.Needs,
-    flow_endpoints.Needs,
-    configuration.Needs,
-    chat_endpoints.Needs,
-    conversation_endpoints.Needs,
-    administration.Needs,
-    discovery_endpoints.Needs,
-    sync_endpoints.Needs,
-    health.Needs,
-    problems.Needs,
-    guard.Needs,
-    client.Needs,
-):
-    """What requests find in `request.state`."""
-
-
 @dataclass(slots=True)
 class Life:
     """What the server's owner and the app tell each other: it serves; it shall leave; it has drained."""
@@ -144,88 +117,8 @@ def create_app(settings: Settings, life: Life | None = None) -> Starlette:
     signing_keys, safe = given_keys(settings), Safe.of(settings.master_key)
     limits_of(settings, Metrics())
     secrets_of(settings)
-    reference = Reference(OPERATIONS, HEADERS)
-    body_limit = [Middleware(problems.BodyLimit, settings.body_limit, within_s=settings.body_timeout_s)]
-    routes = [
-        Route(
-            "/api/process-message",
-            flow_endpoints.process_message,
-            methods=["POST"],
-            middleware=body_limit,
-        ),
-        Route(
-            "/api/upload-image",
-            chat_endpoints.upload_image,
-            methods=["POST"],
-            middleware=[Middleware(problems.BodyLimit, settings.upload_limit)],  # it has a time limit of its own
-        ),
-        Route(
-            "/api/conversation-config/{chatbot_id}",
-            configuration.conversation_config,
-            methods=["GET", "PUT"],
-            middleware=[
-                Middleware(
-                    problems.BodyLimit,
-                    min(settings.body_limit, configuration.BODY_LIMIT),
-                    within_s=settings.body_timeout_s,
-                )
-            ],
-        ),
-        Route("/api/stream-events/{stream_id}", stream_endpoints.stream_events),
-        Route("/api/stream", stream_endpoints.several_streams),
-        Route("/api/stream-events/{stream_id}/cancel", flow_endpoints.cancel, methods=["POST"], middleware=body_limit),
-        Route("/api/sessions/{session_id}/queue", flow_endpoints.queue),
-        Route(
-            "/api/sessions/{session_id}/queue/{message_id}",
-            flow_endpoints.queued_message,
-            methods=["PATCH", "DELETE"],
-            middleware=body_limit,
-        ),
-        Route("/api/sessions/{session_id}/queue/{message_id}/send-now", flow_endpoints.send_now, methods=["POST"]),
-        Route("/api/messages/conversations", conversation_endpoints.conversations),
-        Route("/conversations", conversation_endpoints.conversations, name="conversations_alias"),
-        Route("/api/messages/conversations/{conversation_id}", conversation_endpoints.conversation),
-        Route("/api/messages/statistics", conversation_endpoints.message_statistics),
-        Route("/api/sync/init", administration.init, methods=["POST"]),
-        Route("/api/sync/sync", administration.sync, methods=["POST"]),
-        Route("/api/sync/stats", administration.stats),
-        Route("/api/sync/index", administration.delete, methods=["DELETE"]),
-        Route("/api/sync/reset", administration.reset, methods=["POST"]),
-        Route("/api/discovery/status", discovery_endpoints.discovery_status),
-        Route(
-            "/api/webhooks/conversation-complete",
-            discovery_endpoints.conversation_complete,
-            methods=["POST"],
-            middleware=[
-                Middleware(
-                    problems.BodyLimit,
-                    min(settings.body_limit, discovery_endpoints.BODY_LIMIT),
-                    within_s=settings.body_timeout_s,
-                )
-            ],
-        ),
-        Route(
-            "/api/chat/sync",
-            sync_endpoints.sync_chats,
-            methods=["GET", "POST"],
-            middleware=[
-                Middleware(
-                    problems.BodyLimit,
-                    min(settings.body_limit, sync_endpoints.BODY_LIMIT),
-                    within_s=settings.body_timeout_s,
-                )
-            ],
-        ),
-        Route("/api/conversation-health", health.conversation_health),
-        Route("/livez", health.livez),
-        Route("/readyz", health.readyz),
-        Route("/metrics", health.metrics),
-        Route("/openapi.json", reference.openapi),
-        Route("/docs", reference.docs),
-    ]
-    guard.guard(routes, demands(metrics_open=settings.metrics_open))
     app = Starlette(
-        routes=routes,
+        routes=routes(settings),
         middleware=[Middleware(RequestIds)],
         exception_handlers=problems.HANDLERS,
         lifespan=partial(_lifespan, settings, life or Life(), signing_keys, safe),

@@ -3,7 +3,6 @@
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from dataclasses import asdict
-from datetime import UTC, datetime
 from typing import Any, TypedDict
 
 import orjson
@@ -13,6 +12,7 @@ from starlette.responses import Response
 
 from app.access.audit import Actor
 from app.access.guard import owner_of, principal_of
+from app.answers import private_json, time_of
 from app.conversations import upkeep
 from app.conversations.upkeep import Discover, Progress, Stats, Synced, Tell
 from app.errors import ParleyError, to_problem
@@ -94,7 +94,7 @@ async def init(request: Request[Needs]) -> Response:
     async with request.state["pool"].acquire() as connection:
         created = await upkeep.init(connection)
     message = "The index is there; POST /api/sync/sync fills it." if created else "There was an index already."
-    return _json({"created": created, "message": message})
+    return private_json({"created": created, "message": message})
 
 
 async def delete(request: Request[Needs]) -> Response:
@@ -102,7 +102,7 @@ async def delete(request: Request[Needs]) -> Response:
     async with upkeep.alone(_dsn(request)) as connection:
         deleted = await upkeep.delete(connection, _actor(request))
     message = "The index was deleted." if deleted else "There was no index."
-    return _json({"deleted": deleted, "message": f"{message} POST /api/sync/init makes it anew."})
+    return private_json({"deleted": deleted, "message": f"{message} POST /api/sync/init makes it anew."})
 
 
 async def stats(request: Request[Needs]) -> Response:
@@ -110,7 +110,7 @@ async def stats(request: Request[Needs]) -> Response:
     username = owner_of(request)
     async with request.state["wall"].connection() as connection:
         found = await upkeep.stats(connection, username)
-    return _json(_stats(found))
+    return private_json(_stats(found))
 
 
 async def sync(request: Request[Needs]) -> Response:
@@ -137,7 +137,7 @@ async def _answer(request: Request[Needs], work: Work) -> Response:
     """The result at the end, or as the last frame behind those that say how far it is."""
     if "text/event-stream" not in request.headers.get("accept", ""):
         async with upkeep.alone(_dsn(request)) as connection:
-            return _json(await work(connection, lambda _: None))
+            return private_json(await work(connection, lambda _: None))
     async with request.state["pool"].acquire() as connection:
         await upkeep.require_free(connection)
     settings = request.state["settings"]
@@ -185,8 +185,8 @@ def _frame(event: str, data: Json) -> bytes:
 def _synced(done: Synced) -> Json:
     return {
         "success": not done.failures,
-        "syncStartTime": _told(done.began),
-        "syncEndTime": _told(done.ended),
+        "syncStartTime": time_of(done.began),
+        "syncEndTime": time_of(done.ended),
         "durationSeconds": round((done.ended - done.began).total_seconds(), 3),
         "messagesProcessed": done.messages,
         "conversationsFound": done.found,
@@ -204,7 +204,7 @@ def _stats(found: Stats) -> Json:
         "documentCount": found.conversations,
         "indexSize": found.size,
         "schemaVersion": found.version,
-        "lastSyncTime": found.synced_at and _told(found.synced_at),
+        "lastSyncTime": found.synced_at and time_of(found.synced_at),
         "sources": found.sources,
     }
 
@@ -217,11 +217,3 @@ def _dsn(request: Request[Needs]) -> str:
     dsn = request.state["settings"].database_url
     assert dsn is not None
     return dsn
-
-
-def _told(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _json(answer: Json) -> Response:
-    return Response(orjson.dumps(answer), media_type="application/json", headers={"Cache-Control": "no-store"})

@@ -2,15 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from time import time
 from typing import TypedDict
 
-import orjson
 from pydantic import BaseModel, Field
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.answers import private_json, time_of
 from app.conversations import source_state
 from app.conversations.passes import Passes, complaint
 from app.conversations.source_state import Told
@@ -108,7 +108,7 @@ async def conversation_complete(request: Request[Needs]) -> Response:
         await receive(state["pool"], webhook_id)
     indexed = await state["pool"].fetchval(_IS_INDEXED, source.id, clean(wanted.session_id))
     answer = ConversationCompleteAnswer(success=True, source=source.id, indexed=indexed, new=new, replayed=replayed)
-    return _json(answer)
+    return private_json(answer)
 
 
 async def _index(passes: Passes, source: Source) -> int:
@@ -131,7 +131,7 @@ async def discovery_status(request: Request[Needs]) -> Response:
         alerts=alerts,
         sources=[_status(one) for one in told],
     )
-    return _json(answer)
+    return private_json(answer)
 
 
 def _status(told: Told) -> SourceStatus:
@@ -158,10 +158,4 @@ def _status(told: Told) -> SourceStatus:
 
 
 def _iso(moment: datetime | None) -> str | None:
-    if moment is None:
-        return None
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _json(answer: BaseModel) -> Response:
-    return Response(orjson.dumps(answer.model_dump()), 200, {"Cache-Control": "no-store"}, "application/json")
+    return None if moment is None else time_of(moment)

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access.guard import acting_for, owner_of
+from app.answers import private_json, time_of
 from app.chats.allowance import Allowance
 from app.conversations import listing, transcript
 from app.conversations.foreign_transcript import find_source, foreign_messages
@@ -123,7 +124,7 @@ async def conversations(request: Request[Needs]) -> Response:
     async with request.state["wall"].connection() as connection:
         page = await listing.page(connection, wanted, size=size, after=after, skip=skip)
     cursor = page.behind.told(newest_first=wanted.newest_first) if page.behind else None
-    return _json(
+    return private_json(
         {
             "conversations": [_entry(row) for row in page.rows],
             "total": page.total.count,
@@ -171,16 +172,16 @@ def _entry(row: asyncpg.Record) -> Mapping[str, Any]:
         "chatbotId": row["chatbot_id"],
         "model": row["model"],
         "clientIp": row["client_ip"],
-        "firstMessageTime": _told(row["first_message_at"]),
-        "lastMessageTime": _told(row["last_message_at"]),
+        "firstMessageTime": time_of(row["first_message_at"]),
+        "lastMessageTime": time_of(row["last_message_at"]),
         "durationSeconds": round((row["last_message_at"] - row["first_message_at"]).total_seconds()),
         "messageCount": row["message_count"],
         "totalTokens": row["total_tokens"],
         "firstQuestion": row["first_question"],
         "lastQuestion": row["last_question"],
         "messageIds": row["message_ids"],
-        "createdAt": _told(row["created_at"]),
-        "updatedAt": _told(row["updated_at"]),
+        "createdAt": time_of(row["created_at"]),
+        "updatedAt": time_of(row["updated_at"]),
     }
 
 
@@ -203,7 +204,7 @@ async def conversation(request: Request[Needs]) -> Response:
 
 
 def _transcript(named: Named, messages: list[Mapping[str, Any]], behind: int | None) -> Response:
-    return _json(
+    return private_json(
         {
             "conversationId": named.id,
             "source": named.source,
@@ -222,7 +223,7 @@ def _foreign(key: str, message: Message) -> Mapping[str, Any]:
         "content": message.text,
         "status": "complete",
         "attachments": [],
-        "timestamp": None if message.at is None else _told(message.at),
+        "timestamp": None if message.at is None else time_of(message.at),
     }
 
 
@@ -233,7 +234,7 @@ def _message(row: asyncpg.Record) -> Mapping[str, Any]:
         "content": row["content"],
         "status": row["status"],
         "attachments": orjson.Fragment(row["attachments"]),
-        "timestamp": _told(row["created_at"]),
+        "timestamp": time_of(row["created_at"]),
     }
 
 
@@ -244,7 +245,7 @@ async def message_statistics(request: Request[Needs]) -> Response:
     username, source = _user(request), _word(request, "source")
     async with request.state["wall"].connection() as connection:
         rows = await statistics(connection, group, since=since, until=until, username=username, source=source)
-    return _json(
+    return private_json(
         {
             "group": group,
             "since": since.isoformat(),
@@ -326,11 +327,3 @@ def _moment(request: Request[Any], name: str) -> datetime | None:
     except (ValueError, OverflowError):
         detail = f"{name} must be a date or a time as in ISO 8601, like 2026-01-31 or 2026-01-31T12:00:00Z."
         raise BadRequest("bad_parameter", detail) from None
-
-
-def _told(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _json(answer: Mapping[str, Any]) -> Response:
-    return Response(orjson.dumps(answer), media_type="application/json", headers={"Cache-Control": "no-store"})

@@ -1,7 +1,6 @@
 """Sending a message, stopping an answer, and what a user may do with messages that wait: validation at the edge."""
 
 import hashlib
-from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypedDict
 from uuid import UUID
 
@@ -15,6 +14,7 @@ from app.access.guard import acting_for, owner_of, principal_of
 from app.access.limits import Limits
 from app.access.links import Links
 from app.access.principal import Principal
+from app.answers import private_json, time_of
 from app.chats.chat import Message
 from app.chats.store import has_chat
 from app.errors import Invalid, NotFound
@@ -233,7 +233,7 @@ async def cancel(request: Request[Needs]) -> Response:
     wanted = validated(Cancel, parse_object(body) if body.strip() else {})
     stream_id = stream_id_of(request.path_params["stream_id"])
     stopped = await request.state["stopping"].stop(stream_id, wanted.flow, owner=owner_of(request))
-    return _json(
+    return private_json(
         CancelAnswer(
             session_status=stopped.status,
             upstream_closed=stopped.closed,
@@ -254,7 +254,7 @@ async def queue(request: Request[Needs]) -> Response:
         known = messages or await has_chat(connection, user_id=names["user_id"], chat_id=names["session_id"])
     if not known:
         raise NotFound("session_unknown", "There is no such session; POST /api/process-message says ids.")
-    return _json(
+    return private_json(
         Queue(
             session_id=names["session_id"],
             messages=[
@@ -264,8 +264,8 @@ async def queue(request: Request[Needs]) -> Response:
                     streaming_url=request.state["links"].url(message.stream_id, queued=True),
                     chatbot_id=message.chatbot_id,
                     message_text=message.text,
-                    created_at=_time(message.created_at),
-                    updated_at=_time(message.updated_at),
+                    created_at=time_of(message.created_at),
+                    updated_at=time_of(message.updated_at),
                 )
                 for message in messages
             ],
@@ -284,20 +284,20 @@ async def _edit(request: Request[Needs]) -> Response:
     message_id = clean(request.path_params["message_id"])
     text = clean(wanted.message_text)
     await request.state["turns"].edit(**_names(request), message_id=message_id, text=text)
-    return _json(QueueAnswer(message_id=message_id))
+    return private_json(QueueAnswer(message_id=message_id))
 
 
 async def _remove(request: Request[Needs]) -> Response:
     message_id = clean(request.path_params["message_id"])
     stream_id = await request.state["turns"].remove(**_names(request), message_id=message_id)
-    return _json(QueueAnswer(message_id=message_id, streaming_session_id=str(stream_id)))
+    return private_json(QueueAnswer(message_id=message_id, streaming_session_id=str(stream_id)))
 
 
 async def send_now(request: Request[Needs]) -> Response:
     """Give a waiting message its turn at once: the answer under way is stopped, keeping its text."""
     message_id = clean(request.path_params["message_id"])
     stream_id = await request.state["turns"].send_now(**_names(request), message_id=message_id)
-    return _json(QueueAnswer(message_id=message_id, streaming_session_id=str(stream_id)))
+    return private_json(QueueAnswer(message_id=message_id, streaming_session_id=str(stream_id)))
 
 
 def _names(request: Request[Needs]) -> dict[str, str]:
@@ -305,11 +305,3 @@ def _names(request: Request[Needs]) -> dict[str, str]:
     if (user_id := owner_of(request)) is None:
         raise Invalid("invalid_request", "Add ?user_id=: session ids are known per user.")
     return {"user_id": user_id, "session_id": clean(request.path_params["session_id"])}
-
-
-def _time(value: datetime) -> str:
-    return value.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _json(answer: BaseModel) -> Response:
-    return Response(answer.model_dump_json(), media_type="application/json", headers={"Cache-Control": "no-store"})

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access.guard import acting_for, owner_of, principal_of
+from app.answers import private_json
 from app.chats.chat import MessageStatus, Role
 from app.errors import Forbidden, Invalid
 from app.settings import Settings
@@ -258,7 +259,7 @@ def _json(answer: Answer) -> Response:
     told |= {"resync": answer.resync} if answer.resync else {}
     told |= {"results": answer.results} if answer.results else {}
     told |= {"active_streams": answer.active_streams} if answer.active_streams else {}
-    return Response(orjson.dumps(told), media_type="application/json", headers={"Cache-Control": "no-store"})
+    return private_json(told)
 
 
 def _chat(chat: Chat) -> Mapping[str, Any]:

@@ -1,0 +1,121 @@
+"""The one table of routes, with what each may be sent, and what requests find in `request.state`."""
+
+from starlette.middleware import Middleware
+from starlette.routing import Route
+
+from app import health, problems
+from app.access import client, guard
+from app.access.demands import demands
+from app.chats import endpoints as chat_endpoints
+from app.conversations import administration, discovery_endpoints
+from app.conversations import endpoints as conversation_endpoints
+from app.flows import configuration
+from app.flows import endpoints as flow_endpoints
+from app.openapi import Reference
+from app.operations import HEADERS, OPERATIONS
+from app.settings import Settings
+from app.streams import endpoints as stream_endpoints
+from app.sync import endpoints as sync_endpoints
+
+
+class State(
+    stream_endpoints.Needs,
+    flow_endpoints.Needs,
+    configuration.Needs,
+    chat_endpoints.Needs,
+    conversation_endpoints.Needs,
+    administration.Needs,
+    discovery_endpoints.Needs,
+    sync_endpoints.Needs,
+    health.Needs,
+    problems.Needs,
+    guard.Needs,
+    client.Needs,
+):
+    """What requests find in `request.state`."""
+
+
+def routes(settings: Settings) -> list[Route]:
+    """All of them, each behind its door. Raises LookupError where the table of demands is another one."""
+    table = [*_processing(settings), *_reading(), *_index(settings), *_sync(settings), *_operating()]
+    guard.guard(table, demands(metrics_open=settings.metrics_open))
+    return table
+
+
+def _bodies(settings: Settings, most: int | None = None) -> list[Middleware]:
+    """Bodies of at most so many bytes, or as many as any may have, that are whole in time."""
+    limit = settings.body_limit if most is None else min(settings.body_limit, most)
+    return [Middleware(problems.BodyLimit, limit, within_s=settings.body_timeout_s)]
+
+
+def _processing(settings: Settings) -> list[Route]:
+    bodies = _bodies(settings)
+    return [
+        Route("/api/process-message", flow_endpoints.process_message, methods=["POST"], middleware=bodies),
+        Route(
+            "/api/upload-image",
+            chat_endpoints.upload_image,
+            methods=["POST"],
+            middleware=[Middleware(problems.BodyLimit, settings.upload_limit)],  # it has a time limit of its own
+        ),
+        Route(
+            "/api/conversation-config/{chatbot_id}",
+            configuration.conversation_config,
+            methods=["GET", "PUT"],
+            middleware=_bodies(settings, configuration.BODY_LIMIT),
+        ),
+        Route("/api/stream-events/{stream_id}/cancel", flow_endpoints.cancel, methods=["POST"], middleware=bodies),
+        Route("/api/sessions/{session_id}/queue", flow_endpoints.queue),
+        Route(
+            "/api/sessions/{session_id}/queue/{message_id}",
+            flow_endpoints.queued_message,
+            methods=["PATCH", "DELETE"],
+            middleware=bodies,
+        ),
+        Route("/api/sessions/{session_id}/queue/{message_id}/send-now", flow_endpoints.send_now, methods=["POST"]),
+    ]
+
+
+def _reading() -> list[Route]:
+    return [
+        Route("/api/stream-events/{stream_id}", stream_endpoints.stream_events),
+        Route("/api/stream", stream_endpoints.several_streams),
+    ]
+
+
+def _index(settings: Settings) -> list[Route]:
+    return [
+        Route("/api/messages/conversations", conversation_endpoints.conversations),
+        Route("/conversations", conversation_endpoints.conversations, name="conversations_alias"),
+        Route("/api/messages/conversations/{conversation_id}", conversation_endpoints.conversation),
+        Route("/api/messages/statistics", conversation_endpoints.message_statistics),
+        Route("/api/sync/init", administration.init, methods=["POST"]),
+        Route("/api/sync/sync", administration.sync, methods=["POST"]),
+        Route("/api/sync/stats", administration.stats),
+        Route("/api/sync/index", administration.delete, methods=["DELETE"]),
+        Route("/api/sync/reset", administration.reset, methods=["POST"]),
+        Route("/api/discovery/status", discovery_endpoints.discovery_status),
+        Route(
+            "/api/webhooks/conversation-complete",
+            discovery_endpoints.conversation_complete,
+            methods=["POST"],
+            middleware=_bodies(settings, discovery_endpoints.BODY_LIMIT),
+        ),
+    ]
+
+
+def _sync(settings: Settings) -> list[Route]:
+    bodies = _bodies(settings, sync_endpoints.BODY_LIMIT)
+    return [Route("/api/chat/sync", sync_endpoints.sync_chats, methods=["GET", "POST"], middleware=bodies)]
+
+
+def _operating() -> list[Route]:
+    reference = Reference(OPERATIONS, HEADERS)
+    return [
+        Route("/api/conversation-health", health.conversation_health),
+        Route("/livez", health.livez),
+        Route("/readyz", health.readyz),
+        Route("/metrics", health.metrics),
+        Route("/openapi.json", reference.openapi),
+        Route("/docs", reference.docs),
+    ]
