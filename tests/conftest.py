@@ -22,6 +22,12 @@ import pytest
 
 from app.embedded import embedded_postgres
 
+# What the tests' own modules assert says what it saw, as theirs does.
+pytest.register_assert_rewrite(
+    *("tests.command", "tests.house", "tests.reader", "tests.sse", "tests.providers.answers"),
+    *("tests.conversations.counted", "tests.conversations.listed", "tests.sync.storm"),
+)
+
 # Nothing here fails because a machine is slow: neither an example nor the making of one is timed.
 hypothesis.settings.register_profile(
     "unhurried", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

@@ -13,8 +13,8 @@ select c.conversation_id, c.message_count as count, m.count as of_messages, c.fi
 from conversations c
 join lateral (
     select count(*) as count, min(created_at) as since, max(created_at) as until,
-        (array_agg(left(content, 300) order by position) filter (where role = 'user'))[1] as first,
-        (array_agg(left(content, 300) order by position desc) filter (where role = 'user'))[1] as last
+        coalesce((array_agg(left(content, 300) order by position) filter (where role = 'user'))[1], '') as first,
+        coalesce((array_agg(left(content, 300) order by position desc) filter (where role = 'user'))[1], '') as last
     from messages where user_id = c.username and chat_id = c.conversation_id
         and not is_deleted and status <> 'failed') m on true
 join lateral (

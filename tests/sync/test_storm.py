@@ -16,9 +16,11 @@ async def test_all_agree_after_a_storm(database: str) -> None:
         wrong = [one for seed in range(_SEEDS) for one in await weather.run(seed)]
     assert wrong == []
     connection = await asyncpg.connect(database)
-    await agreed(connection)
-    assert await connection.fetchval("select count(*) from usage_ledger") == 0
-    await connection.close()
+    try:
+        await agreed(connection)
+        assert await connection.fetchval("select count(*) from usage_ledger") == 0
+    finally:
+        await connection.close()
 
 
 @pytest.mark.parametrize("kind", [Plain, Timestamps])
