@@ -4,6 +4,7 @@ Asked of the address a connection is made to, not of a name: a name may lead els
 """
 
 import errno
+from collections.abc import Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from urllib.parse import urlsplit
@@ -16,12 +17,28 @@ Network = IPv4Network | IPv6Network
 # Where clouds tell machines their secrets, and what only this link can reach: a larger network does not mean them.
 _METADATA: tuple[Network, ...] = (
     IPv4Network("169.254.0.0/16"),
-    IPv4Network("100.100.100.200/32"),
-    IPv4Network("192.0.0.192/32"),
+    IPv4Network("100.100.100.200/32"),  # Alibaba
+    IPv4Network("168.63.129.16/32"),  # Azure
+    IPv4Network("192.0.0.192/32"),  # Oracle
     IPv6Network("fe80::/10"),
-    IPv6Network("fd00:ec2::254/128"),
+    IPv6Network("fec0::/10"),
+    IPv6Network("fd00:ec2::/32"),  # Amazon
+    IPv6Network("fd20:ce::/32"),  # Google
+    IPv6Network("64:ff9b:1::/48"),  # a local NAT64: where in it an IPv4 address is, only its operator knows (RFC 8215)
 )
-_NAT64 = IPv6Network("64:ff9b::/96")
+_LOOPBACK = IPv6Address("::1")
+# All that was ever given out of IPv6. Python takes whatever it does not know for public.
+_GIVEN_OUT = IPv6Network("2000::/3")
+# Not public, though older releases of Python say so.
+_SPECIAL: tuple[Network, ...] = (
+    IPv4Network("192.0.0.0/24"),
+    IPv4Network("192.88.99.0/24"),
+    IPv6Network("3fff::/20"),
+)
+# Their last 32 bits are the IPv4 address that is meant: mapped (RFC 4291), by a NAT64 (RFC 6052).
+_MEAN_IPV4 = (IPv6Network("::ffff:0:0/96"), IPv6Network("64:ff9b::/96"))
+# So they were once: IPv4-compatible (RFC 4291), IPv4-translated (RFC 2765). Nothing public is there.
+_MEANT_IPV4 = (IPv6Network("::/96"), IPv6Network("::ffff:0:0:0/96"))
 
 
 class OutOfReach(OSError):
@@ -45,8 +62,7 @@ class Reach:
 
     def allows(self, host: str) -> bool:
         """Of an address. A name is allowed: what it leads to is asked when it is known."""
-        address = _address(host)
-        return address is None or self._allows(address)
+        return all(self._allows(address) for address in _meant(host))
 
     def allows_url(self, url: str) -> bool:
         host = urlsplit(url).hostname or ""
@@ -57,21 +73,31 @@ class Reach:
         special = next((network for network in _METADATA if address in network), None)
         if special is not None:
             return any(network.version == special.version and network.subnet_of(special) for network in named)  # type: ignore[arg-type]
-        return bool(named) or (address.is_global and not address.is_multicast)
+        return bool(named) or _is_public(address)
 
 
-def _address(host: str) -> Address | None:
-    """What is meant in the end by those that hold another one."""
+def _is_public(address: Address) -> bool:
+    if isinstance(address, IPv6Address) and address not in _GIVEN_OUT:
+        return False
+    return address.is_global and not address.is_multicast and not any(address in network for network in _SPECIAL)
+
+
+def _meant(host: str) -> Sequence[Address]:
+    """Where a connection to it may lead in the end; nothing for a name."""
     try:
         address = ip_address(host.partition("%")[0])
     except ValueError:
-        return None
-    if isinstance(address, IPv6Address):
-        if (inner := address.ipv4_mapped or address.sixtofour) is not None:
-            return inner
-        if address in _NAT64:
-            return IPv4Address(int(address) & 0xFFFF_FFFF)
-    return address
+        return ()
+    if isinstance(address, IPv4Address) or address == _LOOPBACK:
+        return (address,)
+    last = IPv4Address(int(address) & 0xFFFF_FFFF)
+    if any(address in network for network in _MEAN_IPV4):
+        return (last,)
+    if address.sixtofour is not None:
+        return (address.sixtofour,)
+    if address.teredo is not None:
+        return (address, *address.teredo)
+    return (address, last) if any(address in network for network in _MEANT_IPV4) else (address,)
 
 
 def _network(word: str) -> Network:
