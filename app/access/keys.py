@@ -50,7 +50,8 @@ update api_keys set used_at = now() where id = (select id from api_keys where id
 _BELIEVED_S = 5.0
 # How many keys are remembered, and as many ids that are none.
 _REMEMBERED = 1000
-# Looks into the table at once: strangers who try keys leave connections to everybody else.
+# Looks into the table at once: strangers who try keys leave connections to everybody else. As many again are for keys
+# that were good a moment ago, so that no number of guesses delays those who have one.
 _AT_ONCE = 2
 
 
@@ -112,7 +113,8 @@ class Keys:
         self._known: OrderedDict[str, _Known] = OrderedDict()
         # Apart, so that strangers who try ids do not push out the keys that are used.
         self._unknown: OrderedDict[str, float] = OrderedDict()
-        self._turns = asyncio.Semaphore(_AT_ONCE)
+        self._refreshes = asyncio.Semaphore(_AT_ONCE)
+        self._guesses = asyncio.Semaphore(_AT_ONCE)
 
     async def principal(self, key: str) -> Principal:
         """Raises Unauthorized for what is no key, or a revoked one, and Unavailable while that cannot be looked up."""
@@ -140,7 +142,8 @@ class Keys:
         return (self._unknown.get(key_id, 0.0) if known is None else known.until) > monotonic()
 
     async def _look(self, key_id: str) -> None:
-        async with asyncio.timeout(ACQUIRE_S), self._turns:
+        turns = self._refreshes if key_id in self._known else self._guesses
+        async with asyncio.timeout(ACQUIRE_S), turns:
             if self._is_fresh(key_id):  # somebody else has looked meanwhile
                 return
             until = monotonic() + self._believed_s

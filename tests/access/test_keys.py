@@ -136,6 +136,25 @@ async def test_what_is_remembered_is_bounded_and_strangers_push_nobody_out(pool:
     assert len(keys._known) == 10
 
 
+async def test_guesses_do_not_delay_the_keys_that_are_known(pool: Pool) -> None:
+    key = await _make(pool)
+    keys = Keys(pool, believed_s=0)
+    await keys.principal(key)
+    other = await pool.acquire()
+    async with other.transaction():
+        await other.execute("lock table api_keys")
+        guesses = [f"parley_{number:016x}_{'0' * 64}" for number in range(50)]
+        asked = [asyncio.create_task(_refused(keys, guess)) for guess in guesses]
+        await asyncio.sleep(0)  # all of them stand in line
+        refresh = asyncio.create_task(keys.principal(key))
+        async with asyncio.timeout(0.9):
+            while await other.fetchval("select count(*) from pg_locks where not granted") < 3:
+                pass
+    await refresh
+    await pool.release(other)
+    await asyncio.gather(*asked, return_exceptions=True)  # some may have waited too long
+
+
 async def test_a_use_is_noted_once_an_hour(pool: Pool) -> None:
     key = await _make(pool)
     assert (await _listed(pool))[0].used_at is None
