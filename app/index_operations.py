@@ -224,10 +224,10 @@ _SYNC = Operation(
 )
 _INDEX_STATS = Operation(
     "Look at the index",
-    "How many conversations it has, and how large it is. A user who asks is told of the user's own rows.",
+    "How many conversations it has, and how large it is. Of one user: of the user's own rows, without `sources`.",
     answers={200: Answer("The figures.", {_JSON: Content(_STATS, IndexStats)})},
-    parameters=[_USER_ID],
-    problems=_PROBLEMS,
+    parameters=[_USERNAME, _USER_ID],
+    problems={400: ["bad_parameter"], **_PROBLEMS},
 )
 _DELETE = Operation(
     "Delete the index",

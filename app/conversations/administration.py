@@ -11,9 +11,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access.audit import Actor
-from app.access.guard import owner_of, principal_of
+from app.access.guard import principal_of
 from app.answers import private_json, time_of
 from app.conversations import upkeep
+from app.conversations.parameters import whose
 from app.conversations.upkeep import Discover, Progress, Stats, Synced, Tell
 from app.errors import ParleyError, to_problem
 from app.postgres import Connection, Pool
@@ -73,7 +74,7 @@ class SyncResult(BaseModel):
 
 class IndexStats(BaseModel):
     """`documentCount` counts entries, which are conversations. `indexSize` in bytes, with everything that belongs to
-    the table; of a user who asks it is what the user's own rows take, as all of it is about the user's own."""
+    the table; of one user it is what the user's own rows take, as all of it is about the user's own."""
 
     indexExists: bool
     conversationCount: int
@@ -106,8 +107,8 @@ async def delete(request: Request[Needs]) -> Response:
 
 
 async def stats(request: Request[Needs]) -> Response:
-    """What is in it: of everybody, or of the user who asks."""
-    username = owner_of(request)
+    """What is in it: of everybody, or of one user."""
+    username = whose(request)
     async with request.state["wall"].connection() as connection:
         found = await upkeep.stats(connection, username)
     return private_json(_stats(found))

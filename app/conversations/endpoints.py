@@ -11,12 +11,12 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.access.guard import acting_for, owner_of
 from app.answers import private_json, time_of
 from app.chats.allowance import Allowance
 from app.conversations import listing, transcript
 from app.conversations.foreign_transcript import find_source, foreign_messages
 from app.conversations.listing import FAR, Place, Wanted
+from app.conversations.parameters import moment, whole_number, whose, word
 from app.conversations.sources.shape import Message
 from app.conversations.statistics import Group, statistics
 from app.conversations.transcript import Named
@@ -29,7 +29,6 @@ _SIZE, _LARGEST = 50, 200
 _ORDERS = {"-lastMessageTime": True, "lastMessageTime": False}
 # Statistics cover so many days unless the request says otherwise, and at most.
 _DAYS, _MOST_DAYS = 30, 400
-_LONGEST = 256
 
 
 class Needs(TypedDict):
@@ -118,7 +117,7 @@ class Statistics(BaseModel):
 
 async def conversations(request: Request[Needs]) -> Response:
     """A page of the index, by number or by cursor."""
-    wanted, size = _wanted(request), _number(request, "size", _SIZE, most=_LARGEST)
+    wanted, size = _wanted(request), whole_number(request, "size", _SIZE, most=_LARGEST)
     after, number = _where(request, wanted, size)
     skip = 0 if after else (number - 1) * size
     async with request.state["wall"].connection() as connection:
@@ -139,7 +138,7 @@ async def conversations(request: Request[Needs]) -> Response:
 
 def _where(request: Request[Needs], wanted: Wanted, size: int) -> tuple[Place | None, int]:
     """Behind which conversation, or else which page."""
-    cursor, number = _word(request, "cursor"), _number(request, "page", 1)
+    cursor, number = word(request, "cursor"), whole_number(request, "page", 1)
     if cursor is not None:
         return listing.place(cursor, newest_first=wanted.newest_first), number
     if (number - 1) * size > FAR:
@@ -149,17 +148,17 @@ def _where(request: Request[Needs], wanted: Wanted, size: int) -> tuple[Place | 
 
 
 def _wanted(request: Request[Needs]) -> Wanted:
-    order = _word(request, "sort") or "-lastMessageTime"
+    order = word(request, "sort") or "-lastMessageTime"
     if order not in _ORDERS:
         raise BadRequest("bad_parameter", f"sort is one of {', '.join(_ORDERS)}.")
     return Wanted(
-        username=_user(request),
-        model=_word(request, "model"),
-        chatbot_id=_word(request, "chatbot_id"),
-        source=_word(request, "source"),
-        query=_word(request, "q"),
-        since=_moment(request, "from"),
-        until=_moment(request, "to"),
+        username=whose(request),
+        model=word(request, "model"),
+        chatbot_id=word(request, "chatbot_id"),
+        source=word(request, "source"),
+        query=word(request, "q"),
+        since=moment(request, "from"),
+        until=moment(request, "to"),
         newest_first=_ORDERS[order],
     )
 
@@ -188,8 +187,8 @@ def _entry(row: asyncpg.Record) -> Mapping[str, Any]:
 async def conversation(request: Request[Needs]) -> Response:
     """One conversation with a page of its messages."""
     named_id = clean(request.path_params["conversation_id"])
-    username, source = _user(request), _word(request, "source")
-    size, after = _number(request, "size", _SIZE, most=_LARGEST), _number(request, "cursor", 0, least=0)
+    username, source = whose(request), word(request, "source")
+    size, after = whole_number(request, "size", _SIZE, most=_LARGEST), whole_number(request, "cursor", 0, least=0)
     async with request.state["wall"].connection() as connection:
         await listing.require_index(connection)
         named = await transcript.find(connection, named_id, username=username, source=source)
@@ -242,7 +241,7 @@ async def message_statistics(request: Request[Needs]) -> Response:
     """What messages add up to, in groups."""
     group = _group(request)
     since, until = _days(request)
-    username, source = _user(request), _word(request, "source")
+    username, source = whose(request), word(request, "source")
     async with request.state["wall"].connection() as connection:
         rows = await statistics(connection, group, since=since, until=until, username=username, source=source)
     return private_json(
@@ -256,7 +255,7 @@ async def message_statistics(request: Request[Needs]) -> Response:
 
 
 def _group(request: Request[Needs]) -> Group:
-    given = _word(request, "group") or "day"
+    given = word(request, "group") or "day"
     for group in get_args(Group):
         if group == given:
             return group  # type: ignore[no-any-return]
@@ -264,7 +263,7 @@ def _group(request: Request[Needs]) -> Group:
 
 
 def _days(request: Request[Needs]) -> tuple[date, date]:
-    since, until = _moment(request, "from"), _moment(request, "to")
+    since, until = moment(request, "from"), moment(request, "to")
     last = until.date() if until else datetime.now(UTC).date() + timedelta(days=1)
     first = since.date() if since else last - min(timedelta(days=_DAYS), last - date.min)
     if not timedelta(0) <= last - first <= timedelta(days=_MOST_DAYS):
@@ -280,50 +279,3 @@ def _figures(row: asyncpg.Record) -> Mapping[str, Any]:
         "tokens": row["tokens"],
         "durationMs": row["duration_ms"],
     }
-
-
-# -- parameters
-
-
-def _user(request: Request[Any]) -> str | None:
-    """Whose conversations, as `username` says it or `user_id`; None: anybody's."""
-    owner, username = owner_of(request), acting_for(request, _word(request, "username"))
-    if None not in (owner, username) and owner != username:
-        raise BadRequest("bad_parameter", "username and user_id name two users; say one of them.")
-    return username if owner is None else owner
-
-
-def _word(request: Request[Any], name: str) -> str | None:
-    """A parameter of the query; an empty one is none. Raises BadRequest for one that no name is as long as, or that is
-    there twice.
-    """
-    every = request.query_params.getlist(name)
-    if len(every) > 1:
-        raise BadRequest("bad_parameter", f"{name} is there more than once.")
-    given = clean("".join(every))
-    if len(given) > _LONGEST:
-        raise BadRequest("bad_parameter", f"{name} is longer than {_LONGEST} characters.")
-    return given or None
-
-
-def _number(request: Request[Any], name: str, default: int, *, least: int = 1, most: int = (1 << 31) - 1) -> int:
-    """A whole number within its bounds. Raises BadRequest for anything else."""
-    given = _word(request, name)
-    if given is None:
-        return default
-    if not (given.isascii() and given.isdecimal() and least <= int(given) <= most):
-        raise BadRequest("bad_parameter", f"{name} must be a whole number from {least} to {most}.")
-    return int(given)
-
-
-def _moment(request: Request[Any], name: str) -> datetime | None:
-    """A time, or a day, which begins at midnight; without a zone it is UTC. Raises BadRequest for anything else."""
-    given = _word(request, name)
-    if given is None:
-        return None
-    try:
-        moment = datetime.fromisoformat(given.replace(" ", "+"))
-        return moment.replace(tzinfo=moment.tzinfo or UTC).astimezone(UTC)
-    except (ValueError, OverflowError):
-        detail = f"{name} must be a date or a time as in ISO 8601, like 2026-01-31 or 2026-01-31T12:00:00Z."
-        raise BadRequest("bad_parameter", detail) from None

@@ -6,6 +6,7 @@ import asyncpg
 import httpx2
 import orjson
 
+from app.access import keys
 from app.access.audit import Actor
 from app.conversations import upkeep
 from app.conversations.index import Chat
@@ -98,6 +99,15 @@ async def test_a_user_is_told_of_the_users_own_and_changes_nothing(database: str
         assert (stats["indexExists"], stats["conversationCount"], stats["sources"]) == (True, 1, {})
         size = "select sum(pg_column_size(c.*)) from conversations c where username = 'bob'"
         assert stats["indexSize"] == await connection.fetchval(size)
+        back_end = as_user(await keys.create(connection, "a back end", ["index"]))
+        for name in ("username", "user_id"):
+            named = await client.get("/api/sync/stats", params={name: "bob"}, headers=back_end)
+            assert named.json() == stats, name
+        assert (await client.get("/api/sync/stats", headers=back_end)).json()["conversationCount"] == 3
+        theirs = await client.get("/api/sync/stats?username=ann", headers=as_user("bob"))
+        assert (theirs.status_code, theirs.json()["code"]) == (403, "user_mismatch")
+        two = await client.get("/api/sync/stats?username=ann&user_id=bob", headers=back_end)
+        assert (two.status_code, two.json()["code"]) == (400, "bad_parameter")
         for method, path in (("POST", "init"), ("POST", "sync"), ("POST", "reset"), ("DELETE", "index")):
             refused = await client.request(method, f"/api/sync/{path}", headers=as_user("bob"))
             assert (refused.status_code, refused.json()["code"]) == (403, "scope_missing")
