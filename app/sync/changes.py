@@ -3,10 +3,10 @@
 Everything here happens under the user's row of `sync_head` or after a look at it: commits come in the order of `seq`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import orjson
 
@@ -20,6 +20,7 @@ from app.sync.cursor import Cursor
 from app.sync.merge import AddMessage, Chat, Message, Op, State
 from app.wall import Wall
 
+T = TypeVar("T")
 # What is not there any more.
 _NONE = Message("", "", "user", "", is_deleted=True)
 ChatOp = merge.PutChat | merge.DeleteChat
@@ -103,6 +104,19 @@ class _Head:
     active: Sequence[tuple[str, str]]
 
 
+# What the gateway does to chats: told under the lock, with the server's time in milliseconds.
+OpsOf = Callable[[Connection, int], Awaitable[Sequence[Op]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What the gateway's own operations were about, as it is now, and the ids of what they changed."""
+
+    state: State
+    chats: Collection[str]
+    messages: Collection[str]
+
+
 @dataclass(slots=True)
 class _Pushed:
     """What became of a push: what the device has to be told of, beside what others did."""
@@ -128,10 +142,15 @@ class Changes:
             self._replica.admit()
         elif (answer := await self._read(user_id, asked)) is not None:
             return answer
-        try:
-            return await retry_conflicts(lambda: self._write(user_id, asked))
-        except Fenced:
-            raise Unavailable("replica_lost", "The server is recovering; send it again.", retry_after=2) from None
+        return await _until_written(lambda: self._write(user_id, asked))
+
+    async def write(self, user_id: str, ops_of: OpsOf) -> Written:
+        """What somebody without a device does: one mutation, merged like any other and sent to every device.
+
+        `ops_of` is asked under the lock, once for each try. Raises what it raises, and Unavailable as `exchange`.
+        """
+        self._replica.admit()
+        return await _until_written(lambda: self._do(user_id, ops_of))
 
     async def _read(self, user_id: str, asked: Asked) -> Answer | None:
         """The answer to who pushes nothing; None where something has to be written for it: before a bootstrap."""
@@ -149,6 +168,17 @@ class Changes:
                 await _adopt(connection, user_id, head)
             return await _answer(connection, user_id, asked, head, pushed)
 
+    async def _do(self, user_id: str, ops_of: OpsOf) -> Written:
+        async with self._replica.transaction(wall=self._wall) as connection:
+            head = await self._locked(connection, user_id)
+            ops = await ops_of(connection, head.now_ms)
+            work = _Work(Asked(), head, await rows.load(connection, user_id, ops))
+            work.apply(Mutation(0, ops))
+            if work.marks:
+                await work.save(connection, user_id)
+                await _move(connection, user_id, head)
+            return Written(work.found.state, work.marks.chats.keys(), work.marks.messages.keys())
+
     async def _locked(self, connection: Connection, user_id: str) -> _Head:
         # Read in a statement of its own, after the lock: the one that waits for it still sees what was before.
         if await connection.fetchrow(_LOCK, user_id) is None:
@@ -157,6 +187,13 @@ class Changes:
         head = await _head(connection, user_id)
         assert head is not None
         return head
+
+
+async def _until_written(work: Callable[[], Awaitable[T]]) -> T:
+    try:
+        return await retry_conflicts(work)
+    except Fenced:
+        raise Unavailable("replica_lost", "The server is recovering; send it again.", retry_after=2) from None
 
 
 async def _head(connection: Connection, user_id: str) -> _Head | None:
@@ -198,9 +235,7 @@ async def _move(connection: Connection, user_id: str, head: _Head) -> None:
 
 async def _push(connection: Connection, user_id: str, asked: Asked, head: _Head) -> _Pushed:
     acked = _acked(head, asked)
-    found = await rows.load(connection, user_id, [op for mutation in asked.push for op in mutation.ops])
-    before = State(dict(found.state.chats), dict(found.state.messages))
-    work = _Work(asked, head, found)
+    work = _Work(asked, head, await rows.load(connection, user_id, [op for one in asked.push for op in one.ops]))
     for mutation in asked.push:
         if mutation.mid <= acked:
             work.repeat(mutation)
@@ -209,9 +244,7 @@ async def _push(connection: Connection, user_id: str, asked: Asked, head: _Head)
     pushed = work.told()
     if asked.push[-1].mid <= acked:
         return pushed
-    await rows.keep(connection, user_id, work.losers)
-    places = await rows.write(connection, user_id, found, work.marks)
-    await _index(connection, user_id, before, found.state, places=places, at=head.at)
+    await work.save(connection, user_id)
     _remember(head, asked, pushed.results)
     await _move(connection, user_id, head)
     return pushed
@@ -251,6 +284,10 @@ class _Work:
     results: list[Mapping[str, Any]] = field(default_factory=list)
     chats: set[str] = field(default_factory=set)
     messages: dict[str, Message] = field(default_factory=dict)
+    before: State = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.before = State(dict(self.found.state.chats), dict(self.found.state.messages))
 
     def apply(self, mutation: Mutation) -> None:
         told, before = [], len(self.marks)
@@ -287,6 +324,12 @@ class _Work:
         if chat.client == self.asked.client:
             return True
         return cursor is not None and cursor.epoch == self.head.epoch and seq <= cursor.seq
+
+    async def save(self, connection: Connection, user_id: str) -> None:
+        """What has become of them, and the index of conversations with it."""
+        await rows.keep(connection, user_id, self.losers)
+        places = await rows.write(connection, user_id, self.found, self.marks)
+        await _index(connection, user_id, self.before, self.found.state, places=places, at=self.head.at)
 
     def repeat(self, mutation: Mutation) -> None:
         """The device did not hear what became of it: it is told what is there now."""
