@@ -32,14 +32,27 @@ async def test_every_reader_that_comes_back_is_served(what: str) -> None:
     assert dict(zip(names, figures, strict=True))["not served"] == "0"
 
 
+async def test_synchronising_is_weighed_beside_the_naive_way() -> None:
+    said, errors, code = await _run("scripts/bench_sync", "--scale", "0.05")
+    assert code == 0, said + errors
+    rows = {cells[0]: cells[1:] for line in said.splitlines() if (cells := _cells(line))}
+    assert rows["nothing new"][3:6] == ["0", "0", "0"], "neither rows nor WAL"
+    assert [rows["one message"][3], rows["`sync_head`"][2], rows["`messages`"][2]] == ["4", "1", "1"]
+    assert int(said.partition("The naive way writes ")[2].split()[0]) >= 100
+    assert float(rows["second device has a message, p50, ms"][0]) > 0
+    assert "bootstrap of 5,000 messages, p50, s" in rows
+
+
 def _cells(line: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")] if line.startswith("| ") else []
 
 
 async def _bench(*arguments: str, module: str = "scripts.bench") -> tuple[str, str, int | None]:
-    process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", module, *arguments, cwd=_ROOT, stdout=-1, stderr=-1
-    )
+    return await _run("-m", module, *arguments)
+
+
+async def _run(*arguments: str) -> tuple[str, str, int | None]:
+    process = await asyncio.create_subprocess_exec(sys.executable, *arguments, cwd=_ROOT, stdout=-1, stderr=-1)
     async with asyncio.timeout(180):
         said, errors = await process.communicate()
     return said.decode(), errors.decode(), process.returncode

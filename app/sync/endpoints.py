@@ -193,19 +193,18 @@ async def _exchange(request: Request[Needs]) -> Response:
         if named is not None and user_id not in (None, named, principal_of(request).user_id):
             raise Invalid("invalid_request", "user_id of the query and of the body name two users; say one of them.")
         user_id = acting_for(request, named)
-    asked = Asked(
-        given.client,
-        cursor.read(given.cursor) if given.cursor else None,
-        [_mutation(mutation) for mutation in given.push],
-        given.failed,
-    )
-    return _json(await request.state["changes"].exchange(_named(user_id), asked))
+    return _json(await request.state["changes"].exchange(_named(user_id), _asked(given)))
 
 
 def _named(user_id: str | None) -> str:
     if user_id is None:
         raise Invalid("invalid_request", "user_id is missing: whose chats are they?")
     return user_id
+
+
+def _asked(given: SyncChats) -> Asked:
+    push = [_mutation(mutation) for mutation in given.push]
+    return Asked(given.client, cursor.read(given.cursor) if given.cursor else None, push, given.failed)
 
 
 def _mutation(given: PushedMutation) -> Mutation:
