@@ -53,6 +53,11 @@ class Limits:
         if principal.user_id is None and user_id:
             self._count(scope, activity, "user", user_id)
 
+    def count_as_well(self, scope: Scope, activity: Activity, user_id: str | None) -> None:
+        """What a request is besides what its route says, for all whom it is counted for. Raises TooMany."""
+        self.count(scope, activity, scope["principal"])
+        self.count_named(scope, activity, user_id)
+
     def count_failure(self, scope: Scope) -> None:
         """Credentials that are no good. Raises TooMany: good ones from there are not asked how many were bad."""
         rate = self._rates["address"].get("failures")

@@ -106,6 +106,7 @@ async def upload_image(request: Request[Needs]) -> Response:
         user_id = acting_for(request, upload.user_id)
         request.state["limits"].count_named(request.scope, "uploads", user_id)
         if upload.message_text:
+            request.state["limits"].count_as_well(request.scope, "messages", user_id)
             await request.state["admit_question"](user_id or "", upload.chatbot_id, principal_of(request))
         image = await request.state["images"].accept(upload_of(upload.image_data), user_id=user_id or "")
     analysis = await _analysis(request, upload, image, user_id=user_id)

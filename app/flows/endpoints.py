@@ -136,7 +136,10 @@ async def process_message(request: Request[Needs]) -> Response:
     """Accept a message; answers as soon as it is durable, before the model is asked."""
     body = await request.body()
     incoming = _incoming(request, principal_of(request), body)
-    request.state["limits"].count_named(request.scope, "messages", incoming.user_id)
+    limits = request.state["limits"]
+    limits.count_named(request.scope, "messages", incoming.user_id)
+    if incoming.image_data is not None:
+        limits.count_as_well(request.scope, "uploads", incoming.user_id)
     accepted = await request.state["intake"].accept(incoming)
     return _answer(accepted, request.state["links"])
 

@@ -15,7 +15,7 @@ from app.settings import load
 from app.telemetry import Metrics
 from tests.access.test_guard import bearer, key_with
 from tests.access.users import as_user, serving_users
-from tests.house import House, Open
+from tests.house import House, Open, flow
 from tests.serving import serving
 
 _STREAM = "/api/stream-events/0197c1a2-7b3c-7def-8a01-23456789abcd"
@@ -84,6 +84,22 @@ async def test_uploads_count_for_the_user_whom_they_name(house: Open) -> None:
         assert (await home.client.post("/api/upload-image", json=body)).status_code == 200
         assert_limited(await home.client.post("/api/upload-image", json=body), "uploads", 1)
         assert (await home.client.post("/api/upload-image", json=body | {"user_id": "bob"})).status_code == 200
+
+
+async def test_a_picture_with_a_question_is_an_upload_and_a_message_whichever_way_it_comes(house: Open) -> None:
+    from tests.flows.test_images import inline
+
+    question = {"user_id": "ann", "chatbot_id": "sees", "image_data": inline(), "message_text": "What is it?"}
+    paths = ("/api/upload-image", "/api/process-message")
+    for of, activity in (("rate_user", "messages"), ("rate_address", "uploads")):
+        async with house(**{of: f"{activity}=2"}) as home:
+            await home.apply(sees={"flows": {"main": flow("A cat.", images=True)}})
+            for path in paths:
+                assert (await home.client.post(path, json=question)).status_code == 200
+            before = await rows(home)
+            for path in paths:
+                assert_limited(await home.client.post(path, json=question), activity, 2)
+            assert await rows(home) == before
 
 
 async def test_g14_an_eventsource_is_told_when_to_come_back_and_not_429(house: Open) -> None:
