@@ -98,7 +98,7 @@ class Connection(HttpToolsProtocol):
 
     def _problem(self, error: ParleyError) -> bytes:
         journal: Journal | None = self.app_state.get("journal")
-        error_id = journal.record(error.code, error.detail, category="REQUEST_ERROR") if journal else ""
+        error_id = journal.count(error.code) if journal else ""
         body = orjson.dumps(to_problem(error, error_id))
         headers = [
             *self.server_state.default_headers,

@@ -123,11 +123,9 @@ class Journal:
         category: str = "CONVERSATION_PROCESSING_ERROR",
     ) -> str:
         """Note an error, with the stack of `error`; returns the `error_id` to tell the client."""
-        self._metrics.errors.labels(code).inc()
-        error_id = uuid4()
         if len(self._rows) >= _WAITING:
-            self._metrics.journal_dropped.inc()
-            return str(error_id)
+            return self.drop(code)
+        error_id = self._counted(code)
         context = redacted(orjson.dumps(about.context, default=repr).decode())[:_DETAIL]
         stack = _stack(error)[-(_DETAIL - len(context)) :] if error is not None and len(context) < _DETAIL else None
         self._rows.append(
@@ -148,6 +146,19 @@ class Journal:
             )
         )
         return str(error_id)
+
+    def count(self, code: str) -> str:
+        """An error that deserves no row; returns an id all the same."""
+        return str(self._counted(code))
+
+    def drop(self, code: str) -> str:
+        """One that deserves a row and has none, as too many came."""
+        self._metrics.journal_dropped.inc()
+        return self.count(code)
+
+    def _counted(self, code: str) -> UUID:
+        self._metrics.errors.labels(code).inc()
+        return uuid4()
 
     async def run_once(self) -> int:
         """Write what waits, up to one pass; returns how many rows. On failure they wait for the next pass."""

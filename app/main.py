@@ -20,6 +20,7 @@ from app.access.limits import limits_of
 from app.access.links import Links
 from app.access.origins import origins
 from app.access.principal import Daily, Principal
+from app.access.rates import Rate
 from app.access.signing import Signing, given_keys
 from app.access.stream_token import SigningKey
 from app.access.user_tokens import user_tokens
@@ -322,6 +323,7 @@ class Gateway:
             failing=self._failing,
             metrics=metrics,
             journal=journal,
+            error_rows=Rate(problems.ROWS),
             replica=replica,
             hub=hub,
             bus=bus,

@@ -14,6 +14,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.access.limits import headers_of
+from app.access.principal import Principal
+from app.access.rates import Rate
 from app.errors import BadRequest, NotFound, ParleyError, TooLarge, TooSlow, Unavailable, to_problem
 from app.journal import About, Journal
 from app.postgres import AWAY, CONFLICT, why
@@ -26,10 +28,13 @@ log = structlog.get_logger(__name__)
 _CHALLENGE = 'Bearer realm="parley"'
 # How much of a path an error row holds.
 _LONGEST_PATH = 300
+# Error rows of each principal in a minute; beyond it its errors are only counted.
+ROWS = 120
 
 
 class Needs(TypedDict):
     journal: Journal
+    error_rows: Rate
     settings: Settings
 
 
@@ -135,13 +140,7 @@ def _translate(error: Exception) -> ParleyError:
 
 
 def _respond(request: Request[Any], error: ParleyError, headers: dict[str, str], *, cause: Exception) -> Response:
-    journal: Journal = request.state["journal"]
-    context = {"method": request.method, "path": request.url.path[:_LONGEST_PATH]}
-    if (principal := request.scope.get("principal")) is not None:
-        context["principal"] = principal.id
-    about = About(request_id=request_id(request.scope), context=context)
-    stack_of = cause if error.status >= 500 else None
-    error_id = journal.record(error.code, error.detail, about=about, error=stack_of, category="REQUEST_ERROR")
+    error_id = _noted(request, error, cause=cause)
     headers |= headers_of(request.scope)
     if error.retry_after is not None:
         headers["Retry-After"] = str(max(1, ceil(error.retry_after)))
@@ -152,6 +151,29 @@ def _respond(request: Request[Any], error: ParleyError, headers: dict[str, str],
         headers["Connection"] = "close"
     body = orjson.dumps(to_problem(error, error_id))
     return Response(body, error.status, {**headers, "Cache-Control": "no-store"}, "application/problem+json")
+
+
+def _noted(request: Request[Any], error: ParleyError, *, cause: Exception) -> str:
+    """The id of an error. It has a row where an operator can do something about it: where it is a bug, or happened to
+    somebody who was let in. A stranger, who may ask anything any number of times, fills no table, and neither does
+    whoever is told to ask less often.
+    """
+    journal: Journal = request.state["journal"]
+    principal: Principal | None = request.scope.get("principal")
+    if error.status != 500 and (principal is None or error.status == 429):
+        return journal.count(error.code)
+    who = principal.id if principal else ""
+    rows: Rate = request.state["error_rows"]
+    if rows.take(who).wait_s:
+        return journal.drop(error.code)
+    context = {
+        "method": request.method,
+        "path": request.url.path[:_LONGEST_PATH],
+        **({"principal": who} if who else {}),
+    }
+    about = About(request_id=request_id(request.scope), context=context)
+    stack_of = cause if error.status >= 500 else None
+    return journal.record(error.code, error.detail, about=about, error=stack_of, category="REQUEST_ERROR")
 
 
 def _challenge(error: ParleyError) -> str | None:

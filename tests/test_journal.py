@@ -41,7 +41,7 @@ async def test_the_same_trouble_has_one_fingerprint(house: Open) -> None:
 
 async def test_a_row_holds_no_key_and_is_small(house: Open) -> None:
     async with house() as home:
-        await home.client.get(f"/{KEY}/" + "x" * 5000)
+        await home.client.get(f"/api/sessions/{KEY}" + "x" * 5000 + "/queue", params={"user_id": ""})
         row = await home.row("select * from error_logs")
         assert KEY not in str(dict(row))
         assert len(row["context"]) + len(row["stack"] or "") <= 8192

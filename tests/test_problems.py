@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections import defaultdict
 from collections.abc import AsyncGenerator, AsyncIterator
+from itertools import product
 from typing import Any
 from urllib.parse import quote, urlsplit
 
@@ -16,8 +17,10 @@ from starlette.routing import Route
 
 from app.main import Life, create_app
 from app.operations import OPERATIONS
+from app.problems import ROWS
 from app.server import serving as serving_app
 from app.settings import load
+from tests.access.test_guard import bearer, key_with
 from tests.serving import client_of, serving, until_ready
 
 _LIMIT = 4096
@@ -100,6 +103,33 @@ async def test_an_error_id_finds_its_row(client: httpx2.AsyncClient, database: s
     assert (row["code"], row["message"], row["request_id"]) == ("invalid_request", problem["detail"], "mine-1")
 
 
+async def test_strangers_fill_no_table_and_those_let_in_only_slowly(database: str) -> None:
+    async with serving(database, auth="keys", rate_key="reads=200") as client:
+        shop, admin = bearer(await key_with(database, "read")), bearer(await key_with(database, "admin"))
+        paths = ["/nothing", "/readyz?verbose", *(path.format_map(defaultdict(lambda: "x")) for _, path in OPERATIONS)]
+        for headers in ({}, bearer("parley_guess"), bearer("a.b.c"), {"X-API-Key": "x" * 40_000}):
+            for method, path in product(("GET", "POST", "TRACE"), paths):
+                answer = await client.request(method, path, headers=headers)
+                assert answer.status_code < 500
+                assert answer.status_code in (200, 204) or answer.json()["error_id"]
+        asked = 0
+        while (await client.get("/api/stream-events/x", headers=shop)).status_code == 404:
+            asked += 1
+        metrics = (await client.get("/metrics", headers=admin)).text
+    errors = {code: float(count) for code, count in re.findall(r'parley_errors_total\{code="(\w+)"\} (\S+)', metrics)}
+    assert errors.keys() >= {"route_unknown", "credentials_missing", "credentials_invalid", "method_not_allowed"}
+    assert (errors["stream_unknown"], errors["rate_limited"]) == (asked, 1)
+    connection = await asyncpg.connect(database)
+    rows = await connection.fetch(
+        "select code, count(*) from error_logs group by 1"
+    )  # the gateway has written the last
+    await connection.close()
+    ((code, count),) = rows
+    assert code == "stream_unknown"
+    assert ROWS <= count < asked
+    assert f"parley_journal_dropped_total {asked - count:.1f}" in metrics
+
+
 async def test_a_crash_says_nothing_but_its_id(database: str) -> None:
     async def crash(_: Request) -> Response:
         raise RuntimeError("the secret of the house")
@@ -166,8 +196,8 @@ async def test_line_breaks_in_ids_are_refused_or_escaped(
     for field in ("session_id", "client_message_id"):
         response = await client.post("/api/process-message", json=question | {field: "a" + breaks})
         _check_problem(response, 422, "invalid_request")
-    for path in (f"/api/stream-events/a{breaks}", f"/nothing{breaks}"):
+    for path in (f"/nothing{breaks}", f"/api/stream-events/a{breaks}"):
         response = await client.get(quote(path))
         problem = _check_problem(response, 404, response.json()["code"])
         assert "x-evil" not in response.headers
-        assert "\n" not in (await _row(database, problem["error_id"]))["message"]
+    assert "\n" not in (await _row(database, problem["error_id"]))["message"]
