@@ -30,7 +30,8 @@ _ABOUT = (
     "Send a message, then read the answer as a stream of events that is stored before it is shown and can be read "
     "again from any position, by polling or as server-sent events.\n\n"
     "Every GET route answers HEAD, and every route answers OPTIONS with 204 and `Allow`. Failures are "
-    "`application/problem+json` with a stable `code`; its `error_id` finds the row in the table `error_logs`, where it deserves one.\n\n"
+    "`application/problem+json` with a stable `code`; its `error_id` finds the row in the table `error_logs`, "
+    "where it deserves one.\n\n"
     "Unless the server is open to anybody on its machine, every route but a few needs an API key with the scope that "
     "it names: `Authorization: Bearer KEY`, or `X-API-Key: KEY`. A key acts for any user."
 )
