@@ -7,6 +7,7 @@ from uuid import UUID
 import orjson
 from pydantic import BaseModel
 
+from app.chat_operations import CHAT_OPERATIONS
 from app.chats.endpoints import UploadAnswer, UploadImage
 from app.conversations.discovery_endpoints import ConversationComplete, ConversationCompleteAnswer, DiscoveryStatus
 from app.flows.configuration import ConfigurationAnswer, ReplaceAnswer, ReplaceConfiguration
@@ -622,6 +623,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/api/discovery/status"): _DISCOVERY_STATUS,
     ("POST", "/api/webhooks/conversation-complete"): _CONVERSATION_COMPLETE,
     **SYNC_OPERATIONS,
+    **CHAT_OPERATIONS,
     ("GET", "/api/conversation-health"): _CONVERSATION_HEALTH,
     ("GET", "/livez"): _LIVEZ,
     ("GET", "/readyz"): _READYZ,

@@ -15,6 +15,7 @@ from app.openapi import Reference
 from app.operations import HEADERS, OPERATIONS
 from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
+from app.sync import chat_endpoints as own_chat_endpoints
 from app.sync import endpoints as sync_endpoints
 
 
@@ -27,6 +28,7 @@ class State(
     administration.Needs,
     discovery_endpoints.Needs,
     sync_endpoints.Needs,
+    own_chat_endpoints.Needs,
     health.Needs,
     problems.Needs,
     guard.Needs,
@@ -37,7 +39,7 @@ class State(
 
 def routes(settings: Settings) -> list[Route]:
     """All of them, each behind its door. Raises LookupError where the table of demands is another one."""
-    table = [*_processing(settings), *_reading(), *_index(settings), *_sync(settings), *_operating()]
+    table = [*_processing(settings), *_reading(), *_index(settings), *_sync(settings), *_chats(settings), *_operating()]
     guard.guard(table, demands(metrics_open=settings.metrics_open))
     return table
 
@@ -107,6 +109,16 @@ def _index(settings: Settings) -> list[Route]:
 def _sync(settings: Settings) -> list[Route]:
     bodies = _bodies(settings, sync_endpoints.BODY_LIMIT)
     return [Route("/api/chat/sync", sync_endpoints.sync_chats, methods=["GET", "POST"], middleware=bodies)]
+
+
+def _chats(settings: Settings) -> list[Route]:
+    bodies = _bodies(settings, own_chat_endpoints.BODY_LIMIT)
+    return [
+        Route("/api/chats", own_chat_endpoints.listed),
+        Route("/api/chats/{chat_id}", own_chat_endpoints.chat, methods=["GET", "PATCH", "DELETE"], middleware=bodies),
+        Route("/api/chats/{chat_id}/messages", own_chat_endpoints.messages),
+        Route("/api/chats/{chat_id}/branch", own_chat_endpoints.branch, methods=["POST"], middleware=bodies),
+    ]
 
 
 def _operating() -> list[Route]:

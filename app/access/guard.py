@@ -128,6 +128,14 @@ def owner_of(request: Request[Any]) -> str | None:
     return acting_for(request, clean(given[0]) if given else None)
 
 
+def user_of(request: Request[Any]) -> str:
+    """As `owner_of`, on a route about one user's things. Raises Invalid where nobody says whose."""
+    user_id = owner_of(request)
+    if user_id is None:
+        raise Invalid("invalid_request", "user_id is missing: whose chats are they?")
+    return user_id
+
+
 def require_readable(request: Request[Any], stream_ids: Collection[UUID]) -> float:
     """For how many more seconds whoever asks may read these streams.
 

@@ -113,6 +113,14 @@ def _conversation(things: Things) -> list[Attempt]:
     return [Attempt(url), Attempt(url, {"source": "parley"})]
 
 
+def _chat(way: str = "", body: Mapping[str, Any] | None = None) -> Attempts:
+    return lambda things: [Attempt(f"/api/chats/{things.session}{way}", body=body)]
+
+
+def _branching(things: Things) -> list[Attempt]:
+    return _chat("/branch", {"message_id": f"{things.session}-1"})(things)
+
+
 def _nothing(_: Things) -> list[Attempt]:
     """The route takes no id of anything that belongs to a user."""
     return []
@@ -145,6 +153,12 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     # Its ids are the user's own, whoever else has the same: tests/sync/test_gateway.py.
     ("POST", "/api/chat/sync"): _nothing,
     ("GET", "/api/chat/sync"): _nothing,
+    ("GET", "/api/chats"): _nothing,
+    ("GET", "/api/chats/{chat_id}"): _chat(),
+    ("PATCH", "/api/chats/{chat_id}"): _chat(body={"title": "Mine"}),
+    ("DELETE", "/api/chats/{chat_id}"): _chat(),
+    ("GET", "/api/chats/{chat_id}/messages"): _chat("/messages"),
+    ("POST", "/api/chats/{chat_id}/branch"): _branching,
     ("GET", "/api/conversation-health"): _nothing,
     ("GET", "/livez"): _nothing,
     ("GET", "/readyz"): _nothing,
@@ -213,7 +227,7 @@ async def _ended(client: httpx2.AsyncClient, user: str, **fields: Any) -> str:
 
 
 async def _things_of(client: httpx2.AsyncClient, user: str) -> Things:
-    running = await _sent(client, user, chatbot_id="slow", session_id=f"{user}s")
+    running = await _sent(client, user, chatbot_id="slow", session_id=f"{user}s", client_message_id=f"{user}s-1")
     queued = await _sent(client, user, chatbot_id="slow", session_id=f"{user}s", client_message_id=f"{user}s-2")
     assert queued["status"] == "queued"
     upload = {"chatbot_id": "sees", "image_data": {"data": base64_of(picture())}}
@@ -241,7 +255,7 @@ async def _town(database: str) -> AsyncGenerator[Town, None]:
         async with demo_provider() as demo:
             await chatbots.apply(connection, file.parse(str(_wanted(demo))))
             async with serving_users(database) as client:
-                key = await keys.create(connection, "a back end", ["process", "read", "index"])
+                key = await keys.create(connection, "a back end", ["process", "read", "index", "sync"])
                 anns = await _things_of(client, "ann")
                 await _ended(client, "bob", session_id="mine")
                 yield Town(client, connection, replace(anns, own_stream=await _ended(client, "bob")), key)
@@ -330,7 +344,7 @@ async def test_a_streaming_url_is_behind_the_second_wall_and_a_back_end_that_nam
     async with demo_provider() as demo, serving(database, auth="keys") as client:
         await apply_demo(database, demo, {"quick": _BOTS["quick"]})
         connection = await asyncpg.connect(database)
-        headers = as_user(await keys.create(connection, "a back end", ["process", "read", "index"]))
+        headers = as_user(await keys.create(connection, "a back end", ["process", "read", "index", "sync"]))
         body = {"user_id": "ann", "chatbot_id": "quick", "message_text": "Hello"}
         url = (await client.post("/api/process-message", json=body, headers=headers)).json()["streaming_url"]
         page = {"has_more": True}

@@ -1,0 +1,125 @@
+"""What the routes of chats take and answer, for /openapi.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from app.openapi import Answer, Content, Operation, Parameter
+from app.sync.chat_endpoints import BranchChat, ChatDeleted, ChatEntry, ChatList, ChatMessages, RenameChat
+
+_JSON = "application/json"
+_CHAT = "5b6f1f0a-6a55-4a3e-9d3c-0d1b2c3d4e5f"
+_MESSAGE = "b4c8d1f0-6a55-4a3e-9d3c-0d1b2c3d4e5f"
+_ENTRY: dict[str, Any] = {
+    "id": _CHAT,
+    "title": "Where is my order?",
+    "messageCount": 2,
+    "totalTokens": 91,
+    "lastMessagePreview": "It was sent yesterday.",
+    "createdAt": "2026-01-31T12:00:00.000Z",
+    "updatedAt": "2026-01-31T12:00:07.250Z",
+    "parentChatId": None,
+    "branchFromMessageId": None,
+    "branches": [],
+}
+_SAID: dict[str, Any] = {
+    "id": _MESSAGE,
+    "role": "user",
+    "content": "Where is my order?",
+    "status": "complete",
+    "attachments": [],
+    "parentId": None,
+    "timestamp": "2026-01-31T12:00:00.000Z",
+}
+_USER_ID = Parameter("user_id", "query", "Whose chats. A user who asks is always this user.")
+_CHAT_ID = Parameter("chat_id", "path", "A chat: what `session_id` says.", required=True)
+_SIZE = Parameter(
+    "size", "query", "How many on a page.", {"type": "integer", "minimum": 1, "maximum": 200, "default": 50}
+)
+_ABSENT: Mapping[int, list[str]] = {404: ["chat_unknown"], 422: ["invalid_request"]}
+_READING: Mapping[int, list[str]] = {503: ["starting", "database_unavailable"]}
+_WRITING: Mapping[int, list[str]] = {
+    503: ["starting", "draining", "replica_lost", "database_unavailable", "database_busy"]
+}
+_BODY: Mapping[int, list[str]] = {400: ["invalid_json"], 408: ["body_too_slow"], 413: ["body_too_large"]}
+_THE_CHAT = {200: Answer("The chat as it is now.", {_JSON: Content(_ENTRY, ChatEntry)})}
+
+_LIST = Operation(
+    "List chats",
+    "A user's chats, those first that something was said in last; those without a message come behind them. A page "
+    "costs the same at any depth, and may be shorter than `size` before the end: `nextCursor` is null there.",
+    answers={200: Answer("A page.", {_JSON: Content({"chats": [_ENTRY], "nextCursor": None}, ChatList)})},
+    parameters=[Parameter("cursor", "query", "`nextCursor` of the page before."), _SIZE, _USER_ID],
+    problems={400: ["bad_parameter", "bad_cursor"], 422: ["invalid_request"], **_READING},
+)
+_GET = Operation(
+    "Read a chat",
+    "As a list shows it.",
+    answers=_THE_CHAT,
+    parameters=[_CHAT_ID, _USER_ID],
+    problems={**_ABSENT, **_READING},
+)
+_PATCH = Operation(
+    "Rename a chat",
+    "A change like that of a device: it reaches all of them.",
+    answers=_THE_CHAT,
+    parameters=[_CHAT_ID, _USER_ID],
+    body=Content({"title": "My order"}, RenameChat),
+    problems={**_BODY, **_ABSENT, **_WRITING},
+)
+_DELETE = Operation(
+    "Delete a chat",
+    "With its messages, on all devices. A younger message of one of them brings it back until it is purged.",
+    answers={200: Answer("It is deleted.", {_JSON: Content({"success": True, "id": _CHAT}, ChatDeleted)})},
+    parameters=[_CHAT_ID, _USER_ID],
+    problems={**_ABSENT, **_WRITING},
+)
+_MESSAGES = Operation(
+    "Read the messages of a chat",
+    "In the order in which they came here, or the last ones first. A page has at most 4 MiB of text, and one message "
+    "at least.",
+    answers={
+        200: Answer(
+            "A page.", {_JSON: Content({"chatId": _CHAT, "messages": [_SAID], "nextCursor": None}, ChatMessages)}
+        )
+    },
+    parameters=[
+        _CHAT_ID,
+        Parameter("cursor", "query", "`nextCursor` of the page before, in the same order."),
+        _SIZE,
+        Parameter(
+            "sort",
+            "query",
+            "`-position`: the last ones first.",
+            {"type": "string", "enum": ["position", "-position"], "default": "position"},
+        ),
+        Parameter("failed", "query", "`true`: failed messages, too."),
+        _USER_ID,
+    ],
+    problems={400: ["bad_parameter"], **_ABSENT, **_READING},
+)
+_BRANCH = Operation(
+    "Branch off from a chat",
+    "Makes a chat that begins with a copy of everything up to `message_id`, so that the conversation goes on from "
+    "there another way; the chat itself stays as it is. At most 10,000 messages are copied, and none of them counts as "
+    "usage.\n\n"
+    "With an `id` of the caller's the request may be repeated, and goes on where it broke off.",
+    answers={200: Answer("The new chat.", {_JSON: Content(_ENTRY, ChatEntry)})},
+    parameters=[_CHAT_ID, _USER_ID],
+    body=Content({"message_id": _MESSAGE}, BranchChat),
+    problems={
+        **_BODY,
+        404: ["chat_unknown", "message_unknown"],
+        409: ["chat_exists"],
+        422: ["invalid_request", "branch_too_long"],
+        **_WRITING,
+    },
+)
+
+CHAT_OPERATIONS: Mapping[tuple[str, str], Operation] = {
+    ("GET", "/api/chats"): _LIST,
+    ("GET", "/api/chats/{chat_id}"): _GET,
+    ("PATCH", "/api/chats/{chat_id}"): _PATCH,
+    ("DELETE", "/api/chats/{chat_id}"): _DELETE,
+    ("GET", "/api/chats/{chat_id}/messages"): _MESSAGES,
+    ("POST", "/api/chats/{chat_id}/branch"): _BRANCH,
+}
