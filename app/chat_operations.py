@@ -4,7 +4,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from app.openapi import Answer, Content, Operation, Parameter
-from app.sync.chat_endpoints import BranchChat, ChatDeleted, ChatEntry, ChatList, ChatMessages, RenameChat
+from app.sync.chat_endpoints import (
+    BranchChat,
+    ChatDeleted,
+    ChatEntry,
+    ChatList,
+    ChatMessages,
+    RenameChat,
+)
+from app.sync.file_endpoints import ExportedChats
 
 _JSON = "application/json"
 _CHAT = "5b6f1f0a-6a55-4a3e-9d3c-0d1b2c3d4e5f"
@@ -115,11 +123,68 @@ _BRANCH = Operation(
     },
 )
 
+_FILE: dict[str, Any] = {
+    "format": "parley",
+    "version": 1,
+    "exportedAt": "2026-01-31T12:05:00.000Z",
+    "chats": [
+        {
+            "id": _CHAT,
+            "title": "Where is my order?",
+            "createdAt": "2026-01-31T12:00:00.000Z",
+            "parentChatId": None,
+            "branchFromMessageId": None,
+            "messages": [
+                {"id": _MESSAGE, "role": "user", "content": "Where is it?", "timestamp": "2026-01-31T12:00:00.000Z"}
+            ],
+        }
+    ],
+}
+_MARKDOWN = "Exported on 2026-01-31 at 12:05 UTC\n\n# Where is my order?\n\n## User, 2026-01-31 12:00\n\nWhere is it?\n"
+_EXPORTED = {
+    200: Answer(
+        "The file. One that could not be finished ends with the connection.",
+        {_JSON: Content(_FILE, ExportedChats), "text/markdown": Content(_MARKDOWN)},
+        headers=["Content-Disposition"],
+    )
+}
+_FORMAT = Parameter(
+    "format",
+    "query",
+    "`json`, which can be imported, or `markdown` for people.",
+    {"type": "string", "enum": ["json", "markdown"], "default": "json"},
+)
+_EXPORT_ONE = Operation(
+    "Export a chat",
+    "The chat with all its messages but failed ones, as it is at one moment. Pictures are named, not included.",
+    answers=_EXPORTED,
+    parameters=[_CHAT_ID, _FORMAT, _USER_ID],
+    problems={
+        400: ["bad_parameter"],
+        **_ABSENT,
+        503: ["starting", "overloaded", "database_unavailable"],
+    },
+)
+_EXPORT_ALL = Operation(
+    "Export all chats",
+    "Everything of this user in one file, as it is at one moment, however much that is. A replica makes two "
+    "files at once, each within 15 minutes.",
+    answers=_EXPORTED,
+    parameters=[_FORMAT, _USER_ID],
+    problems={
+        400: ["bad_parameter"],
+        422: ["invalid_request"],
+        503: ["starting", "overloaded", "database_unavailable"],
+    },
+)
+
 CHAT_OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/api/chats"): _LIST,
     ("GET", "/api/chats/{chat_id}"): _GET,
     ("PATCH", "/api/chats/{chat_id}"): _PATCH,
     ("DELETE", "/api/chats/{chat_id}"): _DELETE,
+    ("GET", "/api/chats/export"): _EXPORT_ALL,
+    ("GET", "/api/chats/{chat_id}/export"): _EXPORT_ONE,
     ("GET", "/api/chats/{chat_id}/messages"): _MESSAGES,
     ("POST", "/api/chats/{chat_id}/branch"): _BRANCH,
 }

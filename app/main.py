@@ -93,6 +93,8 @@ _ORDERS = 2
 _UPLOADS = 3
 # Conversations of other programs that are read at once.
 _READINGS = 4
+# Chats that are exported at once: each holds a connection and a snapshot.
+_EXPORTS = 2
 # How long a stopping server waits for accepts that were under way, in seconds; longer than one waits for locks.
 _ACCEPTS_S = 5
 # How long the loops of a server that has drained may take to end, in seconds.
@@ -339,6 +341,7 @@ class Gateway:
             uploads=self._uploads,
             readings=Allowance(_READINGS, of="readings of sources"),
             changes=Changes(replica, wall),
+            exports=Allowance(_EXPORTS, of="exports"),
             admit_upload=replica.admit,
             admit_question=partial(_admit_question, intake),
             analyse=partial(_analyse, intake),

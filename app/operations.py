@@ -59,6 +59,7 @@ class Readiness(BaseModel):
 
 
 HEADERS: Mapping[str, str] = {
+    "Content-Disposition": "The file's name.",
     "X-Request-Id": "The id of this request: the given one if it is 1 to 64 letters, digits, `.`, `_` or `-`.",
     "Retry-After": "Seconds after which another try makes sense.",
     "Idempotent-Replayed": "`true` where this repeats the answer to an earlier request with the same key.",

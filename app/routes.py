@@ -17,6 +17,7 @@ from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
 from app.sync import chat_endpoints as own_chat_endpoints
 from app.sync import endpoints as sync_endpoints
+from app.sync import file_endpoints
 
 
 class State(
@@ -29,6 +30,7 @@ class State(
     discovery_endpoints.Needs,
     sync_endpoints.Needs,
     own_chat_endpoints.Needs,
+    file_endpoints.Needs,
     health.Needs,
     problems.Needs,
     guard.Needs,
@@ -115,7 +117,9 @@ def _chats(settings: Settings) -> list[Route]:
     bodies = _bodies(settings, own_chat_endpoints.BODY_LIMIT)
     return [
         Route("/api/chats", own_chat_endpoints.listed),
+        Route("/api/chats/export", file_endpoints.export_all),
         Route("/api/chats/{chat_id}", own_chat_endpoints.chat, methods=["GET", "PATCH", "DELETE"], middleware=bodies),
+        Route("/api/chats/{chat_id}/export", file_endpoints.export_chat),
         Route("/api/chats/{chat_id}/messages", own_chat_endpoints.messages),
         Route("/api/chats/{chat_id}/branch", own_chat_endpoints.branch, methods=["POST"], middleware=bodies),
     ]

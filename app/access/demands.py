@@ -42,6 +42,8 @@ _DEMANDS: Demands = {
     ("GET", "/api/chats/{chat_id}"): "sync",
     ("PATCH", "/api/chats/{chat_id}"): "sync",
     ("DELETE", "/api/chats/{chat_id}"): "sync",
+    ("GET", "/api/chats/export"): "sync",
+    ("GET", "/api/chats/{chat_id}/export"): "sync",
     ("GET", "/api/chats/{chat_id}/messages"): "sync",
     ("POST", "/api/chats/{chat_id}/branch"): "sync",
     ("GET", "/api/conversation-health"): "public",

@@ -121,7 +121,7 @@ async def chat(request: Request[Needs]) -> Response:
         case "DELETE":
             return await _delete(request)
         case _:
-            return await _told(request, user_of(request), _chat_id(request))
+            return await _told(request, user_of(request), chat_of(request))
 
 
 async def _rename(request: Request[Needs]) -> Response:
@@ -139,7 +139,7 @@ async def _delete(request: Request[Needs]) -> Response:
 
 async def messages(request: Request[Needs]) -> Response:
     """A page of a chat's messages, from either end."""
-    user_id, chat_id, backward = user_of(request), _chat_id(request), _backward(request)
+    user_id, chat_id, backward = user_of(request), chat_of(request), _backward(request)
     size, failed = whole_number(request, "size", _SIZE, most=_LARGEST), word(request, "failed") == "true"
     after = whole_number(request, "cursor", 0, least=0) if word(request, "cursor") else None
     async with request.state["wall"].connection() as connection:
@@ -175,13 +175,14 @@ async def _told(request: Request[Needs], user_id: str, chat_id: str) -> Response
 
 async def _known(request: Request[Needs]) -> tuple[str, str]:
     """Whose chat, and which: where there is none, nothing is locked for it."""
-    user_id, chat_id = user_of(request), _chat_id(request)
+    user_id, chat_id = user_of(request), chat_of(request)
     async with request.state["wall"].connection() as connection:
         await chats.require(connection, user_id, chat_id)
     return user_id, chat_id
 
 
-def _chat_id(request: Request[Needs]) -> str:
+def chat_of(request: Request[Any]) -> str:
+    """The chat that the path names."""
     return clean(request.path_params["chat_id"])
 
 

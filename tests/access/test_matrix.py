@@ -157,6 +157,8 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("GET", "/api/chats/{chat_id}"): _chat(),
     ("PATCH", "/api/chats/{chat_id}"): _chat(body={"title": "Mine"}),
     ("DELETE", "/api/chats/{chat_id}"): _chat(),
+    ("GET", "/api/chats/export"): _nothing,
+    ("GET", "/api/chats/{chat_id}/export"): _chat("/export"),
     ("GET", "/api/chats/{chat_id}/messages"): _chat("/messages"),
     ("POST", "/api/chats/{chat_id}/branch"): _branching,
     ("GET", "/api/conversation-health"): _nothing,

@@ -1,0 +1,100 @@
+"""A user's chats as files: what is exported, and what is imported."""
+
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from typing import Any, Literal, TypedDict, get_args
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
+
+from app.access.guard import user_of
+from app.chats.allowance import Allowance
+from app.chats.chat import MessageStatus, Role
+from app.conversations.parameters import word
+from app.download import Download
+from app.errors import BadRequest
+from app.settings import Settings
+from app.sync.chat_endpoints import chat_of
+from app.sync.export import Export, Format
+from app.wall import Wall
+
+_FILES: Mapping[Format, tuple[str, str]] = {
+    "json": ("json", "application/json"),
+    "markdown": ("md", "text/markdown"),
+}
+
+
+class Needs(TypedDict):
+    wall: Wall
+    settings: Settings
+    # Files that are made at once, each over a connection of its own.
+    exports: Allowance
+
+
+class ExportedMessage(BaseModel):
+    """A message of a file. What is not said has its default."""
+
+    id: str
+    role: Role
+    content: str
+    timestamp: str
+    parentId: str | None = None
+    status: MessageStatus = "complete"
+    attachments: list[dict[str, Any]] = []
+
+
+class ExportedChat(BaseModel):
+    """A chat of a file, with its messages in their order."""
+
+    id: str
+    title: str
+    createdAt: str
+    parentChatId: str | None
+    branchFromMessageId: str | None
+    messages: list[ExportedMessage]
+
+
+class ExportedChats(BaseModel):
+    """A file of chats, as an import takes it."""
+
+    format: Literal["parley"]
+    version: Literal[1]
+    exportedAt: str
+    chats: list[ExportedChat]
+
+
+async def export_chat(request: Request[Needs]) -> Response:
+    """One chat as a file."""
+    return _download(request, user_of(request), chat_of(request), name="chat")
+
+
+async def export_all(request: Request[Needs]) -> Response:
+    """All chats of a user as a file."""
+    return _download(request, user_of(request), None, name="chats")
+
+
+def _download(request: Request[Needs], user_id: str, chat_id: str | None, *, name: str) -> Response:
+    written = _format(request)
+    export = Export(request.state["wall"], user_id, chat_id, written)
+    ending, media_type = _FILES[written]
+    return Download(
+        _one_of_few(request.state["exports"], export.parts()),
+        name=f"{name}.{ending}",
+        media_type=media_type,
+        send_timeout_s=request.state["settings"].sse_send_timeout_s,
+    )
+
+
+async def _one_of_few(exports: Allowance, parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+    async with exports.take(), aclosing(parts):
+        async for part in parts:
+            yield part
+
+
+def _format(request: Request[Needs]) -> Format:
+    given = word(request, "format") or "json"
+    for known in get_args(Format):
+        if known == given:
+            return known  # type: ignore[no-any-return]
+    raise BadRequest("bad_parameter", f"format is one of {', '.join(get_args(Format))}.")
