@@ -230,6 +230,16 @@ class Settings(BaseSettings):
         le=3650,
         description="How long pictures are kept that were uploaded and that no message names, in days.",
     )
+    keep_deleted_days: float = Field(
+        90,
+        gt=0,
+        le=3650,
+        description="How long the contents of deleted chats are kept, in days; devices that were away for longer read "
+        "everything anew.",
+    )
+    keep_failed_days: float = Field(
+        90, gt=0, le=3650, description="How long messages are kept that failed and were not tried again, in days."
+    )
     keep_quotas_days: float = Field(
         35, ge=2, le=3650, description="How long it is known what quotas were used on a day, in days."
     )

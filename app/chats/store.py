@@ -32,10 +32,11 @@ next as (
 # A chat that was deleted comes back; the title of a new one gives way to whatever a device calls it.
 _SAVE_QUESTION = f"""
 {_NEXT}, was as (
-    select is_deleted from chats where user_id = $1 and id = $2),
+    select is_deleted, is_purged from chats where user_id = $1 and id = $2),
 chat as (
     insert into chats as c (user_id, id, title, seq) values ($1, $2, $3, $7)
     on conflict (user_id, id) do update set updated_at = now(), is_deleted = false, is_purged = false,
+        is_emptied = false, title = case when c.is_purged then excluded.title else c.title end,
         seq = case when c.is_deleted then excluded.seq else c.seq end,
         origin = case when c.is_deleted then '' else c.origin end,
         client = case when c.is_deleted then '' else c.client end,
@@ -45,8 +46,13 @@ message as (
     select $1, $2, $4, $5, 'user', $6, position, stamp, $7 from next
     on conflict (user_id, id) do nothing
     returning position)
-select (select position from message) as position, coalesce((select is_deleted from was), false) as came_back
+select (select position from message) as position, coalesce((select is_deleted from was), false) as came_back,
+    coalesce((select is_purged from was), false) as was_purged
 """
+# What was left of a purged chat when it was asked something again, or came late to it. Devices may have more of it, and
+# were told that it is gone for good: they begin anew.
+_REOPEN = "delete from messages where user_id = $1 and chat_id = $2 and id <> $3"
+_BEGIN_ANEW = "update sync_head set gc_seq = seq where user_id = $1"
 # Devices may have been faster than the question.
 _ASK_STORED = """
 update messages set is_asked = true, updated_at = now()
@@ -100,6 +106,9 @@ async def save_question(
     values = (user_id, chat_id, title_from(content), message_id, content, orjson.dumps(attachments).decode(), seq)
     row = await connection.fetchrow(_SAVE_QUESTION, *values)
     assert row is not None
+    if row["was_purged"]:
+        await connection.execute(_REOPEN, user_id, chat_id, message_id)
+        await connection.execute(_BEGIN_ANEW, user_id)
     if row["position"] is not None:
         return Saved(row["position"], row["came_back"])
     stored = await connection.fetchrow(_ASK_STORED, user_id, message_id, chat_id, content)

@@ -24,6 +24,7 @@ from app.streams.partitions import Partitions
 from app.streams.replicas import Replica
 from app.streams.retention import Events
 from app.streams.stream import streams_expiring
+from app.sync.compaction import DeletedChats, FailedMessages
 
 log = structlog.get_logger(__name__)
 
@@ -118,4 +119,6 @@ def expiring(settings: Settings, *, chatbots: Chatbots, turns: Turns | None = No
         audit_expiring(settings.keep_audit_days * _DAY_S),
         usage_expiring(settings.keep_quotas_days * _DAY_S),
         images_expiring(settings.keep_images_days * _DAY_S),
+        DeletedChats(settings.keep_deleted_days * _DAY_S),
+        FailedMessages(settings.keep_failed_days * _DAY_S),
     ]

@@ -28,7 +28,8 @@ ChatOp = merge.PutChat | merge.DeleteChat
 MOST_CLIENTS = 100
 
 _HEAD = """
-select h.epoch, h.seq, h.gc_seq, h.clients, now() as at, (extract(epoch from parley_now()) * 1000)::bigint as now_ms,
+select h.epoch, h.seq, h.gc_seq, h.gc_failed, h.clients, now() as at,
+    (extract(epoch from parley_now()) * 1000)::bigint as now_ms,
     (select json_agg(json_build_array(s.id, s.streaming_session_id)) from conversation_sessions s
      where s.user_id = h.user_id and s.status = 'active') as active
 from sync_head h where h.user_id = $1
@@ -98,6 +99,7 @@ class _Head:
     epoch: str
     seq: int
     gc_seq: int
+    gc_failed: int
     clients: dict[str, Any]
     at: datetime
     now_ms: int
@@ -201,8 +203,13 @@ async def _head(connection: Connection, user_id: str) -> _Head | None:
     if row is None:
         return None
     active = orjson.loads(row["active"] or "[]")
-    given = (row["epoch"], row["seq"], row["gc_seq"], orjson.loads(row["clients"]), row["at"], row["now_ms"])
-    return _Head(*given, [(chat, stream) for chat, stream in active])
+    given = (row["epoch"], row["seq"], row["gc_seq"], row["gc_failed"], orjson.loads(row["clients"]))
+    return _Head(*given, row["at"], row["now_ms"], [(chat, stream) for chat, stream in active])
+
+
+def _compacted(head: _Head, asked: Asked) -> int:
+    """How far rows are gone without a word that this device may have."""
+    return max(head.gc_seq, head.gc_failed) if asked.failed else head.gc_seq
 
 
 def _start(head: _Head, asked: Asked) -> tuple[Resync | None, int]:
@@ -215,7 +222,8 @@ def _start(head: _Head, asked: Asked) -> tuple[Resync | None, int]:
     if max(cursor.seq, cursor.until) > head.seq:
         return "ahead", 0
     # In a bootstrap: since it began.
-    if cursor.compacted != head.gc_seq if cursor.until else cursor.seq < head.gc_seq:
+    compacted = _compacted(head, asked)
+    if cursor.compacted != compacted if cursor.until else cursor.seq < compacted:
         return "compacted", 0
     return None, max(cursor.until, 1)
 
@@ -403,7 +411,7 @@ async def _answer(connection: Connection, user_id: str, asked: Asked, head: _Hea
     resync, until = _start(head, asked)
     cursor = asked.cursor
     if until == 0 or cursor is None:
-        cursor = Cursor(head.epoch, 0, head.seq, head.gc_seq, asked.failed)
+        cursor = Cursor(head.epoch, 0, head.seq, _compacted(head, asked), asked.failed)
     else:
         cursor = replace(cursor, failed=asked.failed)
     page = await pages.read(connection, user_id, cursor, client=asked.client, last=head.seq)

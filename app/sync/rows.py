@@ -104,12 +104,13 @@ async def load(connection: Connection, user_id: str, ops: Sequence[Op]) -> Found
     found = Found()
     chats = {op.chat_id if isinstance(op, AddMessage) else op.id for op in ops if not isinstance(op, DeleteMessage)}
     messages = {op.id for op in ops if isinstance(op, AddMessage | DeleteMessage)}
+    # A device may name what is derived from another of its ids: nothing is looked for twice.
+    sought: set[str] = set()
     while chats or messages:
         await _fetch(connection, user_id, found, chats, messages)
-        state = found.state
+        state, sought = found.state, sought | messages
         chats = {successor(name) for name in chats if name in state.chats and state.chats[name].is_purged}
-        messages = _forks(ops, state) - messages if messages else set()
-        messages -= state.messages.keys()
+        messages = _forks(ops, state) - sought if messages else set()
     return found
 
 

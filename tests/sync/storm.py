@@ -14,7 +14,7 @@ from app.conversations import index, recount
 from app.errors import Conflict
 from app.postgres import Connection, open_pool, retry_conflicts
 from app.streams.replicas import Replica
-from app.sync import changes
+from app.sync import changes, compaction
 from app.sync.changes import Asked, Changes
 from app.sync.merge import AddMessage, Chat, DeleteChat, DeleteMessage, Message, Op, PutChat, State, fork
 from app.wall import Reach, Wall, within
@@ -22,6 +22,13 @@ from tests.sync.device import Device
 
 _HOUR_MS = 3_600_000
 _ROWS = "select * from {} where user_id = $1"
+_DELETED = """
+select c.id as chat, m.id, m.content from chats c left join messages m on m.user_id = c.user_id and m.chat_id = c.id
+where c.user_id = $1 and c.is_deleted
+"""
+_PURGED = "select id from chats where user_id = $1 and is_purged"
+# So few messages at once that it often stops half way.
+_COMPACTION = compaction.DeletedChats(0, piece=3)
 # Exchanges until everybody must have everything.
 _ENOUGH = 40
 
@@ -90,13 +97,15 @@ class User:
     acknowledged: list[Op] = field(default_factory=list)
     deleted: set[str] = field(default_factory=set)
     late: list[Asked] = field(default_factory=list)
+    # What went with its chat: words, and ids of what was deleted before.
+    compacted: set[str] = field(default_factory=set)
     words: int = 0
 
     async def live(self, rounds: int) -> None:
         skews = (0, -_HOUR_MS, 6 * _HOUR_MS, 30_000)
         self.devices = [Device(skew_ms=self.chance.choice(skews)) for _ in range(3)]
         for _ in range(rounds):
-            await asyncio.gather(*(self._act(device) for device in self.devices), self._serve())
+            await asyncio.gather(*(self._act(device) for device in self.devices), self._serve(), self._compact())
         for asked in self.late:
             await self._send(asked)
         for _ in range(_ENOUGH):
@@ -186,6 +195,18 @@ class User:
             async with connection.transaction():
                 await _answer(connection, self.name, chat, f"{name}-a", text)
 
+    async def _compact(self) -> None:
+        """Chats that were deleted a moment ago become empty."""
+        if self.chance.random() < 0.6:
+            return
+        async with self.storm.database.acquire() as connection, connection.transaction():
+            if not await compaction.held(connection, self.name):
+                return
+            deleted = await connection.fetch(_DELETED, self.name)
+            await _COMPACTION.compact(connection, self.name, [row["chat"] for row in deleted])
+            purged = {row["id"] for row in await connection.fetch(_PURGED, self.name)}
+            self.compacted |= {row["content"] or row["id"] for row in deleted if row["chat"] in purged}
+
     async def wrong(self) -> list[str]:
         """What does not hold; nothing, where everything does."""
         server = await self._stored()
@@ -201,7 +222,7 @@ class User:
         return found
 
     def _is_lost(self, op: Op, server: State) -> bool:
-        if not isinstance(op, AddMessage):
+        if not isinstance(op, AddMessage) or self.compacted & {op.content, op.id, fork(op)}:
             return False
         stored = [server.messages.get(op.id), server.messages.get(fork(op))]
         if any(one is not None and one.content == op.content for one in stored):

@@ -346,3 +346,11 @@ async def test_many_pushes_at_once_are_one_after_the_other(house: Open) -> None:
         assert [row["position"] for row in positions] == list(range(1, 31))
         assert await home.database.fetchval("select count(distinct seq) from messages") == 30
         await agreed(home.database)
+
+
+async def test_ids_that_are_derived_from_each_other_are_looked_for_once(house: Open) -> None:
+    async with house() as home:
+        ops = [add("a", content="One"), add("a", content="Two"), {"op": "msg.del", "id": fork_of("a", "One")}]
+        answer = await asyncio.wait_for(sync(home.client, "phone", ops), 10)
+        assert [op["status"] for op in answer["results"][0]["ops"]] == ["forked"]
+        assert len(_ids(answer)[1] | {"a"}) == 2
