@@ -18,6 +18,7 @@ from app.operations import OPERATIONS
 from tests.access.users import as_user, serving_users
 from tests.chats.pictures import base64_of, picture
 from tests.serving import apply_demo, serving
+from tests.sync.test_gateway import add, delete, put
 
 _BOTS = {"slow": "demo?delay_ms=20&tokens=100000", "quick": "demo?delay_ms=0&tokens=3"}
 _SSE = {"Accept": "text/event-stream"}
@@ -32,7 +33,8 @@ def _wanted(demo: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Things:
-    """One id of each kind. A message that waits is in `session`; `own_session` is of whoever asks."""
+    """One id of each kind. A message that waits is in `session`; `chat` has a `note` that `device` has brought, which
+    has read as far as `cursor`; `own_session` is of whoever asks."""
 
     running: str
     ended: str
@@ -40,14 +42,19 @@ class Things:
     session: str
     message: str
     image: str
+    chat: str
+    note: str
+    device: str
+    cursor: str
     own_session: str = "mine"
     own_stream: str = ""
 
 
 def _nobodys(things: Things) -> Things:
     """Ids of the same kinds that nobody has."""
-    kinds = ("running", "ended", "queued", "message", "image")
-    return replace(things, session="nobodys", **{kind: str(uuid4()) for kind in kinds})
+    kinds = ("running", "ended", "queued", "message", "image", "chat", "note", "device")
+    cursor = f"{uuid4().hex[:12]}.1"
+    return replace(things, session="nobodys", cursor=cursor, **{kind: str(uuid4()) for kind in kinds})
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +128,25 @@ def _branching(things: Things) -> list[Attempt]:
     return _chat("/branch", {"message_id": f"{things.session}-1"})(things)
 
 
+def _pushing(things: Things) -> list[Attempt]:
+    """Whatever a device may do to chats and messages, and as a device that has done something already."""
+    ops = [
+        put(f"by-{things.chat}", parent_chat_id=things.chat, branch_from_message_id=things.note),
+        put(things.chat, "Mine", at=9),
+        add(things.note, things.chat, "Mine", at=9),
+        add(f"by-{things.note}", things.chat, parent_id=things.note),
+        {"op": "msg.del", "id": things.note},
+        delete(things.chat, 99),
+        delete(things.session, 99),
+    ]
+    push = [{"mid": mid, "ops": [op]} for mid, op in enumerate(ops, 1)]
+    return [Attempt("/api/chat/sync", body={"client": things.device, "cursor": things.cursor, "push": push})]
+
+
+def _pulling(things: Things) -> list[Attempt]:
+    return [Attempt("/api/chat/sync", {"cursor": things.cursor})]
+
+
 def _nothing(_: Things) -> list[Attempt]:
     """The route takes no id of anything that belongs to a user."""
     return []
@@ -150,9 +176,8 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("POST", "/api/sync/reset"): _nothing,
     ("GET", "/api/discovery/status"): _nothing,
     ("POST", "/api/webhooks/conversation-complete"): _nothing,
-    # Its ids are the user's own, whoever else has the same: tests/sync/test_gateway.py.
-    ("POST", "/api/chat/sync"): _nothing,
-    ("GET", "/api/chat/sync"): _nothing,
+    ("POST", "/api/chat/sync"): _pushing,
+    ("GET", "/api/chat/sync"): _pulling,
     ("GET", "/api/chats"): _nothing,
     ("GET", "/api/chats/{chat_id}"): _chat(),
     ("PATCH", "/api/chats/{chat_id}"): _chat(body={"title": "Mine"}),
@@ -168,7 +193,9 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("GET", "/openapi.json"): _nothing,
     ("GET", "/docs"): _nothing,
 }
-_WITH_IDS = [entry for entry, attempts in MATRIX.items() if attempts is not _nothing]
+# Whose ids are each user's own, whoever else has the same: another user's are new ones.
+_OWN_IDS = [("POST", "/api/chat/sync"), ("GET", "/api/chat/sync")]
+_WITH_IDS = [entry for entry, attempts in MATRIX.items() if attempts is not _nothing and entry not in _OWN_IDS]
 
 
 def test_the_matrix_has_every_route() -> None:
@@ -206,12 +233,19 @@ class Town:
         """Everything of ann's that somebody could have changed; her running answer goes on meanwhile."""
         streams = "select id, status, cancel_flows from streaming_sessions where user_id = 'ann' order by id"
         waiting = "select * from queued_messages where user_id = 'ann' order by place"
-        messages = "select id, chat_id, content from messages where user_id = 'ann' and role = 'user' order by id"
-        return [await self.database.fetch(query) for query in (streams, waiting, messages)]
+        fields = "id, chat_id, content, is_deleted, parent_id, stamp"
+        messages = f"select {fields} from messages where user_id = 'ann' and role = 'user' order by id"
+        chats = "select id, title, is_deleted, is_purged, parent_chat_id from chats where user_id = 'ann' order by id"
+        devices = "select clients from sync_head where user_id = 'ann'"
+        return [await self.database.fetch(query) for query in (streams, waiting, messages, chats, devices)]
+
+
+def _secret_of(user: str) -> str:
+    return f"The secret of {user}."
 
 
 async def _sent(client: httpx2.AsyncClient, user: str, **fields: Any) -> dict[str, Any]:
-    body = {"message_text": "The secret of the user.", **fields}
+    body = {"message_text": _secret_of(user), **fields}
     response = await client.post("/api/process-message", json=body, headers=as_user(user))
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
@@ -234,6 +268,9 @@ async def _things_of(client: httpx2.AsyncClient, user: str) -> Things:
     assert queued["status"] == "queued"
     upload = {"chatbot_id": "sees", "image_data": {"data": base64_of(picture())}}
     uploaded = await client.post("/api/upload-image", json=upload, headers=as_user(user))
+    ops = [put(f"{user}s-trip", _secret_of(user)), add(f"{user}s-note", f"{user}s-trip", _secret_of(user))]
+    push = {"client": f"{user}s-phone", "push": [{"mid": 1, "ops": ops}]}
+    synced = await client.post("/api/chat/sync", json=push, headers=as_user(user))
     return Things(
         running=running["streaming_session_id"],
         ended=await _ended(client, user),
@@ -241,6 +278,10 @@ async def _things_of(client: httpx2.AsyncClient, user: str) -> Things:
         session=f"{user}s",
         message=f"{user}s-2",
         image=uploaded.json()["image"]["id"],
+        chat=f"{user}s-trip",
+        note=f"{user}s-note",
+        device=f"{user}s-phone",
+        cursor=synced.json()["cursor"],
     )
 
 
@@ -294,7 +335,25 @@ async def test_another_users_ids_are_unknown(town: Town, method: str, path: str)
         assert (await town.ask(method, attempt, as_user("ann"))).status_code in (200, 204), attempt
 
 
-@pytest.mark.parametrize(("method", "path"), _WITH_IDS)
+@pytest.mark.parametrize(("method", "path"), _OWN_IDS)
+async def test_another_users_ids_are_new_ones_where_each_user_has_its_own(town: Town, method: str, path: str) -> None:
+    (theirs,), (nobodys,) = MATRIX[method, path](town.anns), MATRIX[method, path](_nobodys(town.anns))
+    before = await town.rows()
+    for headers, params in ((as_user("bob"), {}), (as_user(town.key), {"user_id": "bob"})):
+        foreign, none = [await town.ask(method, one, headers, **params) for one in (theirs, nobodys)]
+        assert (foreign.status_code, none.status_code) == (200, 200), foreign.text
+        told, expected = foreign.json(), none.json()
+        for of in ("acked", "results", "resync"):
+            assert told.get(of) == expected.get(of), of
+        hers = (_secret_of("ann"), town.anns.running, town.anns.ended, town.anns.queued)
+        assert not any(secret in foreign.text for secret in hers)
+    assert await town.rows() == before
+    assert _secret_of("ann") in (await town.ask("GET", Attempt(path), as_user("ann"))).text
+    await town.database.execute(_HIDDEN)
+    assert _secret_of("ann") not in (await town.ask("GET", Attempt(path), as_user("ann"))).text
+
+
+@pytest.mark.parametrize(("method", "path"), _WITH_IDS + _OWN_IDS)
 async def test_naming_another_user_is_forbidden(town: Town, method: str, path: str) -> None:
     before = await town.rows()
     for attempt in MATRIX[method, path](town.anns):
