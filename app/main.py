@@ -69,9 +69,11 @@ from app.streams.replicas import Fenced, Replica
 from app.streams.seats import Seats
 from app.streams.stream import Streams
 from app.streams.tail import Tail
+from app.streams.topics import Topics
 from app.sync.changes import Changes
+from app.sync.nudges import Nudges
 from app.telemetry import Metrics, RequestIds
-from app.ticker import every
+from app.ticker import every, whenever
 from app.wall import Wall
 
 log = structlog.get_logger(__name__)
@@ -218,6 +220,9 @@ class Gateway:
         self._replica = replica = Replica(pool, reserve=reserve, lease_s=settings.lease_s)
         self._hub = hub = Hub(max_events=settings.reader_events, max_bytes=settings.reader_bytes)
         self._log = event_log = Log(self._dsn, replica, hub, limits=_limits(settings), metrics=metrics)
+        self._topics = topics = Topics()
+        replica.on_commit = topics.change
+        self._nudges = nudges = Nudges(pool, topics)
         self._bus = bus = self._open_bus()
         self._partitions = Partitions(pool, days_ahead=settings.partition_days)
         self._streams = streams = Streams(pool, replica, settle=settle)
@@ -342,6 +347,7 @@ class Gateway:
             readings=Allowance(_READINGS, of="readings of sources"),
             changes=Changes(replica, wall),
             exports=Allowance(_EXPORTS, of="exports"),
+            nudges=nudges,
             admit_upload=replica.admit,
             admit_question=partial(_admit_question, intake),
             analyse=partial(_analyse, intake),
@@ -360,6 +366,7 @@ class Gateway:
             event_log=self._log,
             metrics=self._metrics,
             failing=self._failing,
+            topics=self._topics,
         )
 
     def loops(self) -> list[Coroutine[None, None, None]]:
@@ -370,12 +377,15 @@ class Gateway:
             self._come_up(),
             every(settings.poll_s, self._look_around, name="look around", failing=self._failing),
             every(1, self._journal.run_once, name="journal", failing=self._failing),
+            whenever(self._topics.wanted, self._topics.tell_once, name="topics", failing=self._failing),
+            whenever(self._nudges.wanted, self._nudges.look_once, name="nudges", failing=self._failing),
             *([self._issuer.run(self._failing)] if self._issuer else []),
         ]
 
     async def _look_around(self) -> None:
         (self._failing.add if self._log.waiting else self._failing.discard)("log")
         self._hub.look_around(self._log.owns)
+        self._nudges.look_around()
 
     async def _come_up(self) -> None:
         """Wait for a usable database, register, then keep beating, scanning and making partitions."""
@@ -472,6 +482,7 @@ class Gateway:
             log.warning("goodbye_failed", error=type(error).__name__)
         finally:
             self._hub.close()
+            self._nudges.close()
             self._life.drained.set()
 
 

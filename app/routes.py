@@ -17,7 +17,7 @@ from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
 from app.sync import chat_endpoints as own_chat_endpoints
 from app.sync import endpoints as sync_endpoints
-from app.sync import file_endpoints
+from app.sync import file_endpoints, nudge_endpoints
 
 
 class State(
@@ -31,6 +31,7 @@ class State(
     sync_endpoints.Needs,
     own_chat_endpoints.Needs,
     file_endpoints.Needs,
+    nudge_endpoints.Needs,
     health.Needs,
     problems.Needs,
     guard.Needs,
@@ -110,7 +111,10 @@ def _index(settings: Settings) -> list[Route]:
 
 def _sync(settings: Settings) -> list[Route]:
     bodies = _bodies(settings, sync_endpoints.BODY_LIMIT)
-    return [Route("/api/chat/sync", sync_endpoints.sync_chats, methods=["GET", "POST"], middleware=bodies)]
+    return [
+        Route("/api/chat/sync", sync_endpoints.sync_chats, methods=["GET", "POST"], middleware=bodies),
+        Route("/api/chat/sync/events", nudge_endpoints.sync_events),
+    ]
 
 
 def _chats(settings: Settings) -> list[Route]:

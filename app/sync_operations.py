@@ -75,8 +75,36 @@ _PULL = Operation(
         503: ["starting", "replica_lost", "database_unavailable", "database_busy"],
     },
 )
+_EVENTS = Operation(
+    "Follow changes of chats",
+    "Server-sent events: `changed` says that there is something to pull, and the `cursor` that a pull leads to; "
+    "whoever has that one already, as after a push of its own, has nothing to do. It comes once at the beginning, "
+    "unless `cursor` or `Last-Event-ID` is where the user stands now, and then after changes, however many there are "
+    "in 20 ms.\n\n"
+    "One connection for each `client`: a newer one at the same replica takes its place, and the older one is told "
+    "`replaced` and closed; it should not come back then.",
+    answers={
+        200: Answer(
+            "Frames, with the cursor as their id.",
+            {
+                "text/event-stream": Content(
+                    'id: 5b6f1f0a6a55.12\nevent: changed\ndata: {"cursor":"5b6f1f0a6a55.12"}\n\n', schema={}
+                )
+            },
+            headers=["Cache-Control"],
+        )
+    },
+    parameters=[
+        Parameter("client", "query", "The device that follows. Without it none is replaced."),
+        Parameter("cursor", "query", "Of the last answer; nothing is told until there is another."),
+        Parameter("Last-Event-ID", "header", "The id of the last frame; it wins over the query."),
+        _USER_ID,
+    ],
+    problems={400: ["bad_cursor"], 403: ["sync_disabled"], 422: ["invalid_request"]},
+)
 
 SYNC_OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/api/chat/sync"): _EXCHANGE,
     ("GET", "/api/chat/sync"): _PULL,
+    ("GET", "/api/chat/sync/events"): _EVENTS,
 }

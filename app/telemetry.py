@@ -69,6 +69,7 @@ class Metrics:
         self.bus_echo = histogram(
             "parley_bus_echo_seconds", "From a notification of this replica to itself to hearing it."
         )
+        self.nudges = counter("parley_sync_nudges", "Nudges that devices were sent: there is something to pull.")
         self.job_runs = counter("parley_job_runs", "Passes of periodic jobs, by outcome.", ["job", "outcome"])
         self.job_rows = counter("parley_job_rows", "What periodic jobs have done, in rows.", ["job"])
         self.job_seconds = gauge("parley_job_seconds", "Time of a job's last pass here.", ["job"])

@@ -46,6 +46,7 @@ _DEMANDS: Demands = {
     ("GET", "/api/chats/{chat_id}/export"): "sync",
     ("GET", "/api/chats/{chat_id}/messages"): "sync",
     ("POST", "/api/chats/{chat_id}/branch"): "sync",
+    ("GET", "/api/chat/sync/events"): "sync",
     ("GET", "/api/conversation-health"): "public",
     ("GET", "/livez"): "public",
     ("GET", "/readyz"): "public",

@@ -4,12 +4,16 @@ Whoever has it writes rows with the number it got and holds it to the commit, so
 (docs/decisions/0014-sync.md).
 """
 
+from uuid import UUID, uuid5
+
+from app.commits import note
 from app.postgres import Connection
 
 _ADVANCE = """
 insert into sync_head as h (user_id, seq) values ($1, 1)
 on conflict (user_id) do update set seq = h.seq + 1 returning seq
 """
+_CHATS = UUID("6c1f5bb1-5d36-4b0e-9a3c-0d6a6f0f5f14")
 
 
 async def advance(connection: Connection, user_id: str) -> int:
@@ -20,4 +24,15 @@ async def advance(connection: Connection, user_id: str) -> int:
     if not user_id:
         return 0
     seq: int = await connection.fetchval(_ADVANCE, user_id)
+    moved(user_id, seq)
     return seq
+
+
+def moved(user_id: str, seq: int) -> None:
+    """Note that this transaction has changed the user's chats: the user's devices are told once it is committed."""
+    note(chats_of(user_id), seq)
+
+
+def chats_of(user_id: str) -> UUID:
+    """The topic that the chats of a user are. Names no user: any role of the database hears what replicas say."""
+    return uuid5(_CHATS, user_id)

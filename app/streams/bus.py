@@ -2,7 +2,8 @@
 
 It is a hint and may lose anything (G16): ids without gaps make every loss visible, and whoever hears nothing polls.
 Replicas broadcast which foreign streams they have readers for; the writer of a stream notifies those channels after
-its commits; one read of the table serves all readers of a replica.
+its commits; one read of the table serves all readers of a replica. Topics (topics.py) travel the same way, but for the
+reading: that is done by whoever follows them.
 """
 
 import asyncio
@@ -22,6 +23,7 @@ from app.streams.interests import Interests
 from app.streams.lines import Listener, Speaker
 from app.streams.log import Log
 from app.streams.signals import Ask, Echo, Message, Poke, Poked, Wake, Want
+from app.streams.topics import Topics
 from app.telemetry import Metrics
 from app.ticker import every, whenever
 
@@ -107,8 +109,10 @@ class NotifyBus:
         event_log: Log,
         metrics: Metrics,
         failing: set[str],
+        topics: Topics | None = None,
         times: Times | None = None,
     ) -> None:
+        self._topics = topics = topics or Topics()
         self._id = uuid4()
         self._hub = hub
         self._log = event_log
@@ -137,6 +141,7 @@ class NotifyBus:
         self._heard: dict[UUID, int] = {}
         self._read = asyncio.Event()
         hub.abroad, hub.on_commit, hub.on_follow = self._interests.channels, self._committed, self._followed
+        topics.abroad, topics.on_change, topics.on_follow = self._interests.channels, self._committed, self._followed
 
     async def run(self) -> None:
         try:
@@ -163,7 +168,7 @@ class NotifyBus:
             "listening": self._proven,
             "echo_ms": None if self._echo_s is None else round(self._echo_s * 1000, 1),
             "followed_elsewhere": len(self._interests.channels),
-            "followed_here": len(self._foreign(self._hub.followed)),
+            "followed_here": len(self._foreign(self._followed_here())),
         }
 
     # -- hearing: the connection, and the proof that it works
@@ -202,6 +207,7 @@ class NotifyBus:
         """What was said meanwhile is lost: readers look into the table, and interests are exchanged anew."""
         for stream_id in self._foreign(self._hub.followed):
             self._hub.reread(stream_id)
+        self._topics.stir()
         await self._say([signals.ask(self._id)])
         self._repeat.set()
 
@@ -229,7 +235,8 @@ class NotifyBus:
 
     def _position(self, stream_id: UUID) -> int | None:
         last_id = self._log.last_id(stream_id)
-        return self._hub.lately.get(stream_id) if last_id is None else last_id
+        lately = self._hub.lately.get(stream_id, self._topics.lately.get(stream_id))
+        return lately if last_id is None else last_id
 
     def _committed(self, stream_id: UUID, last_id: int) -> None:
         self._news[stream_id] = max(last_id, self._news.get(stream_id, 0))
@@ -275,21 +282,24 @@ class NotifyBus:
             self._announce.set()
 
     async def announce_once(self) -> None:
-        """Streams that have got their first reader here."""
+        """Streams and topics that have got their first reader here."""
         await asyncio.sleep(self._times.gather)
         fresh, self._fresh = self._fresh, set()
         try:
-            await self._want(self._foreign(fresh & self._hub.followed))
+            await self._want(self._foreign(fresh & self._followed_here()))
         except BaseException:
             self._fresh |= fresh
             raise
 
     async def repeat_once(self) -> None:
-        """All streams that are followed here; what others did not repeat in time is forgotten."""
+        """Everything that is followed here; what others did not repeat in time is forgotten."""
         self._interests.forget_old()
         old = monotonic() - self._times.repeat
         self._announced = {stream_id: at for stream_id, at in self._announced.items() if at >= old}
-        await self._want(self._foreign(self._hub.followed))
+        await self._want(self._foreign(self._followed_here()))
+
+    def _followed_here(self) -> set[UUID]:
+        return self._hub.followed | self._topics.followed
 
     async def _want(self, streams: list[UUID]) -> None:
         await self._say(list(signals.wants(self._id, streams)))
@@ -306,6 +316,7 @@ class NotifyBus:
             if stream_id in followed and not self._log.owns(stream_id):
                 self._heard[stream_id] = max(last_id, self._heard.get(stream_id, 0))
                 self._read.set()
+            self._topics.heard(stream_id)
 
     async def read_once(self) -> None:
         """Read what was committed elsewhere, and hand it to the readers here as if it had been committed here."""

@@ -5,7 +5,7 @@ lock on that row inside the writing transaction, so whoever declares a replica d
 and ends all further ones.
 """
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -15,6 +15,7 @@ from uuid import UUID, uuid4
 import asyncpg
 
 from app import __version__
+from app.commits import noting
 from app.errors import Unavailable
 from app.postgres import ACQUIRE_S, Connection, Pool, prompt_connection, roll_back
 from app.wall import Wall
@@ -94,6 +95,8 @@ class Replica:
         self._beating_since: float | None = None
         self._beat_at = 0.0
         self._retired = False
+        # Told of what a transaction has changed, once it is committed.
+        self.on_commit: Callable[[Mapping[UUID, int]], None] = lambda changes: None
 
     def admit(self) -> None:
         """Raises Unavailable where no new work is taken. Nobody waits for a database that is known to be away."""
@@ -196,7 +199,8 @@ class Replica:
         async with pool.acquire(timeout=ACQUIRE_S) as connection:
             await _begin(connection, begin)
             try:
-                yield connection
+                with noting() as changes:
+                    yield connection
                 await connection.execute(_fence_and_commit(owner))
             except asyncpg.DivisionByZeroError:
                 await roll_back(connection)
@@ -204,6 +208,7 @@ class Replica:
             except BaseException:
                 await roll_back(connection)
                 raise
+        self.on_commit(changes)
 
 
 async def _begin(connection: Connection, begin: str) -> None:

@@ -14,20 +14,20 @@ from uuid import UUID
 COMMON = "parley"
 Poke = Literal["gone", "stop"]
 
-# PostgreSQL takes payloads below 8,000 bytes; a position has up to 44 and a stream up to 33.
-_WAKES, _WANTS = 175, 235
+# PostgreSQL takes payloads below 8,000 bytes; a position has up to 53 (of a stream 44) and a stream up to 33.
+_WAKES, _WANTS = 150, 235
 
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """These streams have events up to these ids."""
+    """These streams have events up to these ids, these topics have changed."""
 
     positions: Mapping[UUID, int]
 
 
 @dataclass(frozen=True, slots=True)
 class Want:
-    """A replica has readers of these streams, which it does not write."""
+    """A replica has readers of these streams, which it does not write, and of these topics."""
 
     bus: UUID
     streams: list[UUID]

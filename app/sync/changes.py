@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeVar
 
 import orjson
 
+from app.chats.head import moved
 from app.conversations import index, recount
 from app.conversations.summary import Said, fold
 from app.errors import Conflict, Unavailable
@@ -236,6 +237,7 @@ async def _adopt(connection: Connection, user_id: str, head: _Head) -> None:
 
 async def _move(connection: Connection, user_id: str, head: _Head) -> None:
     await connection.execute(_MOVE, user_id, head.seq, orjson.dumps(head.clients).decode())
+    moved(user_id, head.seq)
 
 
 # -- pushing

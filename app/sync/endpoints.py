@@ -170,17 +170,18 @@ class SyncAnswer(BaseModel):
 
 async def sync_chats(request: Request[Needs]) -> Response:
     """What was not pushed yet up, what was not seen yet down."""
-    _require_enabled(request.state["settings"])
+    require_enabled(request.state["settings"])
     return await (_pull(request) if request.method in ("GET", "HEAD") else _exchange(request))
 
 
-def _require_enabled(settings: Settings) -> None:
+def require_enabled(settings: Settings) -> None:
+    """Raises Forbidden where this server does not synchronise."""
     if not settings.sync_enabled:
         raise Forbidden("sync_disabled", "This server does not synchronise chats: SYNC_ENABLED is false.")
 
 
 async def _pull(request: Request[Needs]) -> Response:
-    given, user_id = request.query_params.get("cursor"), _named(owner_of(request))
+    given, user_id = request.query_params.get("cursor"), require_named(owner_of(request))
     asked = Asked(cursor=cursor.read(given) if given else None)
     return _json(await request.state["changes"].exchange(user_id, asked))
 
@@ -193,10 +194,11 @@ async def _exchange(request: Request[Needs]) -> Response:
         if named is not None and user_id not in (None, named, principal_of(request).user_id):
             raise Invalid("invalid_request", "user_id of the query and of the body name two users; say one of them.")
         user_id = acting_for(request, named)
-    return _json(await request.state["changes"].exchange(_named(user_id), _asked(given)))
+    return _json(await request.state["changes"].exchange(require_named(user_id), _asked(given)))
 
 
-def _named(user_id: str | None) -> str:
+def require_named(user_id: str | None) -> str:
+    """Raises Invalid where a request is about nobody in particular."""
     if user_id is None:
         raise Invalid("invalid_request", "user_id is missing: whose chats are they?")
     return user_id

@@ -186,6 +186,7 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("GET", "/api/chats/{chat_id}/export"): _chat("/export"),
     ("GET", "/api/chats/{chat_id}/messages"): _chat("/messages"),
     ("POST", "/api/chats/{chat_id}/branch"): _branching,
+    ("GET", "/api/chat/sync/events"): _nothing,
     ("GET", "/api/conversation-health"): _nothing,
     ("GET", "/livez"): _nothing,
     ("GET", "/readyz"): _nothing,

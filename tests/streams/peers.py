@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from app.streams.bus import NotifyBus, Times
+from app.streams.topics import Topics
 from tests.streams.engine import Engine, engine
 
 # Long enough for nothing to happen by itself, short enough to be waited for where a test wants it.
@@ -28,6 +29,7 @@ class Peer:
     parts: Engine
     bus: NotifyBus
     failing: Failing
+    topics: Topics
 
 
 @asynccontextmanager
@@ -41,20 +43,21 @@ async def peer(
 ) -> AsyncGenerator[Peer, None]:
     """A replica whose bus listens; `listen` is another way to the same database."""
     async with engine(database) as parts:
-        failing = Failing()
+        failing, topics = Failing(), Topics(pace_s=0)
         bus = bus_type(
             listen or database,
             hub=parts.hub,
             event_log=parts.log,
             metrics=parts.metrics,
             failing=failing,
+            topics=topics,
             times=times,
         )
         task = asyncio.ensure_future(bus.run()) if running else None
         if running:
             await until(lambda: bool(bus.state()["listening"]))
         try:
-            yield Peer(parts, bus, failing)
+            yield Peer(parts, bus, failing, topics)
             assert not failing
         finally:
             if task is not None:
