@@ -462,6 +462,28 @@ def index_sync() -> None:
         sys.exit(1)
 
 
+@index_group.command("reconcile")
+@click.argument("source", required=False)
+def index_reconcile(source: str | None) -> None:
+    """Compare the index with what it is made of, and put right what differs: a whole round over SOURCE (our own chats
+    are `parley`), or over everything; exit with 1 where something could not be compared."""
+    settings = _with_database()
+    _log(settings.model_copy(update={"log_level": "error"}))
+    from app.conversations.reconciling import reconcile_all
+
+    async def run() -> bool:
+        good = True
+        async with reconcile_all(settings, source) as every:
+            for one in every:
+                async for line in one.lines():
+                    click.echo(line)
+                good = good and one.is_good
+        return good
+
+    if not _run(run):
+        sys.exit(1)
+
+
 @index_group.command("reset")
 def index_reset() -> None:
     """Build the index anew beside the one that is read, and put it in its place: lists go on meanwhile."""

@@ -31,6 +31,7 @@ from app.chats.images import Images
 from app.chats.picture import Limits as PictureLimits
 from app.conversations.batch import Bounds as PassBounds
 from app.conversations.passes import Passes
+from app.conversations.reconcile import Reconcile
 from app.conversations.upkeep import Upkeep, each_source
 from app.conversations.webhook import secrets_of
 from app.errors import Misconfigured, Unavailable
@@ -282,6 +283,7 @@ class Gateway:
             metrics=metrics,
             failing=self._failing,
         )
+        self._reconcile = Reconcile(pool=pool, passes=passes, metrics=metrics)
         self._scheduler = Scheduler(
             pool=pool,
             replica=replica,
@@ -292,6 +294,7 @@ class Gateway:
                 retention=retention,
                 upkeep=Upkeep(self._dsn),
                 passes=passes,
+                reconcile=self._reconcile,
                 settings=settings,
             ),
             metrics=metrics,
@@ -403,6 +406,7 @@ class Gateway:
                 every(scan_s, self._stopping.run_once, name="stopping", failing=failing, sooner=bus.stop),
                 every(scan_s, self._look_after, name="turns", failing=failing),
                 every(_TELL_S, self._passes.tell, name="sources", failing=failing),
+                every(_TELL_S, self._reconcile.tell, name="rounds", failing=failing),
                 every(_SIGNING_S, self._signing.run_once, name="stream keys", failing=failing),
                 self._run_jobs(),
             ):

@@ -490,6 +490,7 @@ _STATUS: dict[str, Any] = {
     "lastRun": "2024-01-01T12:00:00.000Z",
     "nextRun": "2024-01-01T12:05:00.000Z",
     "alerts": [],
+    "chats": {"lastReconcile": "2024-01-01T01:02:00.000Z", "compared": 1000, "drift": 0},
     "sources": [
         {
             "source": "n8n",
@@ -508,6 +509,7 @@ _STATUS: dict[str, Any] = {
             "lastSeconds": 0.012,
             "consecutiveFailures": 0,
             "error": None,
+            "lastReconcile": "2024-01-01T01:04:00.000Z",
             "drift": 0,
         }
     ],
@@ -515,7 +517,8 @@ _STATUS: dict[str, Any] = {
 _DISCOVERY_STATUS = Operation(
     "How discovery is doing",
     "When sources were looked through last and will be next, and of each source how far it is read, how far behind, "
-    "and what went wrong. `alerts` are sentences for operators.",
+    "and what went wrong. `alerts` are sentences for operators. `drift` counts conversations that the nightly "
+    "comparison has put right, of this server's own `chats` and of each source.",
     answers={200: Answer("The state of every source.", {_JSON: Content(_STATUS, DiscoveryStatus)})},
     problems={503: ["database_unavailable"]},
 )

@@ -246,7 +246,8 @@ class Settings(BaseSettings):
     enable_background_jobs: bool = Field(
         True,
         validation_alias=AliasChoices("ENABLE_BACKGROUND_JOBS", "enable_background_jobs"),
-        description="Whether discovery and roll-ups run here. Partitions are made and old rows go in any case.",
+        description="Whether discovery, the comparison of the index and roll-ups run here. Partitions are made and "
+        "old rows go in any case.",
     )
     sync_enabled: bool = Field(
         True,
@@ -265,6 +266,12 @@ class Settings(BaseSettings):
     )
     discovery_pass_s: float = Field(
         30, gt=0, le=240, description="Longest pass over one source, in seconds; the next one goes on from there."
+    )
+    reconcile_cron: str = Field(
+        "*/5 1-4 * * *",
+        description="When the index of conversations is compared with what it is made of (cron, UTC): a minute each "
+        "time, until all of it was compared, at most twice a day; one that cannot be read is reported, and the "
+        "default used.",
     )
     webhook_secrets: str | None = Field(
         None,

@@ -106,6 +106,18 @@ class Metrics:
         self.discovery_last = gauge(
             "parley_discovery_last_timestamp_seconds", "When the last pass over a source ended.", ["source"]
         )
+        self.reconcile_compared = counter(
+            "parley_reconcile_compared", "Conversations of the index that were compared.", ["source"]
+        )
+        self.reconcile_drift = counter(
+            "parley_reconcile_drift", "Conversations of the index that were wrong, and put right.", ["source"]
+        )
+        self.reconcile_last = gauge(
+            "parley_reconcile_last_timestamp_seconds", "When a round of comparing last came to its end.", ["source"]
+        )
+        self.index_drift = gauge(
+            "parley_index_drift", "Conversations that were put right in the round under way, or the last.", ["source"]
+        )
         self.journal_dropped = counter("parley_journal_dropped", "Error rows dropped because too many came at once.")
 
 

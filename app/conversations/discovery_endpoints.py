@@ -12,7 +12,9 @@ from starlette.responses import Response
 
 from app.answers import private_json, time_of
 from app.conversations import source_state
+from app.conversations.index import OWN
 from app.conversations.passes import Passes, complaint
+from app.conversations.rounds import Round, rounds
 from app.conversations.source_state import Told
 from app.conversations.sources.source import Source, all_sources
 from app.conversations.webhook import is_received, receive, verify
@@ -78,6 +80,16 @@ class SourceStatus(BaseModel):
     lastSeconds: float
     consecutiveFailures: int
     error: SourceFailure | None
+    lastReconcile: str | None
+    drift: int
+
+
+class ChatsStatus(BaseModel):
+    """Of our own chats. `drift`: conversations that were wrong, and put right, in the comparison under way, or the
+    last; `compared` so many."""
+
+    lastReconcile: str | None
+    compared: int
     drift: int
 
 
@@ -88,6 +100,7 @@ class DiscoveryStatus(BaseModel):
     lastRun: str | None
     nextRun: str | None
     alerts: list[str]
+    chats: ChatsStatus
     sources: list[SourceStatus]
 
 
@@ -121,7 +134,10 @@ async def _index(passes: Passes, source: Source) -> int:
 async def discovery_status(request: Request[Needs]) -> Response:
     """How discovery is doing, source by source."""
     state = request.state
-    told, next_at = await asyncio.gather(source_state.told(state["pool"]), state["discovery_next"]())
+    told, next_at, compared = await asyncio.gather(
+        source_state.told(state["pool"]), state["discovery_next"](), rounds(state["pool"])
+    )
+    own = compared.get(OWN, Round(OWN))
     alerts = [f"source {one.source} {said}" for one in told if one.is_enabled and (said := complaint(one))]
     runs = [one.last_discovered_at for one in told if one.last_discovered_at is not None]
     answer = DiscoveryStatus(
@@ -129,6 +145,7 @@ async def discovery_status(request: Request[Needs]) -> Response:
         lastRun=_iso(max(runs, default=None)),
         nextRun=_iso(next_at),
         alerts=alerts,
+        chats=ChatsStatus(lastReconcile=_iso(own.ended_at), compared=own.compared, drift=own.drift),
         sources=[_status(one) for one in told],
     )
     return private_json(answer)
@@ -153,6 +170,7 @@ def _status(told: Told) -> SourceStatus:
         lastSeconds=told.last_seconds,
         consecutiveFailures=told.consecutive_failures,
         error=failure,
+        lastReconcile=_iso(told.reconciled_at),
         drift=told.drift,
     )
 

@@ -52,6 +52,10 @@ _SWEEP = """
 select {reads}, ctid::text as parley_place, age(xmin) <= age($1::text::xid) as parley_is_new from {table}
 where {where} {since}
 """
+# Some rows, wherever they lie. `parley_is_new` as in a sweep.
+_CHOSEN = """
+select {reads}, age(xmin) <= age($1::text::xid) as parley_is_new from {table} where {where}
+"""
 _PLACES = "ctid > $2::text::tid and ctid < $3::text::tid"
 _TIMES = "{time} >= to_timestamp($2::float8)"
 _SINCE = "and age(xmin) <= age('{xid}'::xid)"
@@ -172,6 +176,18 @@ class Foreign:
                     yield page
             begin, place = begin + _PIECE, end
             yield Swept((), place)
+
+    async def chosen(
+        self, where: str, given: Sequence[str], *, new: int
+    ) -> AsyncGenerator[Sequence[asyncpg.Record], None]:
+        """Rows with their `parley_is_new` that a condition over $2, an array of texts, finds; as one snapshot shows
+        them."""
+        sql = _CHOSEN.format(reads=", ".join(self.shape.reads), table=self.shape.table, where=where)
+        async with self._connection.transaction(readonly=True):
+            cursor = await self._connection.cursor(sql, str(_circular(new)), list(given))
+            while rows := await cursor.fetch(self._limit):
+                self._adapt(rows)
+                yield rows
 
     async def _streamed(self, extent: Extent, where: str, *args: object) -> AsyncGenerator[Swept, None]:
         since = _SINCE.format(xid=_circular(extent.since)) if extent.since is not None else ""

@@ -2,7 +2,7 @@
 run, and by a pass over another source."""
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -11,11 +11,13 @@ import orjson
 
 from app.conversations import words
 from app.conversations.summary import KEYS, QUESTION, Ranked, Summary
-from app.postgres import Connection
+from app.postgres import Connection, Pool
 
 OWN = "parley"
 # Rows among which the conversations of a source are counted, so that new ones do not wait for each other.
 _SLOTS = 16
+# Counting all conversations of a source, in seconds.
+_LONG_S = 60
 
 _SAID = f"""
 with conversation as (
@@ -28,6 +30,8 @@ with conversation as (
         chatbot_id = excluded.chatbot_id,
         model = case when excluded.model = '' then c.model else excluded.model end,
         client_ip = case when excluded.client_ip = '' then c.client_ip else excluded.client_ip end,
+        first_message_at = case when excluded.message_count = 0 then c.first_message_at
+            else least(c.first_message_at, excluded.first_message_at) end,
         last_message_at = case when excluded.message_count = 0 then c.last_message_at
             else greatest(c.last_message_at, excluded.last_message_at) end,
         message_count = c.message_count + excluded.message_count,
@@ -85,8 +89,7 @@ case when cardinality(excluded.message_ids) = 0 then c.{{column}} else (
         order by rank desc, id collate "C" desc limit {KEYS}) newest) end
 """
 # Rows in the order of their key, so that two that write the same ones wait for each other and do not lock up.
-_MERGE = f"""
-with merged as (
+_SUMMARIES = """
     insert into conversations as c (
         source, username, conversation_id, chatbot_id, chatbot_id_rank, model, model_rank, client_ip, client_ip_rank,
         first_message_at, last_message_at, time_source, message_count, total_tokens,
@@ -105,6 +108,9 @@ with merged as (
             first_at, last_at, messages, tokens, first_question, first_rank, last_question, last_rank, keys, ranks)
     order by m.username, m.conversation_id
     on conflict (source, username, conversation_id) do update set
+"""
+_MERGE = f"""
+with merged as ({_SUMMARIES}
         chatbot_id = {_greater("chatbot_id")},
         chatbot_id_rank = greatest(c.chatbot_id_rank, excluded.chatbot_id_rank),
         model = {_greater("model")},
@@ -129,8 +135,42 @@ with merged as (
 words as ({words.saved("merged")})
 select count(*) filter (where is_new) from merged
 """
+# What rows say whose times are not known leaves times as they are.
+_REPLACE = f"""
+with replaced as ({_SUMMARIES}
+        chatbot_id = excluded.chatbot_id, chatbot_id_rank = excluded.chatbot_id_rank,
+        model = excluded.model, model_rank = excluded.model_rank,
+        client_ip = excluded.client_ip, client_ip_rank = excluded.client_ip_rank,
+        first_message_at = case when excluded.time_source = 'discovery' then c.first_message_at
+            else excluded.first_message_at end,
+        last_message_at = case when excluded.time_source = 'discovery' then c.last_message_at
+            else excluded.last_message_at end,
+        message_count = excluded.message_count, total_tokens = excluded.total_tokens,
+        first_question = excluded.first_question, first_question_rank = excluded.first_question_rank,
+        last_question = excluded.last_question, last_question_rank = excluded.last_question_rank,
+        message_ids = excluded.message_ids, message_ranks = excluded.message_ranks, updated_at = now()
+    returning xmax = 0 as is_new, {words.WRITTEN}),
+words as ({words.saved("replaced")})
+select count(*) filter (where is_new) from replaced
+"""
+_DROP = """
+with gone as (
+    delete from conversations c using unnest($2::text[], $3::text[]) as k(username, conversation_id)
+    where (c.source, c.username, c.conversation_id) = ($1, k.username, k.conversation_id) returning c.id),
+words as (delete from conversation_words w using gone where w.conversation = gone.id)
+select count(*) from gone
+"""
 _COUNTED = """
 insert into conversation_counts as n (source, slot, conversations) values ($1, $2, $3)
+on conflict (source, slot) do update set conversations = n.conversations + excluded.conversations
+"""
+# As one snapshot shows both; added as a difference, so that it does not matter who counts meanwhile.
+_TOTAL = """
+insert into conversation_counts as n (source, slot, conversations)
+select $1, 0, wrong.by from (
+    select (select count(*) from conversations where source = $1)
+        - (select coalesce(sum(conversations), 0)::bigint from conversation_counts where source = $1) as by) wrong
+where wrong.by <> 0
 on conflict (source, slot) do update set conversations = n.conversations + excluded.conversations
 """
 # Of messages without a time: the day they were found.
@@ -233,6 +273,29 @@ async def merge(connection: Connection, source: str, summaries: Mapping[tuple[st
     ]
     await connection.execute(_DAYS, source, *map(list, zip(*days, strict=True)))
     return created
+
+
+async def replace(
+    connection: Connection, source: str, summaries: Mapping[tuple[str, str], Summary], gone: Sequence[tuple[str, str]]
+) -> None:
+    """Have the index say of these conversations what all rows of theirs add up to that were counted, and nothing of
+    those that are gone. Days stay: they are a record of what was said when.
+
+    To be called in the transaction that holds the source's state as it was when the rows were read.
+    """
+    change = 0
+    if summaries:
+        rows = [_row(*name, summary) for name, summary in sorted(summaries.items())]
+        change += await connection.fetchval(_REPLACE, source, *map(list, zip(*rows, strict=True)))
+    if gone:
+        change -= await connection.fetchval(_DROP, source, [name[0] for name in gone], [name[1] for name in gone])
+    if change:
+        await connection.execute(_COUNTED, source, random.randrange(_SLOTS), change)
+
+
+async def put_total_right(connection: Connection | Pool, source: str) -> bool:
+    """Have the total of a source be the number of its conversations; whether it was another one. Reads all of them."""
+    return (await connection.execute(_TOTAL, source, timeout=_LONG_S)) != "INSERT 0 0"
 
 
 def _row(username: str, conversation_id: str, of: Summary) -> tuple[Any, ...]:

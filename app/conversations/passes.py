@@ -123,7 +123,7 @@ class Passes:
             if progress is not None:
                 progress(so_far)
 
-        async with self._turn(source.id, alone=alone) as is_mine:
+        async with self.turn(source.id, alone=alone) as is_mine:
             if not is_mine:
                 return Result(source.id, found, is_busy=True)
             bounds = self.bounds if seconds is None else replace(self.bounds, seconds=seconds)
@@ -142,7 +142,7 @@ class Passes:
             return self._last[source.id]
 
     @asynccontextmanager
-    async def _turn(self, source: str, *, alone: bool) -> AsyncGenerator[bool, None]:
+    async def turn(self, source: str, *, alone: bool) -> AsyncGenerator[bool, None]:
         """A lock that a killed process frees. Whoever loses it does no harm: states are compared and swapped."""
         if not alone:
             yield True
@@ -169,7 +169,7 @@ class Passes:
             finally:
                 connection.terminate()
         except Exception as error:  # noqa: BLE001  one pass over one source; the others have theirs
-            return _what(error)
+            return what_of(error)
         return None, None
 
     async def _record(self, result: Result) -> None:
@@ -233,7 +233,7 @@ def complaint(told: Told) -> str | None:
     return None
 
 
-def _what(error: Exception) -> tuple[str, str]:
+def what_of(error: Exception) -> tuple[str, str]:
     """A stable code and a sentence without anything of the rows."""
     match error:
         case ParleyError():

@@ -59,6 +59,13 @@ order by c.username, c.conversation_id for update of c
 """
 _WRITTEN = ", ".join(f"c.{column}" for column in words.WRITTEN.split(", "))
 # Chatbot and model of a row that has them are what its last message said.
+_OTHERWISE = """
+(c.message_count, c.total_tokens, c.first_message_at, c.last_message_at, c.first_question, c.first_question_rank,
+    c.last_question, c.last_question_rank, c.chatbot_id = '', c.model = '')
+is distinct from (k.messages, k.tokens, k.first_at, k.last_at, k.first_question, k.first_rank,
+    k.last_question, k.last_rank, k.chatbot_id = '' and c.chatbot_id = '', k.model = '' and c.model = '')
+"""
+_WORDLESS = "not exists (select from conversation_words w where w.conversation = c.id)"
 _WRITE = f"""
 with counted as ({COUNTED}),
 gone as (
@@ -75,16 +82,21 @@ written as (
         updated_at = now()
     from counted k
     where (c.source, c.username, c.conversation_id) = ('{OWN}', k.username, k.conversation_id) and k.messages > 0
-        and ((c.message_count, c.total_tokens, c.first_message_at, c.last_message_at, c.first_question,
-            c.first_question_rank, c.last_question, c.last_question_rank, c.chatbot_id = '', c.model = '')
-        is distinct from (k.messages, k.tokens, k.first_at, k.last_at, k.first_question,
-            k.first_rank, k.last_question, k.last_rank, k.chatbot_id = '' and c.chatbot_id = '',
-            k.model = '' and c.model = '')
-            or not exists (select from conversation_words w where w.conversation = c.id))
+        and ({_OTHERWISE} or {_WORDLESS})
     returning {_WRITTEN}),
 words as ({words.saved("written")})
 select coalesce((select sum(messages) from counted), 0)::bigint as messages,
     (select count(*) from written) as written, (select count(*) from gone) as gone
+"""
+# All of one snapshot, and every message is saved together with what the index says of it. Words are written when a run
+# ends, so that a conversation has none while its first one is under way.
+_DIFFERING = f"""
+select k.username, k.conversation_id from ({COUNTED}) k
+left join conversations c on (c.source, c.username, c.conversation_id) = ('{OWN}', k.username, k.conversation_id)
+where (c.id is null) <> (k.messages = 0) or (c.id is not null and ({_OTHERWISE} or ({_WORDLESS}
+    and not exists (select from streaming_sessions s where s.user_id = k.username and s.session_id = k.conversation_id
+        and s.status in ('queued', 'active')))))
+order by 1, 2
 """
 _ADD = """
 insert into conversation_counts as n (source, slot, conversations) values ($1, 0, $2)
@@ -145,31 +157,52 @@ async def recount(connection: Connection, progress: Progress = lambda _: None, *
     """Count all our conversations anew, and take out those without a message. To be called by one at a time."""
     done = Recounted(of=await connection.fetchval(_HOW_MANY))
     async for keys in chats(connection, batch):
-        await _batch(connection, keys, done)
+        await count_most(connection, keys, done)
         done.found += len(keys)
         progress(done)
     async for keys in _orphans(connection):
-        await _batch(connection, keys, done)
+        await count_most(connection, keys, done)
     return done
 
 
 async def chats(connection: Connection, batch: int) -> AsyncGenerator[list[Key], None]:
     """All chats in the order of their keys, so many at once."""
-    rows = await connection.fetch(_FIRST_CHATS, batch)
-    while rows:
-        yield [(row[0], row[1]) for row in rows]
-        rows = await connection.fetch(_CHATS, rows[-1][0], rows[-1][1], batch)
+    keys = await chats_after(connection, None, batch)
+    while keys:
+        yield keys
+        keys = await chats_after(connection, keys[-1], batch)
+
+
+async def chats_after(connection: Connection, after: Key | None, batch: int) -> list[Key]:
+    """So many chats behind one, or the first ones."""
+    if after is None:
+        rows = await connection.fetch(_FIRST_CHATS, batch)
+    else:
+        rows = await connection.fetch(_CHATS, *after, batch)
+    return [(row[0], row[1]) for row in rows]
 
 
 async def _orphans(connection: Connection) -> AsyncGenerator[list[Key], None]:
-    after = ("", "")
-    while rows := await connection.fetch(_ORPHANS, *after, _PAGE):
-        if gone := [(row[0], row[1]) for row in rows if not row[2]]:
+    after: Key | None = ("", "")
+    while after is not None:
+        gone, after = await orphans_after(connection, after)
+        if gone:
             yield gone
-        after = (rows[-1][0], rows[-1][1])
 
 
-async def _batch(connection: Connection, keys: Sequence[Key], done: Recounted) -> None:
+async def orphans_after(connection: Connection, after: Key) -> tuple[list[Key], Key | None]:
+    """Conversations of a page of the index of which there is no chat, and where the page ends; None at the end."""
+    rows = await connection.fetch(_ORPHANS, *after, _PAGE)
+    return [(row[0], row[1]) for row in rows if not row[2]], (rows[-1][0], rows[-1][1]) if rows else None
+
+
+async def differing(connection: Connection, keys: Sequence[Key]) -> list[Key]:
+    """Those of which the index says something else than their messages and the ledger, as one snapshot shows both."""
+    rows = await connection.fetch(_DIFFERING, [key[0] for key in keys], [key[1] for key in keys])
+    return [(row[0], row[1]) for row in rows]
+
+
+async def count_most(connection: Connection, keys: Sequence[Key], done: Recounted) -> None:
     """Count these. Of those that somebody keeps locked, the others are counted all the same."""
     try:
         messages, written = await count(connection, keys)
@@ -178,8 +211,8 @@ async def _batch(connection: Connection, keys: Sequence[Key], done: Recounted) -
             done.fail(keys[0], f"somebody else holds it ({type(error).__name__})")
             return
         half = len(keys) // 2
-        await _batch(connection, keys[:half], done)
-        await _batch(connection, keys[half:], done)
+        await count_most(connection, keys[:half], done)
+        await count_most(connection, keys[half:], done)
     else:
         done.messages += messages
         done.written += written

@@ -44,18 +44,21 @@ async def next_batch(
 
 async def _followed(foreign: Foreign, state: State, standing: Standing) -> State:
     """A table that was emptied, or lost its last rows with its server, gives its ids out once more."""
-    if not _is_shrunk(state, standing):
+    if not is_shrunk(state, standing):
         return state
     # What was known before the state was loaded may only be older than it, and so may be what a standby says.
-    if not _is_shrunk(state, standing := await foreign.standing()) or (await foreign.look()).is_standby:
+    if not is_shrunk(state, standing := await foreign.standing()) or (await foreign.look()).is_standby:
         return state
     highest = standing.highest
     log.warning("source_shrunk", table=foreign.shape.table, settled=state.settled, highest=highest)
     return replace(state, settled=LEAST if highest is None else highest, seen=Ranges(), marks=[])
 
 
-def _is_shrunk(state: State, standing: Standing) -> bool:
-    """Where only the last rows were deleted, their ids do not come again."""
+def is_shrunk(state: State, standing: Standing) -> bool:
+    """Whether a table was emptied, or lost its last rows with its server, and gives ids out once more.
+
+    Where only the last rows were deleted, their ids do not come again.
+    """
     if standing.drawn is not None and standing.drawn >= state.settled:
         return False
     return state.settled > LEAST and (standing.highest is None or standing.highest < state.settled)

@@ -117,7 +117,7 @@ async def _uncounted(
     read = [(foreign.shape.said(row), row["parley_is_new"]) for row in rows]
     is_first = sweep.after == 0 and not sweep.is_in_doubt
     doubtful = [said for said, is_new in read if isinstance(said, Said) and (is_new or not is_first)]
-    known = await _known(pool, source, doubtful) if doubtful else {}
+    known = await known_keys(pool, source, doubtful) if doubtful else {}
     counted: list[Said | Skipped] = []
     for said, is_new in read:
         if isinstance(said, Skipped):
@@ -125,7 +125,7 @@ async def _uncounted(
             if is_first or is_new:
                 counted.append(said)
         elif said.key not in keys and (
-            (is_first and not is_new) or not _is_known(known.get((said.username, said.conversation_id)), said)
+            (is_first and not is_new) or not is_known(known.get((said.username, said.conversation_id)), said)
         ):
             keys.add(said.key)
             counted.append(said)
@@ -135,7 +135,7 @@ async def _uncounted(
 Keys = tuple[frozenset[str], tuple[int, str] | None]
 
 
-async def _known(pool: Pool, source: str, rows: Sequence[Said]) -> Mapping[tuple[str, str], Keys]:
+async def known_keys(pool: Pool, source: str, rows: Sequence[Said]) -> Mapping[tuple[str, str], Keys]:
     """The newest keys of these rows' conversations, and the oldest of them where there were more.
 
     Whoever swaps the state that the rows were read with has read what it says here, too.
@@ -151,7 +151,7 @@ async def _known(pool: Pool, source: str, rows: Sequence[Said]) -> Mapping[tuple
     }
 
 
-def _is_known(keys: Keys | None, said: Said) -> bool:
+def is_known(keys: Keys | None, said: Said) -> bool:
     """A row older than the keys that were kept is a changed one, as far as anybody can tell."""
     if keys is None:
         return False

@@ -37,6 +37,7 @@ update conversation_index set is_there = true, version = $1, changed_at = parley
 _EMPTY = [
     # First of all: a pass that is under way counts no more after that.
     "delete from conversation_source_state",
+    "delete from conversation_rounds",
     f"delete from conversation_days where source <> '{OWN}'",
     "set local lock_timeout = '1s'",
     "truncate conversations, conversation_words, conversation_counts",

@@ -10,6 +10,7 @@ from cronsim import CronSim, CronSimError
 from app.access.audit import audit_expiring
 from app.chats.images import images_expiring
 from app.conversations.passes import Passes
+from app.conversations.reconcile import Reconcile
 from app.conversations.upkeep import Upkeep
 from app.expiry import Expiring
 from app.flows.chatbots import Chatbots
@@ -39,6 +40,7 @@ SCHEDULE = {
     "index": "*/5 * * * *",  # what a killed rebuild left; one rebuild where its schema is old
     "replicas": "17 * * * *",  # one row for each start in a week
     "discovery": "*/5 * * * *",  # CONVERSATION_DISCOVERY_CRON; seconds per source, and sources at once
+    "reconcile": "*/5 1-4 * * *",  # PARLEY_RECONCILE_CRON; seconds per source and pass
 }
 
 
@@ -60,8 +62,11 @@ class Job:
 
 def discovery_cron(settings: Settings) -> str:
     """When discovery runs: as the setting says, or as the schedule does where nobody can read that."""
-    cron = settings.discovery_cron
-    return cron if is_cron(cron) else SCHEDULE["discovery"]
+    return _cron("discovery", settings.discovery_cron)
+
+
+def _cron(name: str, given: str) -> str:
+    return given if is_cron(given) else SCHEDULE[name]
 
 
 def is_cron(expression: str) -> bool:
@@ -87,12 +92,16 @@ def jobs(
     retention: Retention,
     upkeep: Upkeep,
     passes: Passes,
+    reconcile: Reconcile,
     settings: Settings,
 ) -> list[Job]:
     """What runs here: everything, or what always does."""
     cron, enabled = discovery_cron(settings), settings.enable_background_jobs
     if cron != settings.discovery_cron:
         log.warning("cron_invalid", variable="CONVERSATION_DISCOVERY_CRON", used=cron)
+    nightly = _cron("reconcile", settings.reconcile_cron)
+    if nightly != settings.reconcile_cron:
+        log.warning("cron_invalid", variable="PARLEY_RECONCILE_CRON", used=nightly)
     log.info("discovery_scheduled", cron=cron, enabled=enabled)
     every = [
         Job("partitions", partitions.run_once),
@@ -100,6 +109,7 @@ def jobs(
         Job("index", upkeep.run_once),
         Job("replicas", replica.forget_dead),
         Job("discovery", passes.run_once, always=False, cron=cron),
+        Job("reconcile", reconcile.run_once, always=False, cron=nightly),
     ]
     return [job for job in every if enabled or job.always]
 

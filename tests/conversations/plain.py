@@ -6,10 +6,11 @@ from typing import Any
 
 import asyncpg
 
+from app.conversations.batch import Batch
 from app.conversations.sources.shape import Key, Message, Row, Session, Skipped, Time
 from app.conversations.summary import Said, Summaries, fold
 
-_SERIAL = Key('"id"', True)
+_SERIAL = Key('"id"', True, '"id" = any($1::text[]::int8[])')
 MADE = "create table chat (id bigserial primary key, session text, at timestamptz default now(), text text, n int)"
 MADE_OF_UUIDS = """
 create table chat (id uuid primary key default gen_random_uuid(), session text,
@@ -40,13 +41,19 @@ class Plain:
         return ()
 
 
-OF_UUIDS = Plain(key=Key('"id"', False), reads=('"id"::text', '"session"', '"at"', '"text"'))
+# Rows of a conversation are found by its id: in a scan of the whole table, or by an index.
+SCANNED = Plain(session=Session('"session"', "text", '"session" = $1::text', False))
+BY_SESSION = Plain(session=Session('"session"', "text", '"session" = $1::text', True))
+OF_UUIDS = Plain(
+    key=Key('"id"', False, '"id" = any($1::text[]::uuid[])'), reads=('"id"::text', '"session"', '"at"', '"text"')
+)
 
 
 async def recounted(connection: asyncpg.Connection, shape: Plain) -> Summaries:
     """What a count over the whole table says."""
     rows = await connection.fetch(f"select {', '.join(shape.reads)} from {shape.table}")
-    return fold(said for row in rows if not isinstance(said := shape.said(row), Skipped))
+    said = (one for row in rows if not isinstance(one := shape.said(row), Skipped))
+    return fold(said, most_keys=Batch.of(shape).most_keys)
 
 
 _INDEXED = """

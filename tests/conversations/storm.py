@@ -13,6 +13,8 @@ from app.conversations import source_state
 from app.conversations.batch import Bounds
 from app.conversations.discovery import Discovery
 from app.conversations.foreign import Foreign
+from app.conversations.foreign_drift import ForeignDrift
+from app.conversations.rounds import Place
 from app.postgres import AWAY, Pool, open_pool
 from tests.conversations.plain import MADE, MADE_OF_UUIDS, OF_UUIDS, Plain, as_indexed, indexed, recounted
 
@@ -34,10 +36,15 @@ class Storm:
     kind: Kind = "serial"
     lost: int = 0
     prepared: int = 0
+    # Of the table, where it is another one than the kind has; and whether the index is compared with it all the time.
+    special: Plain | None = None
+    is_compared: bool = False
+    compared: int = 0
+    drift: int = 0
 
     @property
     def shape(self) -> Plain:
-        return OF_UUIDS if self.kind == "uuids" else Plain()
+        return self.special or (OF_UUIDS if self.kind == "uuids" else Plain())
 
     async def rage(self) -> None:
         """Make the table, write, discover, kill; then discover what is left."""
@@ -52,6 +59,8 @@ class Storm:
             async with asyncio.TaskGroup() as tasks:
                 for number, pool in enumerate(pools):
                     tasks.create_task(self._discover(pool, Random(f"{self.seed} engine {number}"), calm))
+                if self.is_compared:
+                    tasks.create_task(self._compare(pools[1], calm))
                 killer = tasks.create_task(self._kill(admin, Random(f"{self.seed} killer")))
                 writers = [tasks.create_task(self._write(number)) for number in range(_WRITERS)]
                 await asyncio.wait(writers)
@@ -84,6 +93,17 @@ class Storm:
                     for _ in range(chance.randrange(1, 20)):
                         await Discovery(pool, bounds).discover("plain", Foreign(connection, self.shape))
                         await asyncio.sleep(chance.random() * 0.005)
+
+    async def _compare(self, pool: Pool, calm: asyncio.Event) -> None:
+        place: Place = {}
+        while not calm.is_set():
+            with suppress(*AWAY, asyncpg.PostgresError):
+                async with _connection(self.theirs) as connection:
+                    drift = ForeignDrift(pool, "plain", Foreign(connection, self.shape))
+                    piece = await drift.piece(place, until=0)
+                    place, self.compared = piece.place or {}, self.compared + piece.compared
+                    self.drift += piece.drift
+                await asyncio.sleep(0.002)
 
     async def _write(self, number: int) -> None:
         chance = Random(f"{self.seed} writer {number}")

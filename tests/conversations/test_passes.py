@@ -88,7 +88,7 @@ async def test_a_source_that_fails_stops_no_other_and_is_told_of(database: str, 
 async def test_d16_one_works_on_a_source_and_a_killed_one_frees_it(database: str, writer: asyncpg.Connection) -> None:
     async with passes_of(database) as passes, passes_of(database) as other:
         source = Source("one", f"file:{'/nowhere'}", "one")
-        async with passes._turn("one", alone=True) as is_mine:
+        async with passes.turn("one", alone=True) as is_mine:
             assert is_mine
             assert (await other.run(source)).is_busy
             assert (await other.run(source, alone=False)).error_code == "reference_missing"
@@ -142,6 +142,7 @@ async def test_the_status_tells_of_every_source(house: Open, writer: asyncpg.Con
         assert (gone["error"]["code"], gone["consecutiveFailures"]) == ("source_table", 1)
         assert (one["conversations"], one["client"], one["error"], one["rows"]) == (30, "acme", None, 2000)
         assert two["lagSeconds"] < 60
+        assert (status["chats"]["drift"], one["drift"]) == (0, 0)
 
 
 def test_a_schedule_that_cannot_be_read_is_the_default() -> None:
