@@ -80,6 +80,38 @@ def _greater(name: str) -> str:
     return _GREATER.format(name=name)
 
 
+# Of one user's chats, in the order of their key, at one time: what `_MERGE` would do, in one statement.
+_BROUGHT = f"""
+with given as (
+    select * from json_to_recordset($2::json)
+        as g(chat text, messages int, questions int, first text, first_rank bigint, last text, last_rank bigint)),
+conversation as (
+    insert into conversations as c (
+        source, username, conversation_id, first_message_at, last_message_at, time_source, message_count, total_tokens,
+        first_question, first_question_rank, last_question, last_question_rank)
+    select '{OWN}', $1, chat, now(), now(), 'message', messages, 0, first, first_rank, last, last_rank
+    from given order by chat
+    on conflict (source, username, conversation_id) do update set
+        last_message_at = greatest(c.last_message_at, excluded.last_message_at),
+        message_count = c.message_count + excluded.message_count,
+        first_question = case when c.first_question_rank <= excluded.first_question_rank
+            or excluded.first_question_rank is null then c.first_question else excluded.first_question end,
+        first_question_rank = least(c.first_question_rank, excluded.first_question_rank),
+        last_question = case when c.last_question_rank > excluded.last_question_rank
+            or excluded.last_question_rank is null then c.last_question else excluded.last_question end,
+        last_question_rank = greatest(c.last_question_rank, excluded.last_question_rank),
+        updated_at = now()
+    returning xmax = 0 as is_new, {words.WRITTEN}),
+words as ({words.saved("conversation")}),
+counted as (
+    insert into conversation_counts as n (source, slot, conversations)
+    select '{OWN}', $3, count(*) from conversation where is_new having count(*) > 0
+    on conflict (source, slot) do update set conversations = n.conversations + excluded.conversations)
+insert into conversation_days as d (day, source, username, chatbot_id, model, messages, questions, tokens, duration_ms)
+select (now() at time zone 'utc')::date, '{OWN}', $1, '', '', sum(messages), sum(questions), 0, 0 from given
+on conflict (day, source, username, chatbot_id, model) do update set
+    messages = d.messages + excluded.messages, questions = d.questions + excluded.questions
+"""
 # The newest of two lists of keys, bounded.
 _NEWEST = f"""
 case when cardinality(excluded.message_ids) = 0 then c.{{column}} else (
@@ -253,6 +285,23 @@ async def ended(connection: Connection, chat: Chat, shares: Mapping[str, Share])
         list(shares),
         *([getattr(share, name) for share in parts] for name in Share.__slots__),
     )
+
+
+async def brought(connection: Connection, user_id: str, summaries: Mapping[tuple[str, str], Summary]) -> None:
+    """Messages of a user that devices have brought, in the transaction that saves them; each once.
+
+    They count as said now, whatever their times; nobody knows a chatbot, model or client of theirs.
+    """
+    given = [_line(chat, summary) for (_, chat), summary in summaries.items()]
+    if given:
+        await connection.execute(_BROUGHT, user_id, orjson.dumps(given).decode(), random.randrange(_SLOTS))
+
+
+def _line(chat: str, of: Summary) -> dict[str, Any]:
+    (first, first_rank), (last, last_rank) = _ranked(of.first_question), _ranked(of.last_question)
+    questions = sum(figures.questions for figures in of.days.values())
+    counts = {"chat": chat, "messages": of.messages, "questions": questions}
+    return {**counts, "first": first, "first_rank": first_rank, "last": last, "last_rank": last_rank}
 
 
 async def merge(connection: Connection, source: str, summaries: Mapping[tuple[str, str], Summary]) -> int:

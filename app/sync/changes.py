@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any, Literal, TypeVar
 
+import asyncpg
 import orjson
 
 from app.chats.head import moved
@@ -28,16 +29,19 @@ ChatOp = merge.PutChat | merge.DeleteChat
 # Devices known per user, those that pushed last.
 MOST_CLIENTS = 100
 
-_HEAD = """
-select h.epoch, h.seq, h.gc_seq, h.gc_failed, h.clients, now() as at,
-    (extract(epoch from parley_now()) * 1000)::bigint as now_ms,
+_ACTIVE = """
     (select json_agg(json_build_array(s.id, s.streaming_session_id)) from conversation_sessions s
-     where s.user_id = h.user_id and s.status = 'active') as active
-from sync_head h where h.user_id = $1
+     where s.user_id = $1 and s.status = 'active') as active
 """
-_LOCK = "select from sync_head where user_id = $1 for update"
+_COUNTER = """
+    epoch, seq, gc_seq, gc_failed, clients, now() as at, (extract(epoch from parley_now()) * 1000)::bigint as now_ms
+"""
+_HEAD = f"select {_COUNTER}, {_ACTIVE} from sync_head where user_id = $1"
+_LOCK = f"select {_COUNTER} from sync_head where user_id = $1 for update"
+# A statement of its own, after the lock: the one that waits for it sees of other tables what was before.
+_LOOK = f"select {_ACTIVE}, {pages.UNSEEN}, {rows.FOUND}"
 _MAKE = "insert into sync_head (user_id) values ($1) on conflict do nothing"
-_MOVE = "update sync_head set seq = $2, clients = $3 where user_id = $1"
+_MOVE = "update sync_head set seq = $2 where user_id = $1"
 # What was there before devices were, and what replicas of the version before have written since.
 _ADOPT = """
 with new as (
@@ -104,7 +108,9 @@ class _Head:
     clients: dict[str, Any]
     at: datetime
     now_ms: int
-    active: Sequence[tuple[str, str]]
+    active: Sequence[tuple[str, str]] = ()
+    # Whether chats and messages have changed that the device has not seen; not known of one that begins anew.
+    unseen: tuple[bool, bool] = (True, True)
 
 
 # What the gateway does to chats: told under the lock, with the server's time in milliseconds.
@@ -166,7 +172,8 @@ class Changes:
     async def _write(self, user_id: str, asked: Asked) -> Answer:
         async with self._replica.transaction(wall=self._wall) as connection:
             head = await self._locked(connection, user_id)
-            pushed = await _push(connection, user_id, asked, head) if asked.push else _Pushed()
+            found = await _look(connection, user_id, asked, head)
+            pushed = await _push(connection, user_id, asked, head, found) if asked.push else _Pushed()
             if _start(head, asked)[1] == 0:
                 await _adopt(connection, user_id, head)
             return await _answer(connection, user_id, asked, head, pushed)
@@ -179,17 +186,15 @@ class Changes:
             work.apply(Mutation(0, ops))
             if work.marks:
                 await work.save(connection, user_id)
-                await _move(connection, user_id, head)
             return Written(work.found.state, work.marks.chats.keys(), work.marks.messages.keys())
 
     async def _locked(self, connection: Connection, user_id: str) -> _Head:
-        # Read in a statement of its own, after the lock: the one that waits for it still sees what was before.
-        if await connection.fetchrow(_LOCK, user_id) is None:
+        row = await connection.fetchrow(_LOCK, user_id)
+        if row is None:
             await connection.execute(_MAKE, user_id)
-            await connection.fetchrow(_LOCK, user_id)
-        head = await _head(connection, user_id)
-        assert head is not None
-        return head
+            row = await connection.fetchrow(_LOCK, user_id)
+        assert row is not None
+        return _head_of(row)
 
 
 async def _until_written(work: Callable[[], Awaitable[T]]) -> T:
@@ -203,9 +208,31 @@ async def _head(connection: Connection, user_id: str) -> _Head | None:
     row = await connection.fetchrow(_HEAD, user_id)
     if row is None:
         return None
-    active = orjson.loads(row["active"] or "[]")
+    head = _head_of(row)
+    head.active = orjson.loads(row["active"] or b"[]")
+    return head
+
+
+def _head_of(row: asyncpg.Record) -> _Head:
     given = (row["epoch"], row["seq"], row["gc_seq"], row["gc_failed"], orjson.loads(row["clients"]))
-    return _Head(*given, row["at"], row["now_ms"], [(chat, stream) for chat, stream in active])
+    return _Head(*given, row["at"], row["now_ms"])
+
+
+async def _look(connection: Connection, user_id: str, asked: Asked, head: _Head) -> rows.Found:
+    """Whatever an exchange has to know, once it has the lock."""
+    ops = [op for mutation in asked.push for op in mutation.ops]
+    chats, messages = rows.named(ops)
+    seen = asked.cursor.seq if asked.cursor else 0
+    values = (list(chats), list(messages), seen, asked.client or pages.NO_CLIENT)
+    row = await connection.fetchrow(_LOOK, user_id, *values)
+    assert row is not None
+    head.active = orjson.loads(row["active"] or b"[]")
+    if asked.cursor is not None and not asked.cursor.until and _start(head, asked)[1]:
+        head.unseen = (row["unseen_chats"], row["unseen_messages"])
+    found = rows.Found()
+    found.add(row)
+    await rows.load_more(connection, user_id, ops, found)
+    return found
 
 
 def _compacted(head: _Head, asked: Asked) -> int:
@@ -230,22 +257,20 @@ def _start(head: _Head, asked: Asked) -> tuple[Resync | None, int]:
 
 
 async def _adopt(connection: Connection, user_id: str, head: _Head) -> None:
+    before = head.seq
     for statement in (_ADOPT_CHATS, _ADOPT):
         head.seq += await connection.fetchval(statement, user_id, head.seq)
-    await _move(connection, user_id, head)
-
-
-async def _move(connection: Connection, user_id: str, head: _Head) -> None:
-    await connection.execute(_MOVE, user_id, head.seq, orjson.dumps(head.clients).decode())
-    moved(user_id, head.seq)
+    if head.seq > before:
+        await connection.execute(_MOVE, user_id, head.seq)
+        moved(user_id, head.seq)
 
 
 # -- pushing
 
 
-async def _push(connection: Connection, user_id: str, asked: Asked, head: _Head) -> _Pushed:
+async def _push(connection: Connection, user_id: str, asked: Asked, head: _Head, found: rows.Found) -> _Pushed:
     acked = _acked(head, asked)
-    work = _Work(asked, head, await rows.load(connection, user_id, [op for one in asked.push for op in one.ops]))
+    work = _Work(asked, head, found)
     for mutation in asked.push:
         if mutation.mid <= acked:
             work.repeat(mutation)
@@ -254,9 +279,8 @@ async def _push(connection: Connection, user_id: str, asked: Asked, head: _Head)
     pushed = work.told()
     if asked.push[-1].mid <= acked:
         return pushed
-    await work.save(connection, user_id)
     _remember(head, asked, pushed.results)
-    await _move(connection, user_id, head)
+    await work.save(connection, user_id)
     return pushed
 
 
@@ -336,9 +360,11 @@ class _Work:
         return cursor is not None and cursor.epoch == self.head.epoch and seq <= cursor.seq
 
     async def save(self, connection: Connection, user_id: str) -> None:
-        """What has become of them, and the index of conversations with it."""
+        """What has become of them, how far everybody is, and the index of conversations."""
         await rows.keep(connection, user_id, self.losers)
-        places = await rows.write(connection, user_id, self.found, self.marks)
+        known = orjson.dumps(self.head.clients)
+        places = await rows.write(connection, user_id, self.found, self.marks, seq=self.head.seq, clients=known)
+        moved(user_id, self.head.seq)
         await _index(connection, user_id, self.before, self.found.state, places=places, at=self.head.at)
 
     def repeat(self, mutation: Mutation) -> None:
@@ -379,7 +405,7 @@ async def _index(
         for name, message in after.messages.items()
         if _counts(message) and not _counts(before.messages.get(name))
     ]
-    await index.merge(connection, index.OWN, fold(said, most_keys=0))
+    await index.brought(connection, user_id, fold(said, most_keys=0))
     gone = {one.chat_id for name, one in before.messages.items() if _counts(one) and after.messages[name].is_deleted}
     turned = {name for name, chat in after.chats.items() if chat.is_deleted != _is_deleted(before.chats.get(name))}
     hidden = {one.conversation_id for one in said if after.chats[one.conversation_id].is_deleted}
@@ -416,7 +442,7 @@ async def _answer(connection: Connection, user_id: str, asked: Asked, head: _Hea
         cursor = Cursor(head.epoch, 0, head.seq, _compacted(head, asked), asked.failed)
     else:
         cursor = replace(cursor, failed=asked.failed)
-    page = await pages.read(connection, user_id, cursor, client=asked.client, last=head.seq)
+    page = await pages.read(connection, user_id, cursor, client=asked.client, last=head.seq, unseen=head.unseen)
     chats = pushed.chats | {chat.id: chat for chat in page.chats}
     messages = pushed.messages | {message.id: message for message in page.messages}
     known = head.clients.get(asked.client)

@@ -12,7 +12,7 @@ ROWS = 500
 # Text of messages; one more change than that, so that there is always one.
 BYTES = 4 << 20
 # No device is called so.
-_NO_CLIENT = " "
+NO_CLIENT = " "
 
 # Own rows are known, but for those from before a bootstrap.
 _UNSEEN = "user_id = $1 and seq > 0 and seq > $2 and seq <= $3 and (origin <> $4 or seq <= $5)"
@@ -28,6 +28,11 @@ from (
         order by seq limit {ROWS + 1}) unseen) sized
 order by seq
 """
+# Whether there is anything of others for a device that is in no bootstrap.
+UNSEEN = """
+    exists (select from chats where user_id = $1 and seq > 0 and seq > $4 and origin <> $5) as unseen_chats,
+    exists (select from messages where user_id = $1 and seq > 0 and seq > $4 and origin <> $5) as unseen_messages
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +45,21 @@ class Page:
     more: bool
 
 
-async def read(connection: Connection, user_id: str, cursor: Cursor, *, client: str, last: int) -> Page:
-    """Rows behind the cursor, up to the change `last`, which has been committed."""
+async def read(
+    connection: Connection,
+    user_id: str,
+    cursor: Cursor,
+    *,
+    client: str,
+    last: int,
+    unseen: tuple[bool, bool] = (True, True),
+) -> Page:
+    """Rows behind the cursor, up to the change `last`. `unseen`: whether to look for chats, and for messages."""
     if cursor.seq >= last:
         return Page((), (), cursor, False)
-    values = (user_id, cursor.seq, last, client or _NO_CLIENT, cursor.until)
-    chats = await connection.fetch(_CHATS, *values)
-    messages = await connection.fetch(_MESSAGES, *values, cursor.failed)
+    values = (user_id, cursor.seq, last, client or NO_CLIENT, cursor.until)
+    chats = await connection.fetch(_CHATS, *values) if unseen[0] else []
+    messages = await connection.fetch(_MESSAGES, *values, cursor.failed) if unseen[1] else []
     end = _end(sorted([*(row["seq"] for row in chats), *(row["seq"] for row in messages)]), last)
     end = min([end, *(row["seq"] - 1 for row in messages if not row["fits"])])
     return Page(

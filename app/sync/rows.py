@@ -2,8 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import asyncpg
+import orjson
 
 from app.postgres import Connection
 from app.sync.merge import (
@@ -24,34 +26,41 @@ _VERSIONS = 20
 CHAT = "id, title, parent_chat_id, branch_from_message_id, stamp, client, is_deleted, is_purged"
 MESSAGE = "id, chat_id, role, content, parent_id, attachments, status, stamp, is_deleted"
 
-_CHATS = f"select {CHAT}, seq from chats where user_id = $1 and id = any($2::text[])"
-_MESSAGES = f"select {MESSAGE}, position from messages where user_id = $1 and id = any($2::text[])"
-_LAST = """
-select c.id, coalesce((select max(position) from messages where user_id = $1 and chat_id = c.id), 0) as position
-from unnest($2::text[]) as c(id)
+# Each by its key, whatever the planner thinks of how many rows a user has: some have a thousand times as many as
+# others. With chats the last position in them, also where there is no such chat.
+FOUND = f"""
+    (select json_agg(found) from (
+        select k.id as name, last.position, c.*
+        from unnest($2::text[]) as k(id)
+        left join lateral (select {CHAT}, seq from chats where user_id = $1 and id = k.id offset 0) c on true
+        cross join lateral (
+            select coalesce(max(position), 0) as position from messages where user_id = $1 and chat_id = k.id) last
+    ) found) as chats,
+    (select json_agg(m) from unnest($3::text[]) as k(id) cross join lateral (
+        select {MESSAGE}, position from messages where user_id = $1 and id = k.id offset 0) m) as messages
 """
-_WRITE_CHATS = """
-insert into chats (user_id, id, title, parent_chat_id, branch_from_message_id, stamp, client, is_deleted, is_purged,
-    "timestamp", seq, origin)
-select $1, c.id, c.title, c.parent, c.branch, c.stamp, c.client, c.deleted, c.purged, to_timestamp(c.ms / 1000.0),
-    c.seq, c.origin
-from unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::bool[], $9::bool[],
-    $10::bigint[], $11::bigint[], $12::text[])
-    as c(id, title, parent, branch, stamp, client, deleted, purged, ms, seq, origin)
-order by c.id
-on conflict (user_id, id) do update set title = excluded.title, parent_chat_id = excluded.parent_chat_id,
-    branch_from_message_id = excluded.branch_from_message_id, stamp = excluded.stamp, client = excluded.client,
-    is_deleted = excluded.is_deleted, seq = excluded.seq, origin = excluded.origin, updated_at = now()
-"""
-_WRITE_MESSAGES = """
+_FIND = f"select {FOUND}"
+_WRITE = """
+with head as (
+    update sync_head set seq = $2, clients = $3 where user_id = $1),
+chat as (
+    insert into chats (user_id, id, title, parent_chat_id, branch_from_message_id, stamp, client, is_deleted, is_purged,
+        "timestamp", seq, origin)
+    select $1, id, title, parent_chat_id, branch_from_message_id, stamp, client, is_deleted, is_purged,
+        to_timestamp(ms / 1000.0), seq, origin
+    from json_to_recordset($4::json) as c(id text, title text, parent_chat_id text, branch_from_message_id text,
+        stamp text, client text, is_deleted bool, is_purged bool, ms bigint, seq bigint, origin text)
+    order by id
+    on conflict (user_id, id) do update set title = excluded.title, parent_chat_id = excluded.parent_chat_id,
+        branch_from_message_id = excluded.branch_from_message_id, stamp = excluded.stamp, client = excluded.client,
+        is_deleted = excluded.is_deleted, seq = excluded.seq, origin = excluded.origin, updated_at = now())
 insert into messages (user_id, id, chat_id, role, content, parent_id, attachments, status, stamp, is_deleted, position,
     "timestamp", seq, origin, is_asked)
-select $1, m.id, m.chat, m.role, m.content, m.parent, m.attachments, m.status, m.stamp, m.deleted, m.position,
-    to_timestamp(m.ms / 1000.0), m.seq, m.origin, false
-from unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[], $8::text[], $9::text[], $10::bool[],
-    $11::int[], $12::bigint[], $13::bigint[], $14::text[])
-    as m(id, chat, role, content, parent, attachments, status, stamp, deleted, position, ms, seq, origin)
-order by m.id
+select $1, id, chat_id, role, content, parent_id, attachments, status, stamp, is_deleted, position,
+    to_timestamp(ms / 1000.0), seq, origin, false
+from json_to_recordset($5::json) as m(id text, chat_id text, role text, content text, parent_id text, attachments text,
+    status text, stamp text, is_deleted bool, position int, ms bigint, seq bigint, origin text)
+order by id
 on conflict (user_id, id) do update set role = excluded.role, content = excluded.content,
     parent_id = excluded.parent_id, attachments = excluded.attachments, status = excluded.status,
     stamp = excluded.stamp, is_deleted = excluded.is_deleted, seq = excluded.seq, origin = excluded.origin,
@@ -74,11 +83,26 @@ where v.user_id = $1 and (v.chat_id, v.stamp, v.client) = (old.chat_id, old.stam
 
 @dataclass(slots=True)
 class Found:
-    """What operations are about, as it is stored: with messages' positions, and when a chat changed last."""
+    """What operations are about, as it is stored: with messages' positions, and when a chat changed last.
+
+    `last` is the last position in a chat.
+    """
 
     state: State = field(default_factory=State)
     positions: dict[str, int] = field(default_factory=dict)
     seqs: dict[str, int] = field(default_factory=dict)
+    last: dict[str, int] = field(default_factory=dict)
+
+    def add(self, row: asyncpg.Record) -> None:
+        """What a statement with FOUND has found."""
+        for given in orjson.loads(row["chats"] or b"[]"):
+            self.last[given["name"]] = given["position"]
+            if given["id"] is not None:
+                self.state.chats[given["id"]] = Chat(*map(given.__getitem__, _CHAT))
+                self.seqs[given["id"]] = given["seq"]
+        for given in orjson.loads(row["messages"] or b"[]"):
+            self.state.messages[given["id"]] = message_of(given)
+            self.positions[given["id"]] = given["position"]
 
 
 @dataclass(slots=True)
@@ -99,19 +123,33 @@ class Marks:
         return self.count
 
 
+def named(ops: Iterable[Op]) -> tuple[set[str], set[str]]:
+    """The chats and the messages that these name."""
+    chats = {op.chat_id if isinstance(op, AddMessage) else op.id for op in ops if not isinstance(op, DeleteMessage)}
+    return chats, {op.id for op in ops if isinstance(op, AddMessage | DeleteMessage)}
+
+
 async def load(connection: Connection, user_id: str, ops: Sequence[Op]) -> Found:
     """Everything that merging these may look at. Other users' ids are as unknown as any."""
     found = Found()
-    chats = {op.chat_id if isinstance(op, AddMessage) else op.id for op in ops if not isinstance(op, DeleteMessage)}
-    messages = {op.id for op in ops if isinstance(op, AddMessage | DeleteMessage)}
-    # A device may name what is derived from another of its ids: nothing is looked for twice.
-    sought: set[str] = set()
-    while chats or messages:
-        await _fetch(connection, user_id, found, chats, messages)
-        state, sought = found.state, sought | messages
-        chats = {successor(name) for name in chats if name in state.chats and state.chats[name].is_purged}
-        messages = _forks(ops, state) - sought if messages else set()
+    await _find(connection, user_id, found, *named(ops))
+    await load_more(connection, user_id, ops, found)
     return found
+
+
+async def load_more(connection: Connection, user_id: str, ops: Sequence[Op], found: Found) -> None:
+    """What they may look at because of what was found of what they name."""
+    chats, messages = named(ops)
+    sought = set(messages)
+    while True:
+        state = found.state
+        chats = {successor(name) for name in chats if name in state.chats and state.chats[name].is_purged}
+        # A device may name what is derived from another of its ids: nothing is looked for twice.
+        messages = _forks(ops, state) - sought if messages else set()
+        if not chats and not messages:
+            return
+        await _find(connection, user_id, found, chats, messages)
+        sought |= messages
 
 
 def _forks(ops: Sequence[Op], state: State) -> set[str]:
@@ -122,59 +160,33 @@ def _forks(ops: Sequence[Op], state: State) -> set[str]:
     return {fork(op) for op in added if op.id in twice or op.id in state.messages}
 
 
-async def _fetch(connection: Connection, user_id: str, found: Found, chats: set[str], messages: set[str]) -> None:
-    if chats:
-        for row in await connection.fetch(_CHATS, user_id, sorted(chats)):
-            *values, seq = row
-            found.state.chats[row["id"]] = Chat(*values)
-            found.seqs[row["id"]] = seq
-    if messages:
-        for row in await connection.fetch(_MESSAGES, user_id, sorted(messages)):
-            found.state.messages[row["id"]] = message_of(row)
-            found.positions[row["id"]] = row["position"]
+async def _find(connection: Connection, user_id: str, found: Found, chats: set[str], messages: set[str]) -> None:
+    row = await connection.fetchrow(_FIND, user_id, list(chats), list(messages))
+    assert row is not None
+    found.add(row)
 
 
-async def write(connection: Connection, user_id: str, found: Found, marks: Marks) -> Mapping[str, int]:
-    """Write what was marked; the positions of messages, new ones in the order of their stamps."""
-    await _write_chats(connection, user_id, found.state, marks)
-    if not marks.messages:
-        return found.positions
+async def write(
+    connection: Connection, user_id: str, found: Found, marks: Marks, *, seq: int, clients: bytes
+) -> Mapping[str, int]:
+    """Write what was marked, and how far the user's counter and devices are then.
+
+    Returns the positions of messages, new ones in the order of their stamps.
+    """
+    chats = [_written(found.state.chats[name], *mark) for name, mark in marks.chats.items()]
     changed = sorted((found.state.messages[name] for name in marks.messages), key=lambda one: (one.stamp, one.id))
-    new = [message for message in changed if message.id not in found.positions]
-    if new:
-        names = sorted({message.chat_id for message in new})
-        last = {row["id"]: row["position"] for row in await connection.fetch(_LAST, user_id, names)}
-        for message in new:
-            last[message.chat_id] += 1
-            found.positions[message.id] = last[message.chat_id]
-    await _write_messages(connection, user_id, changed, found.positions, marks)
+    for message in changed:
+        if message.id not in found.positions:
+            found.positions[message.id] = found.last[message.chat_id] = found.last[message.chat_id] + 1
+    messages = [{**_written(one, *marks.messages[one.id]), "position": found.positions[one.id]} for one in changed]
+    given = (clients.decode(), orjson.dumps(chats).decode(), orjson.dumps(messages).decode())
+    await connection.execute(_WRITE, user_id, seq, *given)
     return found.positions
 
 
-async def _write_chats(connection: Connection, user_id: str, state: State, marks: Marks) -> None:
-    if not marks.chats:
-        return
-    lines = [
-        (
-            *(chat.id, chat.title, chat.parent_chat_id, chat.branch_from_message_id, chat.stamp, chat.client),
-            *(chat.is_deleted, chat.is_purged, ms_of(chat.stamp), *marks.chats[chat.id]),
-        )
-        for chat in (state.chats[name] for name in marks.chats)
-    ]
-    await connection.execute(_WRITE_CHATS, user_id, *map(list, zip(*lines, strict=True)))
-
-
-async def _write_messages(
-    connection: Connection, user_id: str, messages: Sequence[Message], positions: Mapping[str, int], marks: Marks
-) -> None:
-    lines = [
-        (
-            *(one.id, one.chat_id, one.role, one.content, one.parent_id, one.attachments, one.status, one.stamp),
-            *(one.is_deleted, positions[one.id], ms_of(one.stamp), *marks.messages[one.id]),
-        )
-        for one in messages
-    ]
-    await connection.execute(_WRITE_MESSAGES, user_id, *map(list, zip(*lines, strict=True)))
+def _written(one: Chat | Message, seq: int, origin: str) -> dict[str, Any]:
+    fields = {name: getattr(one, name) for name in one.__slots__}
+    return {**fields, "ms": ms_of(one.stamp), "seq": seq, "origin": origin}
 
 
 async def keep(connection: Connection, user_id: str, losers: Sequence[Chat]) -> None:
@@ -189,8 +201,8 @@ async def keep(connection: Connection, user_id: str, losers: Sequence[Chat]) -> 
     await connection.execute(_FORGET_VERSIONS, user_id, sorted({chat.id for chat in losers}))
 
 
-def message_of(row: asyncpg.Record) -> Message:
-    return Message(**{name: row[name] for name in _MEMBERS})
+def message_of(row: asyncpg.Record | Mapping[str, Any]) -> Message:
+    return Message(*map(row.__getitem__, _MESSAGE))
 
 
-_MEMBERS = tuple(MESSAGE.split(", "))
+_CHAT, _MESSAGE = tuple(CHAT.split(", ")), tuple(MESSAGE.split(", "))

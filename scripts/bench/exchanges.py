@@ -89,8 +89,8 @@ class Phone:
         return pages
 
 
-def message(number: int, chat: str, content: str = _WORDS) -> Json:
-    role = "assistant" if number % 2 else "user"
+def message(number: int, chat: str) -> Json:
+    role, content = "assistant" if number % 2 else "user", f"{_WORDS} {number:08}"
     name = str(UUID(int=number))
     return {"op": "msg.add", "id": name, "chat_id": chat, "role": role, "content": content, "stamp": _stamp(number)}
 
