@@ -92,6 +92,7 @@ conversation as (
     select '{OWN}', $1, chat, now(), now(), 'message', messages, 0, first, first_rank, last, last_rank
     from given order by chat
     on conflict (source, username, conversation_id) do update set
+        first_message_at = least(c.first_message_at, excluded.first_message_at),
         last_message_at = greatest(c.last_message_at, excluded.last_message_at),
         message_count = c.message_count + excluded.message_count,
         first_question = case when c.first_question_rank <= excluded.first_question_rank
