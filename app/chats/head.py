@@ -9,11 +9,17 @@ from uuid import UUID, uuid5
 from app.commits import note
 from app.postgres import Connection
 
-_ADVANCE = """
-insert into sync_head as h (user_id, seq) values ($1, 1)
+_ADVANCED = """
+insert into sync_head as h (user_id, seq) {row}
 on conflict (user_id) do update set seq = h.seq + 1 returning seq
 """
+_ADVANCE = _ADVANCED.format(row="values ($1, 1)")
 _CHATS = UUID("6c1f5bb1-5d36-4b0e-9a3c-0d6a6f0f5f14")
+
+
+def advanced(row: str) -> str:
+    """SQL: `advance` as a query of a greater statement, for the user and the 1 that `row` selects."""
+    return _ADVANCED.format(row=row)
 
 
 async def advance(connection: Connection, user_id: str) -> int:

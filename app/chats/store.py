@@ -11,6 +11,7 @@ from app.chats.chat import Message, MessageStatus, title_from
 from app.chats.head import advance
 from app.errors import Conflict
 from app.postgres import Connection, Pool
+from app.statement import Part, fetch_together
 
 # Behind every message of a chat.
 _NO_POSITION = (1 << 31) - 1
@@ -21,7 +22,7 @@ Attachment = Mapping[str, Any]
 
 # Where a message goes, and its stamp (app/sync/merge.py): behind those of the last message there.
 _NEXT = """
-with last as (
+last as (
     select position, ('x' || left(stamp, 12))::bit(48)::bigint as ms from messages
     where user_id = $1 and chat_id = $2 order by position desc limit 1),
 next as (
@@ -29,8 +30,9 @@ next as (
         (extract(epoch from parley_now()) * 1000)::bigint, coalesce(max(ms), 0) + 1)), 12, '0') || '-0000' as stamp
     from last)
 """
-# A chat that was deleted comes back; the title of a new one gives way to whatever a device calls it.
-_SAVE_QUESTION = f"""
+# A chat that was deleted comes back; the title of a new one gives way to whatever a device calls it. Others may name
+# `message`: its one row is there unless the id was used.
+_QUESTION_SAVED = f"""
 {_NEXT}, was as (
     select is_deleted, is_purged from chats where user_id = $1 and id = $2),
 chat as (
@@ -46,6 +48,8 @@ message as (
     select $1, $2, $4, $5, 'user', $6, position, stamp, $7 from next
     on conflict (user_id, id) do nothing
     returning position)
+"""
+_SAVED = """
 select (select position from message) as position, coalesce((select is_deleted from was), false) as came_back,
     coalesce((select is_purged from was), false) as was_purged
 """
@@ -61,7 +65,7 @@ where user_id = $1 and id = $2 and chat_id = $3 and content = $4 and role = 'use
 returning position, created_at
 """
 _SAVE_ANSWER = f"""
-{_NEXT}, chat as (
+with {_NEXT}, chat as (
     update chats set updated_at = now() where user_id = $1 and id = $2 returning is_deleted)
 insert into messages (user_id, chat_id, id, content, role, status, attachments, position, stamp, seq)
 select $1, $2, $3, $4, 'assistant', $5, $6, position, stamp, $7 from next
@@ -97,15 +101,18 @@ async def save_question(
     message_id: str,
     content: str,
     attachments: Sequence[Attachment] = (),
+    seq: int | None = None,
+    along: Sequence[Part] = (),
 ) -> Saved:
     """The user's message at the end of its chat, which is made where it is new. Raises Conflict for a used id.
 
-    The caller holds the lock of the chat's session, so positions of nobody's messages do not collide either.
+    The caller holds the lock of the chat's session, so positions of nobody's messages do not collide either. `seq`:
+    what the caller had of `advance`, where it has called it; `along`: what is written in the same round trip.
     """
-    seq = await advance(connection, user_id)
+    if seq is None:
+        seq = await advance(connection, user_id)
     values = (user_id, chat_id, title_from(content), message_id, content, orjson.dumps(attachments).decode(), seq)
-    row = await connection.fetchrow(_SAVE_QUESTION, *values)
-    assert row is not None
+    row = await fetch_together(connection, [Part(_QUESTION_SAVED, values), *along], _SAVED)
     if row["was_purged"]:
         await connection.execute(_REOPEN, user_id, chat_id, message_id)
         await connection.execute(_BEGIN_ANEW, user_id)

@@ -12,6 +12,7 @@ import orjson
 from app.conversations import words
 from app.conversations.summary import KEYS, QUESTION, Ranked, Summary
 from app.postgres import Connection, Pool
+from app.statement import Part, fetch_together
 
 OWN = "parley"
 # Rows among which the conversations of a source are counted, so that new ones do not wait for each other.
@@ -19,13 +20,15 @@ _SLOTS = 16
 # Counting all conversations of a source, in seconds.
 _LONG_S = 60
 
+# `{said}` has the position of what was said, null for an answer.
 _SAID = f"""
-with conversation as (
+conversation as (
     insert into conversations as c (
         source, username, conversation_id, chatbot_id, model, client_ip, first_message_at, last_message_at,
         time_source, message_count, total_tokens, first_question, first_question_rank, last_question,
         last_question_rank)
-    values ('{OWN}', $1, $2, $3, $4, $5, now(), now(), 'message', $9, 0, $6, $7, $6, $7)
+    select '{OWN}', $1, $2, $3, $4, $5, now(), now(), 'message', $8, 0, $6, said.position, $6, said.position
+    from {{said}} said
     on conflict (source, username, conversation_id) do update set
         chatbot_id = excluded.chatbot_id,
         model = case when excluded.model = '' then c.model else excluded.model end,
@@ -42,11 +45,14 @@ with conversation as (
             or excluded.last_question_rank is null then c.last_question else excluded.last_question end,
         last_question_rank = greatest(c.last_question_rank, excluded.last_question_rank),
         updated_at = now()
-    returning xmax = 0 as is_new)
-insert into conversation_counts as n (source, slot, conversations)
-select '{OWN}', $8, 1 from conversation where is_new
-on conflict (source, slot) do update set conversations = n.conversations + 1
+    returning xmax = 0 as is_new),
+counted as (
+    insert into conversation_counts as n (source, slot, conversations)
+    select '{OWN}', $7, 1 from conversation where is_new
+    on conflict (source, slot) do update set conversations = n.conversations + 1)
 """
+_ASKED = _SAID.format(said="message")
+_SAID_AT = _SAID.format(said="(select $9::bigint as position)")
 # A device brought a question that is now asked: its run counts it.
 _ASKED_NOW = f"""
 update conversation_days set messages = messages - 1, questions = questions - 1
@@ -239,42 +245,31 @@ class Share:
     duration_ms: int = 0
 
 
-async def asked(
-    connection: Connection,
-    chat: Chat,
-    question: str,
-    *,
-    position: int,
-    client_ip: str = "",
-    brought_at: datetime | None = None,
-) -> None:
-    """A user's message was saved at this position. To be called once for each, in the transaction that saved it.
+def asked(chat: Chat, question: str, *, client_ip: str = "") -> Part:
+    """A user's message is saved, by the query `message` of the same statement (app/chats/store.py)."""
+    return Part(_ASKED, _values(chat, "", client_ip, question, messages=1))
 
-    `brought_at`: when a device had brought it, and it was counted; its chatbot and client become known now.
-    """
-    new = brought_at is None
-    await _said(connection, chat, "", client_ip, question[:QUESTION], position, messages=int(new))
-    if not new:
-        await connection.execute(_ASKED_NOW, chat.user_id, brought_at)
+
+async def brought(
+    connection: Connection, chat: Chat, question: str, *, position: int, at: datetime, client_ip: str = ""
+) -> None:
+    """A message is asked that a device had brought at that time: it is counted already, and its chatbot known now."""
+    await _said(connection, _values(chat, "", client_ip, question, messages=0), position)
+    await connection.execute(_ASKED_NOW, chat.user_id, at)
 
 
 async def answered(connection: Connection, chat: Chat, *, model: str) -> None:
-    """An answer of this model was saved; called like `asked`."""
-    await _said(connection, chat, model, "", "", None)
+    """An answer of this model was saved. To be called once for each, in the transaction that saved it."""
+    await _said(connection, _values(chat, model, "", "", messages=1), None)
 
 
-async def _said(
-    connection: Connection,
-    chat: Chat,
-    model: str,
-    client_ip: str,
-    question: str,
-    position: int | None,
-    *,
-    messages: int = 1,
-) -> None:
-    names, slot = (chat.user_id, chat.id, chat.chatbot_id), random.randrange(_SLOTS)
-    await connection.execute(_SAID, *names, model, client_ip, question, position, slot, messages)
+async def _said(connection: Connection, values: tuple[Any, ...], position: int | None) -> None:
+    await fetch_together(connection, [Part(_SAID_AT, (*values, position))], "select")
+
+
+def _values(chat: Chat, model: str, client_ip: str, question: str, *, messages: int) -> tuple[Any, ...]:
+    slot = random.randrange(_SLOTS)
+    return (chat.user_id, chat.id, chat.chatbot_id, model, client_ip, question[:QUESTION], slot, messages)
 
 
 async def ended(connection: Connection, chat: Chat, shares: Mapping[str, Share]) -> None:

@@ -12,7 +12,7 @@ from app.chats.chat import Message, most_recent
 from app.chats.images import Images
 from app.chats.picture import Picture
 from app.conversations import index, recount
-from app.errors import Invalid, NotFound
+from app.errors import Conflict, Invalid, NotFound
 from app.flows.chatbots import Chatbots
 from app.flows.conditions import Ask
 from app.flows.config import Chatbot, Flow
@@ -93,49 +93,62 @@ class Beginning:
         return incoming, await self._images.read(incoming.image_id, user_id=incoming.user_id)
 
     async def write(
-        self, connection: Connection, prepared: Prepared, *, stream_id: UUID, session_id: str, new: bool, queued: bool
+        self,
+        connection: Connection,
+        prepared: Prepared,
+        *,
+        stream_id: UUID,
+        session_id: str,
+        new: bool,
+        queued: bool,
+        seq: int | None = None,
     ) -> Run:
         """The question, the active stream and its first event, in the transaction that occupied the session.
 
-        Raises Conflict where the message's id is taken.
+        `seq` as of `store.save_question`. Raises Conflict where the message's id is taken.
         """
         message_id = prepared.incoming.message_id or str(uuid.uuid4())
         incoming = replace(prepared.incoming, message_id=message_id)
         history = incoming.history
         if history is None:
             history = () if new else await self._stored(connection, incoming.user_id, session_id)
-        saved = await store.save_question(
-            connection,
-            user_id=incoming.user_id,
-            chat_id=session_id,
-            message_id=message_id,
-            content=incoming.text,
-            attachments=[{"type": "image", "id": incoming.image_id}] if incoming.image_id else [],
-        )
-        if saved.brought_at is not None and incoming.history is None:
-            history = await self._stored(connection, incoming.user_id, session_id, before=saved.position)
         chat = index.Chat(incoming.user_id, session_id, incoming.chatbot_id)
-        await index.asked(
-            connection,
-            chat,
-            incoming.text,
-            position=saved.position,
-            client_ip=incoming.client_ip,
-            brought_at=saved.brought_at,
-        )
-        if saved.came_back:
-            await recount.count_within(connection, [(incoming.user_id, session_id)])
-        stream = Stream(
-            stream_id, incoming.user_id, session_id, incoming.chatbot_id, prepared.version, prepared.flow_type
-        )
-        await self._streams.begin(
-            connection,
+        names = (stream_id, *(chat.user_id, chat.id, chat.chatbot_id))
+        stream = Stream(*names, prepared.version, prepared.flow_type)
+        begun = self._streams.begun(
             stream,
             _start(stream, prepared.plan),
             queued=queued,
             abandon_s=prepared.chatbot.cancel_when_abandoned_s,
             request=encode(incoming),
         )
+        try:
+            saved = await store.save_question(
+                connection,
+                user_id=incoming.user_id,
+                chat_id=session_id,
+                message_id=message_id,
+                content=incoming.text,
+                attachments=[{"type": "image", "id": incoming.image_id}] if incoming.image_id else [],
+                seq=seq,
+                along=[index.asked(chat, incoming.text, client_ip=incoming.client_ip), begun],
+            )
+        except Conflict:
+            self._streams.settle(stream_id)  # it never was
+            raise
+        if saved.brought_at is not None:
+            await index.brought(
+                connection,
+                chat,
+                incoming.text,
+                position=saved.position,
+                at=saved.brought_at,
+                client_ip=incoming.client_ip,
+            )
+            if incoming.history is None:
+                history = await self._stored(connection, incoming.user_id, session_id, before=saved.position)
+        if saved.came_back:
+            await recount.count_within(connection, [(incoming.user_id, session_id)])
         inputs = _inputs(prepared, history)
         return Run(stream, prepared.chatbot, prepared.plan, inputs, incoming.request_id, incoming.received)
 

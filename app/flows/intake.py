@@ -40,8 +40,8 @@ class Accepted:
 
 
 class Intake:
-    """The accepting transaction. Its locks, in order: idempotency key, session, user, sync head, chat, message, stream,
-    quotas, fence.
+    """The accepting transaction. Its locks, in order: idempotency key, session, sync head (of the user), chat, message,
+    stream, quotas, fence.
 
     At most `at_once` of them are under way, so that a burst of messages leaves connections to everybody else.
     `key_s`: how long an idempotency key is remembered; `user_runs`: the most answers of a user under way, on all
@@ -196,16 +196,23 @@ class Intake:
         """Occupy the session, or find a place in its queue."""
         incoming = prepared.incoming
         session_id = incoming.session_id or str(uuid.uuid4())
-        stream_id = await sessions.occupy(
+        occupied = await sessions.occupy(
             connection, user_id=incoming.user_id, session_id=session_id, chatbot_id=incoming.chatbot_id
         )
-        if stream_id is None:
+        if occupied is None:
             return await self._enqueue(connection, prepared, session_id)
-        await self._require_place(connection, incoming.user_id, session_id)
+        if occupied.others is None or occupied.others >= self._user_runs:
+            await self._require_place(connection, incoming.user_id, session_id)
         # Not whether the session's row is new: that of an old chat is made anew after it was forgotten.
         new = incoming.session_id is None
         return await self._beginning.write(
-            connection, prepared, stream_id=stream_id, session_id=session_id, new=new, queued=False
+            connection,
+            prepared,
+            stream_id=occupied.stream_id,
+            session_id=session_id,
+            new=new,
+            queued=False,
+            seq=occupied.seq,
         )
 
     async def _enqueue(self, connection: Connection, prepared: Prepared, session_id: str) -> "_Queued":

@@ -4,24 +4,32 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from uuid import UUID
 
+from app.chats.head import advanced, moved
 from app.expiry import Expired
 from app.flows.chatbots import Chatbots
 from app.postgres import Connection, Pool
 from app.streams.stream import NEW_ID, random_part
 
-# Held to the end of the transaction by whoever adds to what a user has under way, so that those who come at once are
-# counted one after the other. PostgreSQL knows it by a number only.
-_USER_LOCK = "pg_advisory_xact_lock(hashtextextended({user_id}, 0))"
-# The stream's id is drawn here, so that the row names its stream from the first moment.
+# Held to the end of the transaction, so that those who come at once are counted one after the other. PostgreSQL knows
+# it by a number only.
+_USER_LOCK = "select pg_advisory_xact_lock(hashtextextended($1, 0))"
+# The stream's id is drawn here, so that the row names its stream from the first moment. What is counted is what there
+# was before the statement: it is all there is, unless somebody else has moved the user's counter since (`seen`).
 _OCCUPY = f"""
-insert into conversation_sessions (user_id, id, chatbot_id, status, streaming_session_id)
-values ($1, $2, $3, 'active', {NEW_ID.format(random_part="$4")})
-on conflict (user_id, id) do update set
-    status = 'active', chatbot_id = excluded.chatbot_id,
-    streaming_session_id = excluded.streaming_session_id, updated_at = now()
-where conversation_sessions.status = 'idle' and not exists (
-    select from queued_messages q where q.user_id = excluded.user_id and q.session_id = excluded.id)
-returning streaming_session_id, {_USER_LOCK.format(user_id="$1")}
+with session as (
+    insert into conversation_sessions (user_id, id, chatbot_id, status, streaming_session_id)
+    values ($1, $2, $3, 'active', {NEW_ID.format(random_part="$4")})
+    on conflict (user_id, id) do update set
+        status = 'active', chatbot_id = excluded.chatbot_id,
+        streaming_session_id = excluded.streaming_session_id, updated_at = now()
+    where conversation_sessions.status = 'idle' and not exists (
+        select from queued_messages q where q.user_id = excluded.user_id and q.session_id = excluded.id)
+    returning streaming_session_id),
+head as ({advanced("select $1, 1 from session where $1 <> ''")})
+select streaming_session_id as stream_id, coalesce((select seq from head), 0) as seq,
+    coalesce((select seq from sync_head where user_id = $1), 0) as seen,
+    (select count(*) from conversation_sessions where user_id = $1 and status = 'active' and id <> $2) as others
+from session
 """
 _ACTIVE_ELSEWHERE = """
 select count(*) from conversation_sessions where user_id = $1 and status = 'active' and id is distinct from $2
@@ -51,13 +59,30 @@ where user_id = $1 and id = $2 and streaming_session_id = $3
 """
 
 
-async def occupy(connection: Connection, *, user_id: str, session_id: str, chatbot_id: str) -> UUID | None:
-    """Take the session for one answer; the id of its stream.
+@dataclass(frozen=True, slots=True)
+class Occupied:
+    """For which stream, and the change to the user's chats that is made with it (app/chats/head.py).
+
+    `others`: the user's other sessions with an answer under way; None: somebody was faster, and they are to be counted.
+    """
+
+    stream_id: UUID
+    seq: int
+    others: int | None
+
+
+async def occupy(connection: Connection, *, user_id: str, session_id: str, chatbot_id: str) -> Occupied | None:
+    """Take the session for one answer, and lock the user's chats.
 
     None while another answer runs or messages wait; the session's row is locked all the same.
     """
-    stream_id: UUID | None = await connection.fetchval(_OCCUPY, user_id, session_id, chatbot_id, random_part())
-    return stream_id
+    row = await connection.fetchrow(_OCCUPY, user_id, session_id, chatbot_id, random_part())
+    if row is None:
+        return None
+    if row["seq"]:
+        moved(user_id, row["seq"])
+    is_exact = row["seq"] == row["seen"] + 1
+    return Occupied(row["stream_id"], row["seq"], row["others"] if is_exact else None)
 
 
 async def active_elsewhere(connection: Connection, *, user_id: str, session_id: str | None) -> int:
@@ -67,8 +92,8 @@ async def active_elsewhere(connection: Connection, *, user_id: str, session_id: 
 
 
 async def one_at_a_time(connection: Connection, *, user_id: str) -> None:
-    """Have everybody else wait who accepts something of this user, until the transaction ends."""
-    await connection.execute(f"select {_USER_LOCK.format(user_id='$1')}", user_id)
+    """Have everybody else wait who queues a message of this user, until the transaction ends."""
+    await connection.execute(_USER_LOCK, user_id)
 
 
 async def reoccupy(connection: Connection, *, user_id: str, session_id: str, stream_id: UUID) -> bool:

@@ -15,6 +15,7 @@ import structlog
 
 from app.expiry import Rows
 from app.postgres import AWAY, CONFLICT, Connection, Pool, prompt_connection, why
+from app.statement import Part, fetch_together
 from app.streams.event import TERMINAL, Kind, Status, encode
 from app.streams.log import StreamLost, Writer, insert_event
 from app.streams.replicas import Replica
@@ -25,20 +26,22 @@ log = structlog.get_logger(__name__)
 # database's clock: the stream lies in one day partition for life, and replicas whose clocks differ agree which one.
 NEW_ID = "(lpad(to_hex((extract(epoch from parley_now()) * 1000)::bigint), 12, '0') || {random_part})::uuid"
 
-# One statement, so that accepting costs one round trip here; the caller's transaction takes the fence.
+# The caller's transaction takes the fence.
 _BEGIN = """
-with s as (
+stream as (
     insert into streaming_sessions
         (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status, replica_id, abandon_s, request)
-    values ($1, $2, $3, $4, $5, $6, 'active', $7, $9, $10))
-insert into streaming_events (stream_id, id, payload) values ($1, 1, $8)
+    values ($1, $2, $3, $4, $5, $6, 'active', $7, $9, $10)),
+first_event as (
+    insert into streaming_events (stream_id, id, payload) values ($1, 1, $8))
 """
 _BEGIN_QUEUED = """
-with s as (
+stream as (
     update streaming_sessions
     set status = 'active', chatbot_version = $5, flow_type = $6, replica_id = $7, abandon_s = $9, request = $10
-    where id = $1 and user_id = $2 and session_id = $3 and chatbot_id = $4 and status = 'queued' returning id)
-insert into streaming_events (stream_id, id, payload) select id, 1, $8 from s
+    where id = $1 and user_id = $2 and session_id = $3 and chatbot_id = $4 and status = 'queued' returning id),
+first_event as (
+    insert into streaming_events (stream_id, id, payload) select id, 1, $8 from stream)
 """
 _ENQUEUE = f"""
 insert into streaming_sessions (id, user_id, session_id, chatbot_id, chatbot_version, flow_type, status)
@@ -185,17 +188,20 @@ class Streams:
         self._replica = replica
         self._doubtful: dict[UUID, float] = {}
 
-    async def begin(
+    async def begin(self, connection: Connection, stream: Stream, start: Mapping[str, Any]) -> None:
+        """As `begun`, in a statement of its own."""
+        await fetch_together(connection, [self.begun(stream, start)], "select")
+
+    def begun(
         self,
-        connection: Connection,
         stream: Stream,
         start: Mapping[str, Any],
         *,
         queued: bool = False,
         abandon_s: float | None = None,
         request: str | None = None,
-    ) -> None:
-        """Make an active stream of this replica with its first event `stream_start`, in the caller's transaction.
+    ) -> Part:
+        """Makes an active stream of this replica with its first event `stream_start`.
 
         Its id must be a `NEW_ID`, or that of a stream that was `queued`; the transaction `Replica.transaction`. With
         `abandon_s`, replicas note for each other that somebody reads it; with `request`, what it needs besides its
@@ -205,7 +211,7 @@ class Streams:
         self.doubt(stream.id)
         fields = (getattr(stream, field) for field in Stream.__slots__)
         values = (*fields, self._replica.id, encode("stream_start", start), abandon_s, request)
-        await connection.execute(_BEGIN_QUEUED if queued else _BEGIN, *values)
+        return Part(_BEGIN_QUEUED if queued else _BEGIN, values)
 
     async def enqueue(
         self,

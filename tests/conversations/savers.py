@@ -33,11 +33,14 @@ class Saver:
         async with self._connection.transaction():
             await self._connection.execute(_SESSION, chat.id)
             await self._connection.execute(_BEGIN, stream, chat.user_id, chat.id, chat.chatbot_id)
-            saved = await store.save_question(
-                self._connection, user_id=chat.user_id, chat_id=chat.id, message_id=uuid4().hex, content=stream.hex
+            await store.save_question(
+                self._connection,
+                user_id=chat.user_id,
+                chat_id=chat.id,
+                message_id=uuid4().hex,
+                content=stream.hex,
+                along=[index.asked(chat, stream.hex, client_ip="203.0.113.7")],
             )
-            await self._pause()
-            await index.asked(self._connection, chat, stream.hex, position=saved.position, client_ip="203.0.113.7")
             await self._pause()
         async with self._connection.transaction():
             await self._connection.execute(_SESSION, chat.id)

@@ -25,7 +25,7 @@ async def test_only_what_is_stale_is_forgotten(database: str) -> None:
         said = [Said(f"c{number}", "ann", number, str(number), "user", question="Why?") for number in range(5)]
         await index.merge(connection, source, fold(said))
 
-    await index.asked(connection, index.Chat("ann", "c0", "bot"), "Why?", position=1)
+    await index.answered(connection, index.Chat("ann", "c0", "bot"), model="m")
     await index.ended(connection, index.Chat("ann", "c0", "bot"), {"m": index.Share(1, 1, 0, 0)})
     await apply_sources(connection, [HERE, THERE])
     assert await forget_stale(connection) == {}

@@ -84,23 +84,25 @@ async def test_pictures_that_are_not_taken(house: Open) -> None:
 
 async def test_a_picture_waits_with_its_message(house: Open) -> None:
     async with house() as home:
-        slow = SHOP | {"flows": SHOP["flows"] | {"main": flow(wishes={"tokens": 20, "delay_ms": 10})}}
+        slow = SHOP | {"flows": SHOP["flows"] | {"main": flow(wishes={"tokens": 2000, "delay_ms": 50})}}
         await home.apply(shop=slow)
-        await home.post("shop", session_id="chat")
+        before = (await home.post("shop", session_id="chat")).json()
         waiting = (await home.post("shop", session_id="chat", image_data=inline())).json()
         assert (waiting["status"], waiting["flow_type"]) == ("queued", "look")
+        await home.client.post(f"{before['streaming_url']}/cancel")
         frames = await read_stream(home.client, waiting["streaming_url"])
         assert "data:image/png;base64," in text(frames)
 
 
 async def test_a_picture_that_has_gone_while_its_message_waited_is_told(house: Open) -> None:
     async with house() as home:
-        slow = SHOP | {"flows": SHOP["flows"] | {"main": flow(wishes={"tokens": 40, "delay_ms": 20})}}
+        slow = SHOP | {"flows": SHOP["flows"] | {"main": flow(wishes={"tokens": 60, "delay_ms": 50})}}
         await home.apply(shop=slow)
-        await home.post("shop", session_id="chat")
+        before = (await home.post("shop", session_id="chat")).json()
         waiting = (await home.post("shop", session_id="chat", image_data=inline())).json()
         last = (await home.post("shop", session_id="chat")).json()
         await home.database.execute("delete from images")
+        await home.client.post(f"{before['streaming_url']}/cancel")
         frames = await read_stream(home.client, waiting["streaming_url"])
         assert [frame.event for frame in frames] == ["stream_end"]
         assert only(frames, "stream_end")["error"]["code"] == "image_unknown"

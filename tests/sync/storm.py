@@ -239,9 +239,12 @@ class User:
 
 
 async def _ask(connection: Connection, user: str, chat: str, message: str, text: str) -> None:
-    saved = await store.save_question(connection, user_id=user, chat_id=chat, message_id=message, content=text)
     named = index.Chat(user, chat, "bot")
-    await index.asked(connection, named, text, position=saved.position, brought_at=saved.brought_at)
+    saved = await store.save_question(
+        connection, user_id=user, chat_id=chat, message_id=message, content=text, along=[index.asked(named, text)]
+    )
+    if saved.brought_at is not None:
+        await index.brought(connection, named, text, position=saved.position, at=saved.brought_at)
     await index.ended(connection, named, {})
     if saved.came_back:
         await recount.count_within(connection, [(user, chat)])
