@@ -250,7 +250,7 @@ def asked(chat: Chat, question: str, *, client_ip: str = "") -> Part:
     return Part(_ASKED, _values(chat, "", client_ip, question, messages=1))
 
 
-async def brought(
+async def asked_known(
     connection: Connection, chat: Chat, question: str, *, position: int, at: datetime, client_ip: str = ""
 ) -> None:
     """A message is asked that a device had brought at that time: it is counted already, and its chatbot known now."""

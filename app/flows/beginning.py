@@ -137,7 +137,7 @@ class Beginning:
             self._streams.settle(stream_id)  # it never was
             raise
         if saved.brought_at is not None:
-            await index.brought(
+            await index.asked_known(
                 connection,
                 chat,
                 incoming.text,

@@ -244,7 +244,7 @@ async def _ask(connection: Connection, user: str, chat: str, message: str, text:
         connection, user_id=user, chat_id=chat, message_id=message, content=text, along=[index.asked(named, text)]
     )
     if saved.brought_at is not None:
-        await index.brought(connection, named, text, position=saved.position, at=saved.brought_at)
+        await index.asked_known(connection, named, text, position=saved.position, at=saved.brought_at)
     await index.ended(connection, named, {})
     if saved.came_back:
         await recount.count_within(connection, [(user, chat)])
