@@ -308,7 +308,7 @@ class Gateway:
             run_s=settings.run_timeout_s,
             queue=settings.queue_limit,
         )
-        self._uploads = Allowance(_UPLOADS * settings.upload_limit, of="uploads")
+        self._uploads = Allowance(_UPLOADS * settings.upload_limit, of="uploads", each=settings.upload_limit)
         self.state = State(
             passes=passes,
             webhook_secrets=secrets_of(settings),
@@ -347,9 +347,9 @@ class Gateway:
             stopping=stopping,
             images=images,
             uploads=self._uploads,
-            readings=Allowance(_READINGS, of="readings of sources"),
+            readings=Allowance(_READINGS, of="readings of sources", each=1),
             changes=Changes(replica, wall),
-            exports=Allowance(_EXPORTS, of="exports"),
+            exports=Allowance(_EXPORTS, of="exports", each=1),
             nudges=nudges,
             admit_upload=replica.admit,
             admit_question=partial(_admit_question, intake),

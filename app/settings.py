@@ -118,6 +118,9 @@ class Settings(BaseSettings):
     body_timeout_s: float = Field(30, gt=0, description="How long a request's body may take, in seconds.")
     upload_limit: int = Field(10 * MIB, ge=KIB, description="Largest body of upload-image, in bytes.")
     upload_timeout_s: float = Field(30, gt=0, description="How long the body of an upload may take, in seconds.")
+    upload_stall_s: float = Field(
+        5, gt=0, description="How long an upload may take for the next 64 KiB of its body, or for its end, in seconds."
+    )
     image_pixels: int = Field(40_000_000, ge=1, description="Most pixels of a picture; asked before it is decoded.")
     image_side: int = Field(
         2048, ge=32, le=8192, description="Pixels of a stored picture's longer side; larger ones are scaled down."

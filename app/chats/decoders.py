@@ -35,16 +35,18 @@ class Decoders:
 
     def __init__(self, limits: Limits, *, processes: int) -> None:
         self._limits = limits
-        self._turns = Allowance(processes, of="pictures")
+        self._turns = Allowance(processes, of="pictures", each=max(1, processes - 1))
         self._idle: list[_Decoder] = []
         self._all: set[_Decoder] = set()
 
-    async def develop(self, text: str, mime: str) -> Picture:
+    async def develop(self, text: str, mime: str, *, user_id: str = "") -> Picture:
         """The picture in ASCII `text` (base64 or a data: URL), declared as `mime`, decoded and encoded anew.
+
+        One user leaves a process to the others.
 
         Raises Invalid for what is no picture or too large a one, Unavailable where no process can take it.
         """
-        async with self._turns.take():
+        async with self._turns.take(who=user_id):
             decoder = await self._take()
             try:
                 async with asyncio.timeout(self._limits.seconds):

@@ -24,6 +24,8 @@ from app.text import clean, parse_object, validated
 
 Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f\ufffd]+$")]
 
+# What has to arrive of a body within PARLEY_UPLOAD_STALL_S, unless it ends: 13 KiB/s by default.
+_STEP = 64 << 10
 # An upload is one long text and little around it. Without this bound, ten megabytes of "[],[],[]" would be parsed into
 # hundreds of megabytes of lists.
 _MOST_PARTS = 50_000
@@ -101,13 +103,14 @@ async def upload_image(request: Request[Needs]) -> Response:
     """Check and store a picture; the same one again is stored once."""
     request.state["admit_upload"]()
     # Before the body is read: what waits here waits at its sender.
-    async with request.state["uploads"].take(_size(request)):
+    principal = principal_of(request)
+    async with request.state["uploads"].take(_size(request), who=principal.id, many=principal.user_id is None):
         upload = await _received(request)
         user_id = acting_for(request, upload.user_id)
         request.state["limits"].count_named(request.scope, "uploads", user_id)
         if upload.message_text:
             request.state["limits"].count_as_well(request.scope, "messages", user_id)
-            await request.state["admit_question"](user_id or "", upload.chatbot_id, principal_of(request))
+            await request.state["admit_question"](user_id or "", upload.chatbot_id, principal)
         image = await request.state["images"].accept(upload_of(upload.image_data), user_id=user_id or "")
     analysis = await _analysis(request, upload, image, user_id=user_id)
     answer = UploadAnswer(
@@ -137,24 +140,36 @@ def _size(request: Request[Needs]) -> int:
 
 async def _received(request: Request[Needs]) -> UploadImage:
     settings = request.state["settings"]
-    upload = validated(UploadImage, parse_object(await _body(request, settings.upload_timeout_s)))
+    upload = validated(UploadImage, parse_object(await _body(request, settings)))
     if len((upload.message_text or "").encode(errors="replace")) > settings.message_limit:
         raise Invalid("message_too_long", f"message_text is longer than {settings.message_limit} bytes.")
     return upload
 
 
-async def _body(request: Request[Needs], timeout_s: float) -> bytearray:
+async def _body(request: Request[Needs], settings: Settings) -> bytearray:
+    """Whole in time, and on the move: whoever sends nothing keeps a place from others."""
     # Not request.body(), which keeps ten megabytes for as long as the request lives.
-    body = bytearray()
+    body, clock = bytearray(), asyncio.get_running_loop().time
+    due, step = clock() + settings.upload_timeout_s, _STEP
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout_at(min(due, clock() + settings.upload_stall_s)) as timeout:
             async for chunk in request.stream():
                 body += chunk
+                if len(body) >= step:
+                    step = len(body) + _STEP
+                    timeout.reschedule(min(due, clock() + settings.upload_stall_s))
     except TimeoutError:
-        raise TooSlow("upload_too_slow", f"The body did not arrive within {timeout_s:g} seconds.") from None
+        raise TooSlow("upload_too_slow", _too_slow(settings)) from None
     if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_PARTS:
         raise BadRequest("invalid_json", "The body has too many members for an upload.")
     return body
+
+
+def _too_slow(settings: Settings) -> str:
+    return (
+        f"The body did not arrive within {settings.upload_timeout_s:g} seconds, "
+        f"or {_STEP >> 10} KiB of it did not within {settings.upload_stall_s:g}."
+    )
 
 
 async def _analysis(

@@ -66,7 +66,7 @@ class Images:
 
         Raises Invalid for what is no picture or too large a one, Unavailable where it cannot be decoded or stored now.
         """
-        picture = await self._decoders.develop(upload.text, upload.mime)
+        picture = await self._decoders.develop(upload.text, upload.mime, user_id=user_id)
         return await retry_conflicts(lambda: self._save(picture, user_id=user_id, name=upload.name))
 
     async def _save(self, picture: Picture, *, user_id: str, name: str | None) -> StoredImage:

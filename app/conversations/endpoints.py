@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
+from app.access.guard import principal_of
 from app.answers import private_json, time_of
 from app.chats.allowance import Allowance
 from app.conversations import listing, transcript
@@ -195,7 +196,8 @@ async def conversation(request: Request[Needs]) -> Response:
         if named.is_own:
             page = await transcript.own_messages(connection, named, after=after, size=size)
             return _transcript(named, [_message(row) for row in page.rows], page.behind)
-    async with request.state["readings"].take():
+    principal = principal_of(request)
+    async with request.state["readings"].take(who=principal.id, many=principal.user_id is None):
         told = await foreign_messages(
             await find_source(request.state["pool"], named.source), named, after=after, size=size
         )

@@ -79,15 +79,17 @@ def _download(request: Request[Needs], user_id: str, chat_id: str | None, *, nam
     export = Export(request.state["wall"], user_id, chat_id, written)
     ending, media_type = _FILES[written]
     return Download(
-        _one_of_few(request.state["exports"], export.parts()),
+        _one_of_few(request.state["exports"], export.parts(), user_id=user_id),
         name=f"{name}.{ending}",
         media_type=media_type,
         send_timeout_s=request.state["settings"].sse_send_timeout_s,
     )
 
 
-async def _one_of_few(exports: Allowance, parts: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
-    async with exports.take(), aclosing(parts):
+async def _one_of_few(
+    exports: Allowance, parts: AsyncGenerator[bytes, None], *, user_id: str
+) -> AsyncGenerator[bytes, None]:
+    async with exports.take(who=user_id), aclosing(parts):
         async for part in parts:
             yield part
 

@@ -34,6 +34,26 @@ async def test_whoever_waits_gets_what_others_return() -> None:
     assert order.index(5) > order.index(6)
 
 
+async def test_one_holds_its_share_and_whoever_acts_for_many_leaves_one() -> None:
+    allowance = Allowance(30, of="uploads", each=10, wait_s=0.01)
+    async with allowance.take(6, who="ann"):
+        with pytest.raises(Unavailable):
+            async with allowance.take(5, who="ann"):
+                raise AssertionError
+        async with allowance.take(4, who="ann"), allowance.take(10, who="shop", many=True):
+            with pytest.raises(Unavailable):
+                async with allowance.take(11, who="shop", many=True):
+                    raise AssertionError
+            async with allowance.take(10, who="bob"):
+                pass
+    async with allowance.take(20, who="shop", many=True), allowance.take(10, who="ann"):
+        pass
+    async with allowance.take(30):
+        assert not allowance._held.keys() - {""}, "of those who hold nothing nothing is remembered"
+    async with Allowance(1, of="pictures", each=1).take(who="shop", many=True):
+        pass
+
+
 async def test_whoever_leaves_the_queue_or_fails_takes_nothing_along() -> None:
     allowance = Allowance(1, of="uploads", wait_s=10)
     inside = asyncio.Event()

@@ -35,6 +35,7 @@ from app.server import serving as serving_app
 from app.settings import load
 from app.telemetry import Metrics
 from app.wall import Wall
+from tests.access.users import as_user, serving_users
 from tests.chats.pictures import base64_of, bomb, halves, picture, png, slow_jpeg, written
 from tests.serving import client_of, serving
 
@@ -153,17 +154,46 @@ async def test_ten_megabytes_are_the_limit_declared_or_not(client: httpx2.AsyncC
 
 
 async def test_an_upload_that_never_comes_is_told_and_closed(database: str) -> None:
-    """K12."""
-    async with serving(database, upload_timeout_s=0.2) as client:
-        parts = urlsplit(str(client.base_url))
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-        writer.write(b"POST /api/upload-image HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n{")
-        async with asyncio.timeout(10):
-            said = await reader.read()
-        writer.close()
-        assert said.startswith(b"HTTP/1.1 408 ")
-        assert b'"code":"upload_too_slow"' in said
-        assert (await _upload(client)).status_code == 200
+    """K12: it stands still, or it takes too long."""
+    for setting in ("upload_timeout_s", "upload_stall_s"):
+        async with serving(database, **{setting: 0.2}) as client:
+            parts = urlsplit(str(client.base_url))
+            reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+            writer.write(b"POST /api/upload-image HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n{")
+            async with asyncio.timeout(4):
+                said = await reader.read()
+            writer.close()
+            assert said.startswith(b"HTTP/1.1 408 ")
+            assert b'"code":"upload_too_slow"' in said
+            assert (await _upload(client)).status_code == 200
+
+
+async def test_idle_uploads_of_one_user_keep_nobody_out(database: str) -> None:
+    async with serving_users(database, upload_stall_s=60, upload_timeout_s=60) as client:
+        parts, head = urlsplit(str(client.base_url)), f"Authorization: {as_user('ann')['Authorization']}\r\n"
+        idle = [await asyncio.open_connection(parts.hostname, parts.port) for _ in range(3)]
+        for _, writer in idle:
+            request = f"POST /api/upload-image HTTP/1.1\r\nHost: here\r\n{head}Content-Length: 10485760\r\n\r\n{{"
+            writer.write(request.encode())
+            await writer.drain()
+        assert (await client.get("/livez")).status_code == 200, "theirs were seen, too"
+        upload = {"chatbot_id": "demo", "image_data": {"data": base64_of(JPEG)}}
+        answer = await client.post("/api/upload-image", json=upload, headers=as_user("bob"))
+        assert answer.status_code == 200
+        for _, writer in idle:
+            writer.close()
+
+
+async def test_an_upload_that_moves_may_take_longer_than_one_that_stalls(database: str) -> None:
+    async with serving(database, upload_stall_s=0.5, upload_timeout_s=60) as client:
+
+        async def slowly() -> AsyncIterator[bytes]:
+            for _ in range(8):
+                yield b" " * (64 << 10)
+                await asyncio.sleep(0.1)  # what is slow here is the sender
+
+        answer = await client.post("/api/upload-image", content=slowly())
+        assert (answer.status_code, answer.json()["code"]) == (400, "invalid_json")
 
 
 async def test_pictures_that_take_too_long_do_not_keep_others_out(database: str) -> None:
