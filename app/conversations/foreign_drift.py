@@ -48,7 +48,7 @@ _INDEXED = """
 select username, conversation_id, first_message_at, last_message_at, message_ids, message_count, total_tokens,
     chatbot_id, chatbot_id_rank, model, model_rank, client_ip, client_ip_rank,
     first_question, first_question_rank, last_question, last_question_rank,
-    exists (select from conversation_words w where w.conversation = c.id) as is_found
+    exists (select from conversation_words w where w.conversation = c.id and w.said_at = c.last_message_at) as is_found
 from conversations c
 where source = $1 and (username, conversation_id) in (select * from unnest($2::text[], $3::text[]))
 """

@@ -20,13 +20,19 @@ from app.postgres import Connection
 FAR = 10_000
 # Ids of messages that an entry of ours names; those of other sources are as many as the index keeps.
 _IDS = 100
-# A row of a walk costs a third of one that the index of words finds. Whoever walks goes so many times as far as a page
-# should need, and so far at least, as not everything comes evenly; then so many times as far, until all of it costs
-# what the index would. A walk that would have to be luckier than likely is not begun.
-_CHEAPER, _MARGIN, _SHORT, _FARTHER, _LIKELY = 3, 4, 5_000, 8, 1.5
+# What one row costs, in µs: one that the index of words finds, and what it looks through before; one of a walk along
+# the words, along conversations, and along those of a user, of which the index says everything; and its words, where
+# they are asked for by its key.
+_FOUND_US, _LOOKED_US = 2.5, 0.2
+_READ_US, _WALKED_US, _NAMED_US, _ASKED_US = 0.4, 0.5, 0.15, 1.2
+# A walk goes as far as costs what the index of words would, and so far at least, as not everything comes evenly. One
+# that would have to be luckier than likely is not begun.
+_SHORT, _LIKELY = 5_000, 1.5
 # How far a total of several filters, or of words, is counted where more than that is found: it would be the dearest
 # part of a first page. Statistics that say so many times more are believed.
 _COUNTED, _SURELY = 1_000, 3
+# Where the index of words would look through more than this, what is newest is counted instead, so many rows of it.
+_LOOKED, _NEWEST = 25_000, 10_000
 # Always true, and what the index for lists without filters asks for.
 _EVERY = "message_count >= 0"
 
@@ -38,39 +44,48 @@ _COUNT = "select count(*) from (select from conversations where {where} limit {f
 # asked row by row: what has an order keeps it, and is left where the page is full.
 _WALK = """
 page as materialized (
-    select id from conversations where {where} order by last_message_at {way}, id {way} limit {limit} offset {offset})
+    select id, last_message_at as at from conversations where {where}
+    order by last_message_at {way}, id {way} limit {limit} offset {offset})
 """
 _HAS = "(select w.words @@ {query} from conversation_words w where w.conversation = {id})"
-# So far and no further: who has not found enough then looks into the index of words.
+# So far and no further, along the conversations of one filter or along the words of all.
+_NEARBY = """
+select id, last_message_at as at, model, chatbot_id, source from conversations where {nearby}
+order by last_message_at {way}, id {way} limit {far}
+"""
+_SPOKEN = """
+select conversation as id, said_at as at, words from conversation_words where {nearby}
+order by said_at {way}, conversation {way} limit {far}
+"""
 _STROLL = """
 page as materialized (
-    select id from (
-        select id, last_message_at, username, model, chatbot_id, source from conversations where {nearby}
-        order by last_message_at {way}, id {way} limit {far}) walked
-    where {where} order by last_message_at {way}, id {way} limit {limit} offset {offset})
+    select id, at from ({walk}) walked where {where} order by at {way}, id {way} limit {limit} offset {offset})
 """
-# What `offset 0` keeps together is read by its key, however many PostgreSQL expects.
-_FOUND = """
-select c.id, c.last_message_at from conversation_words w cross join lateral (
-    select id, last_message_at from conversations where id = w.conversation and {where} offset 0) c
-where w.words @@ {query}
-"""
+_COUNT_NEWEST = "select count(*) filter (where {where}) as found, count(*) as walked from ({walk}) walked"
+# What the index of words finds is put in order by what stands beside the words; `offset 0` keeps another index out of
+# it, which would find half of all. Whether a conversation is gone, or has a longer name than a facet, says its own row.
+_IS = "(select {named} from conversations c where c.id = found.id)"
 _MATCHING = """
-matching as materialized ({found}),
+matching as materialized (
+    select conversation as id, said_at as at from (
+        select conversation, said_at, username from conversation_words where words @@ {query} offset 0) all_of_it
+    where {where}),
 page as materialized (
-    select id from matching order by last_message_at {way}, id {way} limit {limit} offset {offset})
+    select id, at from (select id, at from matching order by at {way}, id {way}) found where {is_it}
+    limit {limit} offset {offset})
 """
-_COUNT_FOUND = "select count(*) from ({found} limit {far}) counted"
-_COUNT_WORDS = "select count(*) from (select from conversation_words where words @@ {query} limit {far}) counted"
+_COUNT_WORDS = """
+select count(*) from (select from conversation_words where words @@ {query} and {where} limit {far}) counted
+"""
 _PAGE = """
 with {page}
 select c.id, c.source, c.username, c.conversation_id, c.chatbot_id, c.model, c.client_ip, c.first_message_at,
     c.last_message_at, c.message_count, c.total_tokens, c.first_question, c.last_question, c.created_at, c.updated_at,
-    case when c.source = '{own}' then array(
+    page.at, case when c.source = '{own}' then array(
         select m.id from messages m where m.user_id = c.username and m.chat_id = c.conversation_id and not m.is_deleted
         order by m.position desc limit {ids}) else c.message_ids end as message_ids
 from page cross join lateral (select * from conversations where id = page.id offset 0) c
-order by c.last_message_at {way}, c.id {way}
+order by page.at {way}, page.id {way}
 """
 
 
@@ -97,6 +112,11 @@ class Wanted:
         """The filters that were given, by column; the one that leaves least comes first, as a rule."""
         named = {name: getattr(self, name) for name in ("username", "chatbot_id", "model", "source")}
         return {name: value for name, value in named.items() if value is not None}
+
+    @property
+    def along(self) -> dict[str, str]:
+        """The filter whose conversations are walked along: a user's, or without words the first. Else there is none."""
+        return dict(list(self.facets.items())[:1]) if self.username is not None or self.query is None else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +198,7 @@ async def page(connection: Connection, wanted: Wanted, *, size: int, after: Plac
     slice_ = Slice(size, after, skip)
     if wanted.query is None and len(wanted.facets) < 2:
         return await _walked(connection, wanted, slice_)
-    first = dict(list(wanted.facets.items())[:1])
-    seen = await look(connection, wanted.query or "", facets(wanted.facets), facets(first))
+    seen = await look(connection, wanted.query or "", facets(wanted.facets), facets(wanted.along))
     if wanted.query is not None and not seen.words:
         return Page([], Total(0), None)
     if seen.is_bound:
@@ -197,23 +216,24 @@ async def _walked(connection: Connection, wanted: Wanted, slice_: Slice, words: 
 
 async def _strolled(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page | None:
     """Where much fits a page is full soon; None where it was not, or where the index of words is cheaper."""
-    for far in _walks(slice_, seen):
-        sql, values = strolling(wanted, slice_, words=seen.words, far=far)
-        rows = await connection.fetch(sql, *values)
-        if len(rows) > slice_.size:
-            return _page(rows, slice_, slice_.total or await _total_found(connection, wanted, seen))
-    return None
+    if not (far := _far(wanted, slice_, seen)):
+        return None
+    sql, values = strolling(wanted, slice_, seen, far=far)
+    rows = await connection.fetch(sql, *values)
+    if len(rows) <= slice_.size:
+        return None
+    return _page(rows, slice_, slice_.total or await _total_found(connection, wanted, seen, least=slice_.needed))
 
 
-def _walks(slice_: Slice, seen: Look) -> list[int]:
-    """How far to walk for a page, and again where what is new is unlike the rest; none where it is not worth it."""
-    most = int(_CHEAPER * seen.rarest * seen.conversations)
-    if not seen.within or _LIKELY * slice_.needed / seen.within > most:
-        return []
-    walks = [max(_SHORT, int(_MARGIN * slice_.needed / seen.within))]
-    while walks[-1] * _FARTHER < most:
-        walks.append(walks[-1] * _FARTHER)
-    return walks if walks[0] < most else [most]
+def _far(wanted: Wanted, slice_: Slice, seen: Look) -> int:
+    """How far to walk for a page; 0 where it is not worth it."""
+    row_us = _READ_US
+    if wanted.along:
+        row_us = _ASKED_US if seen.words else _NAMED_US if "username" in wanted.along else _WALKED_US
+    found_us = (_LOOKED_US * seen.rarest + _FOUND_US * seen.share) * seen.conversations
+    if not seen.within or _LIKELY * slice_.needed / seen.within * row_us > found_us:
+        return 0
+    return max(_SHORT, int(found_us / row_us))
 
 
 async def _found(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page:
@@ -228,7 +248,7 @@ async def _found(connection: Connection, wanted: Wanted, slice_: Slice, seen: Lo
 
 def _page(rows: Sequence[asyncpg.Record], slice_: Slice, total: Total) -> Page:
     more, rows = len(rows) > slice_.size, rows[: slice_.size]
-    behind = Place(rows[-1]["last_message_at"], rows[-1]["id"], total) if more else None
+    behind = Place(rows[-1]["at"], rows[-1]["id"], total) if more else None
     return Page(rows, total, behind)
 
 
@@ -239,29 +259,35 @@ def statement(wanted: Wanted, slice_: Slice, *, words: str = "") -> tuple[str, l
     return terms.page(_WALK, wanted, slice_, where=where)
 
 
-def strolling(wanted: Wanted, slice_: Slice, *, words: str, far: int) -> tuple[str, list[Any]]:
-    """Likewise, but only so far along the index of one filter, or of none."""
-    terms, named = _Terms(), list(wanted.facets.items())
-    nearby = terms.all_of(terms.named(dict(named[:1])) or [_EVERY], terms.between(wanted, slice_.after))
-    where = terms.all_of(terms.named(dict(named[1:])), terms.has(words, "walked.id"))
-    return terms.page(_STROLL, wanted, slice_, nearby=nearby, where=where, far=terms.add(far))
+def strolling(wanted: Wanted, slice_: Slice, seen: Look, *, far: int) -> tuple[str, list[Any]]:
+    """Likewise, but only so far along the index of one filter, or along the words."""
+    terms = _Terms()
+    walk, where = terms.nearby(wanted, slice_.after, seen, far)
+    if not wanted.along:
+        where += f" and {_IS.format(named=terms.is_named(wanted)).replace('found.', 'walked.')}"
+    return terms.page(_STROLL, wanted, slice_, walk=walk, where=where)
 
 
 def matching(wanted: Wanted, slice_: Slice, *, query: str) -> tuple[str, list[Any]]:
     """What finds by words and facets, and counts what it has found."""
     terms = _Terms()
-    found = terms.found(wanted, slice_.after, query)
-    sql, values = terms.page(_MATCHING, wanted, slice_, found=found)
-    return sql.replace("as message_ids", "as message_ids, (select count(*) from matching) as matching"), values
+    where, is_it = terms.spoken(wanted, slice_.after), _IS.format(named=terms.is_named(wanted))
+    sql, values = terms.page(_MATCHING, wanted, slice_, query=terms.add(query), where=where, is_it=is_it)
+    return sql.replace("as message_ids\n", "as message_ids, (select count(*) from matching) as matching\n"), values
 
 
 def counting(wanted: Wanted, *, query: str) -> tuple[str, list[Any]]:
     """What counts how many are found, up to _COUNTED and one more."""
     terms = _Terms()
-    if wanted.since is None and wanted.until is None:
-        return _COUNT_WORDS.format(query=terms.add(query), far=terms.add(_COUNTED + 1)), terms.values
-    found = terms.found(wanted, None, query)
-    return _COUNT_FOUND.format(found=found, far=terms.add(_COUNTED + 1)), terms.values
+    where = terms.spoken(wanted, None)
+    return _COUNT_WORDS.format(query=terms.add(query), where=where, far=terms.add(_COUNTED + 1)), terms.values
+
+
+def counting_newest(wanted: Wanted, seen: Look, *, far: int) -> tuple[str, list[Any]]:
+    """What counts among so many of those that a walk would come to first."""
+    terms = _Terms()
+    walk, where = terms.nearby(wanted, None, seen, far)
+    return _COUNT_NEWEST.format(walk=walk, where=where), terms.values
 
 
 async def _total(connection: Connection, wanted: Wanted, words: str) -> Total:
@@ -272,11 +298,16 @@ async def _total(connection: Connection, wanted: Wanted, words: str) -> Total:
     return _counted(await connection.fetchval(_COUNT.format(where=where, far=terms.add(FAR + 1)), *terms.values), FAR)
 
 
-async def _total_found(connection: Connection, wanted: Wanted, seen: Look) -> Total:
+async def _total_found(connection: Connection, wanted: Wanted, seen: Look, *, least: int = 0) -> Total:
     """At least so many. Of a single word or facet that many have the statistics are enough to know it."""
     unbounded = wanted.since is None and wanted.until is None
     if seen.terms == 1 and unbounded and seen.rarest * seen.conversations > _SURELY * _COUNTED:
         return Total(_COUNTED + 1, exact=False)
+    if seen.rarest * seen.conversations > _LOOKED or ("username" in wanted.along and not seen.words):
+        sql, values = counting_newest(wanted, seen, far=_NEWEST)
+        row = await connection.fetchrow(sql, *values)
+        assert row is not None
+        return Total(max(row["found"], least), exact=row["walked"] < _NEWEST)
     sql, values = counting(wanted, query=seen.query)
     async with connection.transaction():
         # Whether the index is worth it depends on how common the words are; our connections plan without looking.
@@ -301,7 +332,7 @@ class _Terms:
     def named(self, facets: Mapping[str, str]) -> list[str]:
         return [f"{column} = {self.add(value)}" for column, value in facets.items()]
 
-    def between(self, wanted: Wanted, after: Place | None) -> list[str]:
+    def between(self, wanted: Wanted, after: Place | None, at: str = "last_message_at", id_: str = "id") -> list[str]:
         """Where a list begins is said once: of two conditions PostgreSQL might begin at the farther one."""
         since, until = wanted.since, wanted.until
         if after is not None and wanted.newest_first and until is not None:
@@ -310,12 +341,12 @@ class _Terms:
             after, since = (after, None) if after.at >= since else (None, since)
         conditions = []
         if since is not None:
-            conditions.append(f"last_message_at >= {self.add(since)}")
+            conditions.append(f"{at} >= {self.add(since)}")
         if until is not None:
-            conditions.append(f"last_message_at < {self.add(until)}")
+            conditions.append(f"{at} < {self.add(until)}")
         if after is not None:
             than = "<" if wanted.newest_first else ">"
-            conditions.append(f"(last_message_at, id) {than} ({self.add(after.at)}, {self.add(after.id)})")
+            conditions.append(f"({at}, {id_}) {than} ({self.add(after.at)}, {self.add(after.id)})")
         return conditions
 
     def has(self, words: str, id_: str = "conversations.id") -> list[str]:
@@ -324,9 +355,24 @@ class _Terms:
     def all_of(self, *conditions: Sequence[str]) -> str:
         return " and ".join(chain.from_iterable(conditions)) or "true"
 
-    def found(self, wanted: Wanted, after: Place | None, query: str) -> str:
-        where = self.all_of(self.named(wanted.facets), self.between(wanted, after))
-        return _FOUND.format(where=where, query=self.add(query))
+    def spoken(self, wanted: Wanted, after: Place | None) -> str:
+        """Of words. A facet holds the beginning of a name; whose they are is never left to that."""
+        user = {name: value for name, value in wanted.facets.items() if name == "username"}
+        return self.all_of(self.named(user), self.between(wanted, after, "said_at", "conversation"))
+
+    def is_named(self, wanted: Wanted) -> str:
+        return self.all_of(self.named({name: value for name, value in wanted.facets.items() if name != "username"}))
+
+    def nearby(self, wanted: Wanted, after: Place | None, seen: Look, far: int) -> tuple[str, str]:
+        """A walk, and which of its rows are wanted."""
+        way = "desc" if wanted.newest_first else "asc"
+        if not wanted.along:
+            walk = _SPOKEN.format(nearby=self.spoken(wanted, after), way=way, far=self.add(far))
+            return walk, f"words @@ {self.add(seen.query)}"
+        nearby = self.all_of(self.named(wanted.along), self.between(wanted, after))
+        rest = {name: value for name, value in wanted.facets.items() if name not in wanted.along}
+        where = self.all_of(self.named(rest), self.has(seen.words, "walked.id"))
+        return _NEARBY.format(nearby=nearby, way=way, far=self.add(far)), where
 
     def page(self, which: str, wanted: Wanted, slice_: Slice, **given: str) -> tuple[str, list[Any]]:
         way = "desc" if wanted.newest_first else "asc"

@@ -98,8 +98,8 @@ select source, count(*)::int as gone from gone group by source
 _WORDS = f"""
 (select {", ".join(f"n.{column}" for column in words.WRITTEN.split(", "))} from {{next}} n
     left join conversations c using (id) left join conversation_words w on w.conversation = n.id
-    where (w.conversation is null or (c.chatbot_id, c.model, c.first_question, c.last_question)
-        is distinct from (n.chatbot_id, n.model, n.first_question, n.last_question))
+    where (w.conversation is null or (c.chatbot_id, c.model, c.first_question, c.last_question, w.said_at)
+        is distinct from (n.chatbot_id, n.model, n.first_question, n.last_question, n.last_message_at))
     and n.id > $1 and n.id <= $2 and not exists (select from conversation_changes g
         where (g.source, g.username, g.conversation_id) = (n.source, n.username, n.conversation_id))) differing
 """

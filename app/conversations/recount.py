@@ -65,7 +65,7 @@ _OTHERWISE = """
 is distinct from (k.messages, k.tokens, k.first_at, k.last_at, k.first_question, k.first_rank,
     k.last_question, k.last_rank, k.chatbot_id = '' and c.chatbot_id = '', k.model = '' and c.model = '')
 """
-_WORDLESS = "not exists (select from conversation_words w where w.conversation = c.id)"
+_WORDLESS = "not exists (select from conversation_words w where w.conversation = c.id and w.said_at = k.last_at)"
 _WRITE = f"""
 with counted as ({COUNTED}),
 gone as (

@@ -60,13 +60,14 @@ class Look:
     """What to look for and what to expect. Shares are of all conversations, from 0 to 1.
 
     `words` is the tsquery of the words alone, empty where none was given; `query` has the facets as well. No more match
-    than `rarest` says; `within` is the share of those that have the facet one walks along, if terms meet by chance.
-    `is_bound`: a user's rows alone can be seen.
+    than `rarest` says, and `share` if terms meet by chance; `within` is then the share of those that have the facet one
+    walks along. `is_bound`: a user's rows alone can be seen.
     """
 
     words: str
     query: str
     rarest: float
+    share: float
     within: float
     terms: int
     conversations: float
@@ -99,6 +100,7 @@ async def look(connection: Connection, query: str, facets: Sequence[str], along:
         words=" & ".join(phrases),
         query=" & ".join([*map(_quoted, facets), *phrases]),
         rarest=min(shares, default=1.0),
+        share=prod(shares),
         within=min(prod(shares) / walked, 1.0) if walked else 0.0,
         terms=len(shares),
         conversations=overall["conversations"],

@@ -1,13 +1,14 @@
 """The words that a search finds a conversation by, and the facets that filters find it by: one tsvector beside each.
 
-Who saves a conversation writes them in the same statement (`saved`). A facet's lexeme begins with a capital letter:
+Who saves a conversation writes them in the same statement (`saved`), with the time of its last message: searches find
+and order conversations by this table alone. A facet's lexeme begins with a capital letter:
 those of a text are small, whatever it says, so no text can hold a facet.
 """
 
 from collections.abc import Mapping
 
 # What the words of a conversation are made of, and whose they are.
-WRITTEN = "id, source, username, chatbot_id, model, first_question, last_question"
+WRITTEN = "id, source, username, chatbot_id, model, first_question, last_question, last_message_at"
 
 # As much of a name as a facet holds: a lexeme is bounded. The conversation's own columns are asked as well.
 _NAME = 100
@@ -28,9 +29,10 @@ case when first_question = last_question then {first}
     else ts_delete({first} || 'Q:2'::tsvector || {last}, 'Q') end
 """
 _SAVED = """
-insert into conversation_words as w (conversation, username, words)
-select id, username, {vector} from {rows}
-on conflict (conversation) do update set words = excluded.words where w.words is distinct from excluded.words
+insert into conversation_words as w (conversation, username, said_at, words)
+select id, username, last_message_at, {vector} from {rows}
+on conflict (conversation) do update set said_at = excluded.said_at, words = excluded.words
+    where (w.said_at, w.words) is distinct from (excluded.said_at, excluded.words)
 """
 
 

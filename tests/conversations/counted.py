@@ -24,8 +24,9 @@ order by c.conversation_id
 """
 # Conversations whose words are others than what would be written of them, or that have none; and words of none.
 _WORDS = f"""
-select c.id, w.conversation from (select id, {words.vector()} as words from conversations) c
-full join conversation_words w on w.conversation = c.id where w.words is distinct from c.words
+select c.id, w.conversation from (select id, last_message_at, {words.vector()} as words from conversations) c
+full join conversation_words w on w.conversation = c.id
+where (w.said_at, w.words) is distinct from (c.last_message_at, c.words)
 """
 _CHATS = """
 select count(*) from chats c where not is_deleted and exists (select from messages m

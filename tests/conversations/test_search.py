@@ -1,6 +1,7 @@
 """Search: what has the words is found, by whichever way it is looked for; and whatever is asked, nothing breaks."""
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from datetime import timedelta
 from random import Random
 from typing import Any
@@ -133,8 +134,8 @@ async def test_every_way_finds_the_same(database: str, monkeypatch: pytest.Monke
             and (since is None or row["last"] >= since)
         }
         wanted = listing.Wanted(**given, since=since, query=" ".join(terms) or None, newest_first=chance.random() < 0.5)
-        for walks in ([], [1], [1, 100], [1000]):
-            monkeypatch.setattr(listing, "_walks", lambda *_, walks=walks: walks)
+        for far in (0, 1, 100, 1000):
+            monkeypatch.setattr(listing, "_far", lambda *_, far=far: far)
             assert await _all(connection, wanted, chance.randint(1, 50)) == expected
     await connection.close()
 
@@ -225,27 +226,38 @@ _WANTED = [
     listing.Wanted(query="x", username="u1"),
     listing.Wanted(query="x", model="m1", since=BEGAN, newest_first=False),
     listing.Wanted(model="m1", chatbot_id="b2"),
+    listing.Wanted(username="u1", model="m1"),
 ]
 _AFTER = listing.Place(BEGAN, 7, listing.Total(1))
+_LOOK = search.Look("'x'", "'x'", 0.1, 0.1, 0.1, 1, 20_000, is_bound=False)
 
 
 @pytest.mark.parametrize("wanted", _WANTED)
 async def test_each_search_has_its_plan(many: Connection, wanted: listing.Wanted) -> None:
     for after in (None, _AFTER):
-        slice_ = listing.Slice(50, after)
-        words = "'x'" if wanted.query else ""
-        for sql in (
-            listing.statement(wanted, slice_, words=words),
-            listing.strolling(wanted, slice_, words=words, far=2000),
-        ):
-            plan = await listed.plan(many, sql)
+        slice_, seen = listing.Slice(50, after), replace(_LOOK, words="'x'" if wanted.query else "")
+        walked = await listed.plan(many, listing.statement(wanted, slice_, words=seen.words))
+        strolled = await listed.plan(many, listing.strolling(wanted, slice_, seen, far=2000))
+        counted = await listed.plan(many, listing.counting_newest(wanted, seen, far=2000))
+        for plan in (walked, strolled):
             walk = plan[plan.index("CTE page") : plan.index("CTE Scan on page")]
             assert "Sort" not in walk, plan
+        by_user, by_words = wanted.username is not None, wanted.query is not None
+        index = "conversations_of_user" if by_user else "conversations_of_chatbot"
+        if by_words and not by_user:
+            index = "conversation_words_said"
+        for plan in (strolled, counted):
+            assert index in plan, plan
+            if by_user and not by_words:
+                assert "Index Only Scan using conversations_of_user" in plan, plan
+        for plan in (walked, strolled, counted):
             assert "Seq Scan" not in plan, plan
-            assert "Index Scan using conversation_words_pkey" in walk or not words, plan
+            asks = by_words and (by_user or plan is walked)
+            assert ("Index Scan using conversation_words_pkey" in plan) == asks, plan
         plan = await listed.plan(many, listing.matching(wanted, slice_, query="'x'"))
         assert "Bitmap Index Scan on conversation_words_found" in plan, plan
-        assert "Index Scan using conversations_pkey" in plan, plan
+        assert "conversation_words_said" not in plan, plan
+        assert "using conversations_pkey" in plan, plan
         assert "Seq Scan" not in plan, plan
 
 
@@ -259,7 +271,7 @@ async def test_the_way_follows_what_is_common(many: Connection) -> None:
     assert ["Bitmap Index Scan on conversation_words_found" in plan for plan in asked] == [True, False], asked
 
 
-async def test_totals_of_searches_are_counted_so_far(many: Connection) -> None:
+async def test_totals_of_searches_are_counted_so_far(many: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     async def total(**wanted: Any) -> listing.Total:
         page = await listing.page(many, listing.Wanted(**wanted), size=5)
         assert len(page.rows) == min(5, page.total.count)
@@ -267,7 +279,30 @@ async def test_totals_of_searches_are_counted_so_far(many: Connection) -> None:
 
     assert await total(query="w7") == listing.Total(20)
     assert await total(query="common") == listing.Total(1_001, exact=False)
+    assert await total(query="common w7") == listing.Total(20)
+    assert await total(query="w7", username="u1") == listing.Total(7)
+    assert await total(username="u1", model="m1") == listing.Total(6667)
+    assert await total(username="u1", model="m2") == listing.Total(0)
     assert await total(query="common the") == listing.Total(1_001, exact=False)
+    monkeypatch.setattr(listing, "_LOOKED", 10)
+    assert await total(query="common the") == listing.Total(10_000, exact=False)
+    assert await total(query="common last", username="u1") == listing.Total(6667)
+    monkeypatch.setattr(listing, "_NEWEST", 3)
+    assert await total(query="common the") == listing.Total(6, exact=False)
     assert await total(model="m1", chatbot_id="b1") == listing.Total(1_001, exact=False)
     assert await total(model="m1", chatbot_id="b2") == listing.Total(0)
     assert await total(model="m1", chatbot_id="b1", query="w7") == listing.Total(7)
+
+
+async def test_words_of_what_is_gone_leave_no_hole(many: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names longer than a facet are told apart, too."""
+    await many.execute("delete from conversations where id % 2 = 0")
+    await many.execute("update conversations set model = repeat('m', 100) || id % 3")
+    await many.execute(listed.SAVE_WORDS)
+    for far in (0, 30_000):
+        monkeypatch.setattr(listing, "_far", lambda *_, far=far: far)
+        for model in (None, "m" * 100 + "1"):
+            page = await listing.page(many, listing.Wanted(query="common", model=model), size=300)
+            assert len(page.rows) == 300
+            assert page.behind is not None
+            assert model is None or {row["model"] for row in page.rows} == {model}
