@@ -98,3 +98,14 @@ class Device:
         """Everything is lost with its store."""
         self.base, self.outbox, self.cursor, self.clock, self.next_mid = State(), [], None, LEAST, 1
         self.client = uuid4().hex
+
+
+def shown(state: State) -> dict[str, object]:
+    """What a user sees: chats that are there, with their messages."""
+    chats = {f"chat {chat.id}": chat for chat in state.chats.values() if not chat.is_deleted}
+    messages = {
+        f"message {one.id}": one
+        for one in state.messages.values()
+        if not one.is_deleted and f"chat {one.chat_id}" in chats
+    }
+    return {**chats, **messages}

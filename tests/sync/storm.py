@@ -18,7 +18,7 @@ from app.sync import changes, compaction
 from app.sync.changes import Asked, Changes
 from app.sync.merge import AddMessage, Chat, DeleteChat, DeleteMessage, Message, Op, PutChat, State, fork
 from app.wall import Reach, Wall, within
-from tests.sync.device import Device
+from tests.sync.device import Device, shown
 
 _HOUR_MS = 3_600_000
 _ROWS = "select * from {} where user_id = $1"
@@ -212,9 +212,9 @@ class User:
         server = await self._stored()
         found = [f"an outbox of {self.name} is not empty" for device in self.devices if device.outbox]
         found += [
-            f"{self.name}: a device differs: {_difference(_shown(device.view()), _shown(server))}"
+            f"{self.name}: a device differs: {_difference(shown(device.view()), shown(server))}"
             for device in self.devices
-            if _shown(device.view()) != _shown(server)
+            if shown(device.view()) != shown(server)
         ]
         found += [f"{self.name}: lost {op}" for op in self.acknowledged if self._is_lost(op, server)]
         texts = [message.content for device in self.devices for message in device.base.messages.values()]
@@ -257,17 +257,6 @@ async def _answer(connection: Connection, user: str, chat: str, message: str, te
     if new:
         await index.answered(connection, index.Chat(user, chat, "bot"), model="small")
         await index.ended(connection, index.Chat(user, chat, "bot"), {})
-
-
-def _shown(state: State) -> dict[str, object]:
-    """What a user sees: chats that are there, with their messages."""
-    chats = {f"chat {chat.id}": chat for chat in state.chats.values() if not chat.is_deleted}
-    messages = {
-        f"message {one.id}": one
-        for one in state.messages.values()
-        if not one.is_deleted and f"chat {one.chat_id}" in chats
-    }
-    return {**chats, **messages}
 
 
 def _difference(one: dict[str, object], other: dict[str, object]) -> Sequence[object]:
