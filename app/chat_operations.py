@@ -12,7 +12,7 @@ from app.sync.chat_endpoints import (
     ChatMessages,
     RenameChat,
 )
-from app.sync.file_endpoints import ExportedChats
+from app.sync.file_endpoints import ExportedChats, ImportAnswer
 
 _JSON = "application/json"
 _CHAT = "5b6f1f0a-6a55-4a3e-9d3c-0d1b2c3d4e5f"
@@ -178,12 +178,51 @@ _EXPORT_ALL = Operation(
     },
 )
 
+_IMPORT = Operation(
+    "Import chats",
+    "The body is a file of chats: of this server (`GET /api/chats/export`), `conversations.json` of ChatGPT, or an "
+    "export of Open WebUI; which one shows by itself. Of a tree of messages the branch that was shown last is taken. "
+    "Instructions and what tools said are left out, and nothing counts as usage.\n\n"
+    "The same file again adds nothing. What was deleted meanwhile comes back with its chat; messages that were deleted "
+    "one by one do not. A conversation that cannot be read is named in `failed`, the others are imported; of a file "
+    "that breaks off, what stood before that. The file may have `PARLEY_IMPORT_LIMIT` bytes, a conversation 16 MiB.",
+    answers={
+        200: Answer(
+            "What the file had, and what of it is new.",
+            {
+                _JSON: Content(
+                    {
+                        "success": True,
+                        "formats": ["chatgpt"],
+                        "chats": 1,
+                        "messages": 2,
+                        "added": {"chats": 1, "messages": 2},
+                        "leftOut": 3,
+                        "failures": 0,
+                        "failed": [],
+                    },
+                    ImportAnswer,
+                )
+            },
+        )
+    },
+    parameters=[_USER_ID],
+    body=Content(_FILE, ExportedChats),
+    problems={
+        408: ["body_too_slow"],
+        413: ["body_too_large"],
+        422: ["invalid_request", "import_invalid", "import_unknown"],
+        503: ["starting", "draining", "overloaded", "replica_lost", "database_unavailable", "database_busy"],
+    },
+)
+
 CHAT_OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/api/chats"): _LIST,
     ("GET", "/api/chats/{chat_id}"): _GET,
     ("PATCH", "/api/chats/{chat_id}"): _PATCH,
     ("DELETE", "/api/chats/{chat_id}"): _DELETE,
     ("GET", "/api/chats/export"): _EXPORT_ALL,
+    ("POST", "/api/chats/import"): _IMPORT,
     ("GET", "/api/chats/{chat_id}/export"): _EXPORT_ONE,
     ("GET", "/api/chats/{chat_id}/messages"): _MESSAGES,
     ("POST", "/api/chats/{chat_id}/branch"): _BRANCH,

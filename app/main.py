@@ -98,6 +98,8 @@ _UPLOADS = 3
 _READINGS = 4
 # Chats that are exported at once: each holds a connection and a snapshot.
 _EXPORTS = 2
+# Files that are imported at once: of each some megabytes are in memory, twice.
+_IMPORTS = 2
 # How long a stopping server waits for accepts that were under way, in seconds; longer than one waits for locks.
 _ACCEPTS_S = 5
 # How long the loops of a server that has drained may take to end, in seconds.
@@ -351,6 +353,7 @@ class Gateway:
             changes=Changes(replica, wall),
             exports=Allowance(_EXPORTS, of="exports", each=1),
             nudges=nudges,
+            imports=Allowance(_IMPORTS, of="imports", each=1),
             admit_upload=replica.admit,
             admit_question=partial(_admit_question, intake),
             analyse=partial(_analyse, intake),

@@ -122,6 +122,12 @@ def _chats(settings: Settings) -> list[Route]:
     return [
         Route("/api/chats", own_chat_endpoints.listed),
         Route("/api/chats/export", file_endpoints.export_all),
+        Route(
+            "/api/chats/import",
+            file_endpoints.import_chats,
+            methods=["POST"],
+            middleware=[Middleware(problems.BodyLimit, settings.import_limit, within_s=settings.import_timeout_s)],
+        ),
         Route("/api/chats/{chat_id}", own_chat_endpoints.chat, methods=["GET", "PATCH", "DELETE"], middleware=bodies),
         Route("/api/chats/{chat_id}/export", file_endpoints.export_chat),
         Route("/api/chats/{chat_id}/messages", own_chat_endpoints.messages),

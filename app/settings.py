@@ -121,6 +121,8 @@ class Settings(BaseSettings):
     upload_stall_s: float = Field(
         5, gt=0, description="How long an upload may take for the next 64 KiB of its body, or for its end, in seconds."
     )
+    import_limit: int = Field(256 * MIB, ge=KIB, description="Largest file of chats that is imported, in bytes.")
+    import_timeout_s: float = Field(600, gt=0, description="How long importing a file may take, in seconds.")
     image_pixels: int = Field(40_000_000, ge=1, description="Most pixels of a picture; asked before it is decoded.")
     image_side: int = Field(
         2048, ge=32, le=8192, description="Pixels of a stored picture's longer side; larger ones are scaled down."

@@ -43,6 +43,7 @@ _DEMANDS: Demands = {
     ("PATCH", "/api/chats/{chat_id}"): "sync",
     ("DELETE", "/api/chats/{chat_id}"): "sync",
     ("GET", "/api/chats/export"): "sync",
+    ("POST", "/api/chats/import"): "sync",
     ("GET", "/api/chats/{chat_id}/export"): "sync",
     ("GET", "/api/chats/{chat_id}/messages"): "sync",
     ("POST", "/api/chats/{chat_id}/branch"): "sync",

@@ -5,7 +5,7 @@ Everything here happens under the user's row of `sync_head` or after a look at i
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, Literal, TypeVar
 
 import asyncpg
@@ -23,6 +23,7 @@ from app.sync.merge import AddMessage, Chat, Message, Op, State
 from app.wall import Wall
 
 T = TypeVar("T")
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # What is not there any more.
 _NONE = Message("", "", "user", "", is_deleted=True)
 ChatOp = merge.PutChat | merge.DeleteChat
@@ -153,13 +154,14 @@ class Changes:
             return answer
         return await _until_written(lambda: self._write(user_id, asked))
 
-    async def write(self, user_id: str, ops_of: OpsOf) -> Written:
+    async def write(self, user_id: str, ops_of: OpsOf, *, dated: bool = False) -> Written:
         """What somebody without a device does: one mutation, merged like any other and sent to every device.
 
-        `ops_of` is asked under the lock, once for each try. Raises what it raises, and Unavailable as `exchange`.
+        `ops_of` is asked under the lock, once for each try. With `dated`, messages came when their stamps say, and not
+        now. Raises what it raises, and Unavailable as `exchange`.
         """
         self._replica.admit()
-        return await _until_written(lambda: self._do(user_id, ops_of))
+        return await _until_written(lambda: self._do(user_id, ops_of, dated=dated))
 
     async def _read(self, user_id: str, asked: Asked) -> Answer | None:
         """The answer to who pushes nothing; None where something has to be written for it: before a bootstrap."""
@@ -178,14 +180,14 @@ class Changes:
                 await _adopt(connection, user_id, head)
             return await _answer(connection, user_id, asked, head, pushed)
 
-    async def _do(self, user_id: str, ops_of: OpsOf) -> Written:
+    async def _do(self, user_id: str, ops_of: OpsOf, *, dated: bool) -> Written:
         async with self._replica.transaction(wall=self._wall) as connection:
             head = await self._locked(connection, user_id)
             ops = await ops_of(connection, head.now_ms)
             work = _Work(Asked(), head, await rows.load(connection, user_id, ops))
             work.apply(Mutation(0, ops))
             if work.marks:
-                await work.save(connection, user_id)
+                await work.save(connection, user_id, dated=dated)
             return Written(work.found.state, work.marks.chats.keys(), work.marks.messages.keys())
 
     async def _locked(self, connection: Connection, user_id: str) -> _Head:
@@ -359,13 +361,16 @@ class _Work:
             return True
         return cursor is not None and cursor.epoch == self.head.epoch and seq <= cursor.seq
 
-    async def save(self, connection: Connection, user_id: str) -> None:
+    async def save(self, connection: Connection, user_id: str, *, dated: bool = False) -> None:
         """What has become of them, how far everybody is, and the index of conversations."""
         await rows.keep(connection, user_id, self.losers)
         known = orjson.dumps(self.head.clients)
-        places = await rows.write(connection, user_id, self.found, self.marks, seq=self.head.seq, clients=known)
+        places = await rows.write(
+            connection, user_id, self.found, self.marks, seq=self.head.seq, clients=known, dated=dated
+        )
         moved(user_id, self.head.seq)
-        await _index(connection, user_id, self.before, self.found.state, places=places, at=self.head.at)
+        at = None if dated else self.head.at
+        await _index(connection, user_id, self.before, self.found.state, places=places, at=at)
 
     def repeat(self, mutation: Mutation) -> None:
         """The device did not hear what became of it: it is told what is there now."""
@@ -397,15 +402,30 @@ async def _index(
     after: State,
     *,
     places: Mapping[str, int],
-    at: datetime,
+    at: datetime | None,
 ) -> None:
-    """Keep the index of conversations: add what is new, and count where something has gone or come back."""
+    """Keep the index of conversations: add what is new, and count where something has gone or come back.
+
+    Without `at`, messages came when their stamps say.
+    """
     said = [
-        Said(message.chat_id, user_id, places[name], name, _SAYS[message.role], at, question=_question(message))
+        Said(
+            message.chat_id,
+            user_id,
+            places[name],
+            name,
+            _SAYS[message.role],
+            at or _moment(message),
+            question=_question(message),
+        )
         for name, message in after.messages.items()
         if _counts(message) and not _counts(before.messages.get(name))
     ]
-    await index.brought(connection, user_id, fold(said, most_keys=0))
+    folded = fold(said, most_keys=0)
+    if at is None:
+        await index.merge(connection, index.OWN, folded)
+    else:
+        await index.brought(connection, user_id, folded)
     gone = {one.chat_id for name, one in before.messages.items() if _counts(one) and after.messages[name].is_deleted}
     turned = {name for name, chat in after.chats.items() if chat.is_deleted != _is_deleted(before.chats.get(name))}
     hidden = {one.conversation_id for one in said if after.chats[one.conversation_id].is_deleted}
@@ -422,6 +442,10 @@ _SAYS: Mapping[str, Literal["user", "assistant", "other"]] = {
 
 def _question(message: Message) -> str:
     return message.content if message.role == "user" else ""
+
+
+def _moment(message: Message) -> datetime:
+    return _EPOCH + timedelta(milliseconds=merge.ms_of(message.stamp))
 
 
 def _counts(message: Message | None) -> bool:

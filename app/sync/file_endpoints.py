@@ -9,14 +9,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access.guard import user_of
+from app.answers import private_json
 from app.chats.allowance import Allowance
 from app.chats.chat import MessageStatus, Role
 from app.conversations.parameters import word
 from app.download import Download
 from app.errors import BadRequest
 from app.settings import Settings
+from app.sync.changes import Changes
 from app.sync.chat_endpoints import chat_of
 from app.sync.export import Export, Format
+from app.sync.imports.importing import Import
 from app.wall import Wall
 
 _FILES: Mapping[Format, tuple[str, str]] = {
@@ -30,6 +33,9 @@ class Needs(TypedDict):
     settings: Settings
     # Files that are made at once, each over a connection of its own.
     exports: Allowance
+    # Files that are read at once.
+    imports: Allowance
+    changes: Changes
 
 
 class ExportedMessage(BaseModel):
@@ -62,6 +68,57 @@ class ExportedChats(BaseModel):
     version: Literal[1]
     exportedAt: str
     chats: list[ExportedChat]
+
+
+class Added(BaseModel):
+    """What was not there before, or has come back."""
+
+    chats: int
+    messages: int
+
+
+class FailedConversation(BaseModel):
+    """A conversation of the file, by its number there, that could not be read."""
+
+    number: int
+    title: str
+    reason: str
+
+
+class ImportAnswer(BaseModel):
+    """What the file had and what of it is new here. `leftOut`: messages of other branches, instructions, tools.
+
+    Of `failures` conversations that could not be read a hundred are named at most.
+    """
+
+    success: Literal[True]
+    formats: list[Literal["parley", "chatgpt", "open_webui"]]
+    chats: int
+    messages: int
+    added: Added
+    leftOut: int
+    failures: int
+    failed: list[FailedConversation]
+
+
+async def import_chats(request: Request[Needs]) -> Response:
+    """Chats from a file, as the body."""
+    user_id = user_of(request)
+    file = Import(request.state["changes"], user_id)
+    async with request.state["imports"].take(who=user_id):
+        await file.read(request.stream())
+    return private_json(
+        {
+            "success": True,
+            "formats": sorted(file.formats),
+            "chats": file.chats,
+            "messages": file.messages,
+            "added": {"chats": file.chats_added, "messages": file.messages_added},
+            "leftOut": file.left_out,
+            "failures": file.failures,
+            "failed": file.failed,
+        }
+    )
 
 
 async def export_chat(request: Request[Needs]) -> Response:

@@ -55,16 +55,16 @@ chat as (
         branch_from_message_id = excluded.branch_from_message_id, stamp = excluded.stamp, client = excluded.client,
         is_deleted = excluded.is_deleted, seq = excluded.seq, origin = excluded.origin, updated_at = now())
 insert into messages (user_id, id, chat_id, role, content, parent_id, attachments, status, stamp, is_deleted, position,
-    "timestamp", seq, origin, is_asked)
+    "timestamp", seq, origin, is_asked, created_at)
 select $1, id, chat_id, role, content, parent_id, attachments, status, stamp, is_deleted, position,
-    to_timestamp(ms / 1000.0), seq, origin, false
+    to_timestamp(ms / 1000.0), seq, origin, false, case when $6 then to_timestamp(ms / 1000.0) else now() end
 from json_to_recordset($5::json) as m(id text, chat_id text, role text, content text, parent_id text, attachments text,
     status text, stamp text, is_deleted bool, position int, ms bigint, seq bigint, origin text)
 order by id
 on conflict (user_id, id) do update set role = excluded.role, content = excluded.content,
     parent_id = excluded.parent_id, attachments = excluded.attachments, status = excluded.status,
     stamp = excluded.stamp, is_deleted = excluded.is_deleted, seq = excluded.seq, origin = excluded.origin,
-    created_at = case when messages.status = 'failed' and excluded.status <> 'failed' then now()
+    created_at = case when messages.status = 'failed' and excluded.status <> 'failed' then excluded.created_at
         else messages.created_at end,
     updated_at = now()
 """
@@ -167,10 +167,11 @@ async def _find(connection: Connection, user_id: str, found: Found, chats: set[s
 
 
 async def write(
-    connection: Connection, user_id: str, found: Found, marks: Marks, *, seq: int, clients: bytes
+    connection: Connection, user_id: str, found: Found, marks: Marks, *, seq: int, clients: bytes, dated: bool = False
 ) -> Mapping[str, int]:
     """Write what was marked, and how far the user's counter and devices are then.
 
+    With `dated`, new messages came when their stamps say, and not now.
     Returns the positions of messages, new ones in the order of their stamps.
     """
     chats = [_written(found.state.chats[name], *mark) for name, mark in marks.chats.items()]
@@ -180,7 +181,7 @@ async def write(
             found.positions[message.id] = found.last[message.chat_id] = found.last[message.chat_id] + 1
     messages = [{**_written(one, *marks.messages[one.id]), "position": found.positions[one.id]} for one in changed]
     given = (clients.decode(), orjson.dumps(chats).decode(), orjson.dumps(messages).decode())
-    await connection.execute(_WRITE, user_id, seq, *given)
+    await connection.execute(_WRITE, user_id, seq, *given, dated)
     return found.positions
 
 

@@ -183,6 +183,8 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("PATCH", "/api/chats/{chat_id}"): _chat(body={"title": "Mine"}),
     ("DELETE", "/api/chats/{chat_id}"): _chat(),
     ("GET", "/api/chats/export"): _nothing,
+    # Ids in a file are the user's own: tests/sync/test_imports.py.
+    ("POST", "/api/chats/import"): _nothing,
     ("GET", "/api/chats/{chat_id}/export"): _chat("/export"),
     ("GET", "/api/chats/{chat_id}/messages"): _chat("/messages"),
     ("POST", "/api/chats/{chat_id}/branch"): _branching,

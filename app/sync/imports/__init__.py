@@ -1,0 +1,1 @@
+"""Chats from files: of this program, and of others."""
