@@ -13,6 +13,7 @@ from app.sync.chat_endpoints import (
     RenameChat,
 )
 from app.sync.file_endpoints import ExportedChats, ImportAnswer
+from app.sync.version_endpoints import ChatVersions, VersionRestored
 
 _JSON = "application/json"
 _CHAT = "5b6f1f0a-6a55-4a3e-9d3c-0d1b2c3d4e5f"
@@ -214,6 +215,7 @@ _IMPORT = Operation(
         422: ["invalid_request", "import_invalid", "import_unknown"],
         503: ["starting", "draining", "overloaded", "replica_lost", "database_unavailable", "database_busy"],
     },
+from app.sync.version_endpoints import ChatVersions, VersionRestored
 )
 
 CHAT_OPERATIONS: Mapping[tuple[str, str], Operation] = {
@@ -226,4 +228,6 @@ CHAT_OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/api/chats/{chat_id}/export"): _EXPORT_ONE,
     ("GET", "/api/chats/{chat_id}/messages"): _MESSAGES,
     ("POST", "/api/chats/{chat_id}/branch"): _BRANCH,
+    ("GET", "/api/chats/{chat_id}/versions"): _VERSIONS,
+    ("POST", "/api/chats/{chat_id}/versions/{version}/restore"): _RESTORE,
 }

@@ -17,7 +17,7 @@ from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
 from app.sync import chat_endpoints as own_chat_endpoints
 from app.sync import endpoints as sync_endpoints
-from app.sync import file_endpoints, nudge_endpoints
+from app.sync import file_endpoints, nudge_endpoints, version_endpoints
 
 
 class State(
@@ -32,6 +32,7 @@ class State(
     own_chat_endpoints.Needs,
     file_endpoints.Needs,
     nudge_endpoints.Needs,
+    version_endpoints.Needs,
     health.Needs,
     problems.Needs,
     guard.Needs,
@@ -131,6 +132,8 @@ def _chats(settings: Settings) -> list[Route]:
         Route("/api/chats/{chat_id}", own_chat_endpoints.chat, methods=["GET", "PATCH", "DELETE"], middleware=bodies),
         Route("/api/chats/{chat_id}/export", file_endpoints.export_chat),
         Route("/api/chats/{chat_id}/messages", own_chat_endpoints.messages),
+        Route("/api/chats/{chat_id}/versions", version_endpoints.chat_versions),
+        Route("/api/chats/{chat_id}/versions/{version}/restore", version_endpoints.restore_version, methods=["POST"]),
         Route("/api/chats/{chat_id}/branch", own_chat_endpoints.branch, methods=["POST"], middleware=bodies),
     ]
 

@@ -48,6 +48,8 @@ _DEMANDS: Demands = {
     ("GET", "/api/chats/{chat_id}/messages"): "sync",
     ("POST", "/api/chats/{chat_id}/branch"): "sync",
     ("GET", "/api/chat/sync/events"): "sync",
+    ("GET", "/api/chats/{chat_id}/versions"): "sync",
+    ("POST", "/api/chats/{chat_id}/versions/{version}/restore"): "sync",
     ("GET", "/api/conversation-health"): "public",
     ("GET", "/livez"): "public",
     ("GET", "/readyz"): "public",

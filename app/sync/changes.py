@@ -29,6 +29,8 @@ _NONE = Message("", "", "user", "", is_deleted=True)
 ChatOp = merge.PutChat | merge.DeleteChat
 # Devices known per user, those that pushed last.
 MOST_CLIENTS = 100
+# Operations under one number: a page ends between two numbers, so all rows of one have to fit into it.
+MOST_OPS = 100
 
 _ACTIVE = """
     (select json_agg(json_build_array(s.id, s.streaming_session_id)) from conversation_sessions s
@@ -154,14 +156,14 @@ class Changes:
             return answer
         return await _until_written(lambda: self._write(user_id, asked))
 
-    async def write(self, user_id: str, ops_of: OpsOf, *, dated: bool = False) -> Written:
-        """What somebody without a device does: one mutation, merged like any other and sent to every device.
+    async def write(self, user_id: str, ops_of: OpsOf, *, dated: bool = False, failed: bool = False) -> Written:
+        """What somebody without a device does, in one transaction: merged like any push and sent to every device.
 
         `ops_of` is asked under the lock, once for each try. With `dated`, messages came when their stamps say, and not
         now. Raises what it raises, and Unavailable as `exchange`.
         """
         self._replica.admit()
-        return await _until_written(lambda: self._do(user_id, ops_of, dated=dated))
+        return await _until_written(lambda: self._do(user_id, ops_of, dated=dated, failed=failed))
 
     async def _read(self, user_id: str, asked: Asked) -> Answer | None:
         """The answer to who pushes nothing; None where something has to be written for it: before a bootstrap."""
@@ -180,12 +182,13 @@ class Changes:
                 await _adopt(connection, user_id, head)
             return await _answer(connection, user_id, asked, head, pushed)
 
-    async def _do(self, user_id: str, ops_of: OpsOf, *, dated: bool) -> Written:
+    async def _do(self, user_id: str, ops_of: OpsOf, *, dated: bool, failed: bool) -> Written:
         async with self._replica.transaction(wall=self._wall) as connection:
             head = await self._locked(connection, user_id)
             ops = await ops_of(connection, head.now_ms)
-            work = _Work(Asked(), head, await rows.load(connection, user_id, ops))
-            work.apply(Mutation(0, ops))
+            work = _Work(Asked(failed=failed), head, await rows.load(connection, user_id, ops))
+            for first in range(0, len(ops), MOST_OPS):
+                work.apply(Mutation(0, ops[first : first + MOST_OPS]))
             if work.marks:
                 await work.save(connection, user_id, dated=dated)
             return Written(work.found.state, work.marks.chats.keys(), work.marks.messages.keys())

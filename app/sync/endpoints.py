@@ -14,13 +14,13 @@ from app.chats.chat import MessageStatus, Role
 from app.errors import Forbidden, Invalid
 from app.settings import Settings
 from app.sync import cursor, merge
-from app.sync.changes import Answer, Asked, Changes, Mutation
+from app.sync.changes import MOST_OPS, Answer, Asked, Changes, Mutation
 from app.sync.merge import Chat, Message
 from app.text import clean, parse_object, validated
 
-# Of a body, in bytes; of operations in a mutation, and in all of a push.
+# Of a body, in bytes; of operations in a push.
 BODY_LIMIT = 1 << 20
-_MOST_OPS, _MOST_IN_ALL = 100, 1_000
+_MOST_IN_ALL = 1_000
 # What cannot be stored was replaced by it.
 _REPLACED = "\ufffd"
 
@@ -83,7 +83,7 @@ class PushedMutation(_Strict):
 
     mid: int = Field(ge=1, lt=1 << 53)
     ops: list[Annotated[PutChat | DeleteChat | AddMessage | DeleteMessage, Field(discriminator="op")]] = Field(
-        max_length=_MOST_OPS
+        max_length=MOST_OPS
     )
 
 

@@ -15,10 +15,11 @@ from app.access import keys
 from app.demo.server import demo_provider
 from app.flows import chatbots, file
 from app.operations import OPERATIONS
+from app.sync.merge import stamp_at
 from tests.access.users import as_user, serving_users
 from tests.chats.pictures import base64_of, picture
 from tests.serving import apply_demo, serving
-from tests.sync.test_gateway import add, delete, put
+from tests.sync.test_gateway import _NOW, add, delete, put
 
 _BOTS = {"slow": "demo?delay_ms=20&tokens=100000", "quick": "demo?delay_ms=0&tokens=3"}
 _SSE = {"Accept": "text/event-stream"}
@@ -147,6 +148,11 @@ def _pulling(things: Things) -> list[Attempt]:
     return [Attempt("/api/chat/sync", {"cursor": things.cursor})]
 
 
+def _restoring(things: Things) -> list[Attempt]:
+    version = f"{stamp_at(_NOW)}.{things.device}"
+    return [Attempt(f"/api/chats/{things.chat}/versions/{version}/restore")]
+
+
 def _nothing(_: Things) -> list[Attempt]:
     """The route takes no id of anything that belongs to a user."""
     return []
@@ -189,6 +195,8 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("GET", "/api/chats/{chat_id}/messages"): _chat("/messages"),
     ("POST", "/api/chats/{chat_id}/branch"): _branching,
     ("GET", "/api/chat/sync/events"): _nothing,
+    ("GET", "/api/chats/{chat_id}/versions"): _chat("/versions"),
+    ("POST", "/api/chats/{chat_id}/versions/{version}/restore"): _restoring,
     ("GET", "/api/conversation-health"): _nothing,
     ("GET", "/livez"): _nothing,
     ("GET", "/readyz"): _nothing,
@@ -274,6 +282,9 @@ async def _things_of(client: httpx2.AsyncClient, user: str) -> Things:
     ops = [put(f"{user}s-trip", _secret_of(user)), add(f"{user}s-note", f"{user}s-trip", _secret_of(user))]
     push = {"client": f"{user}s-phone", "push": [{"mid": 1, "ops": ops}]}
     synced = await client.post("/api/chat/sync", json=push, headers=as_user(user))
+    other = [put(f"{user}s-trip", f"{_secret_of(user)} again", at=1)]
+    push = {"client": f"{user}s-desk", "push": [{"mid": 1, "ops": other}]}
+    await client.post("/api/chat/sync", json=push, headers=as_user(user))
     return Things(
         running=running["streaming_session_id"],
         ended=await _ended(client, user),

@@ -15,6 +15,8 @@ from tests.sync.test_gateway import _ids, add, delete, put, sync
 
 _DAY_S = 86400.0
 _CHATS, _FAILED = DeletedChats(90 * _DAY_S), FailedMessages(90 * _DAY_S)
+# The house cleans up as well, and nothing of this.
+_LATER: dict[str, Any] = {"keep_deleted_days": 3650, "keep_failed_days": 3650}
 _AGED = "update {} set updated_at = now() - interval '91 days'"
 
 
@@ -31,7 +33,7 @@ async def _rows(home: House, query: str) -> list[dict[str, Any]]:
 
 
 async def test_a_deleted_chat_becomes_an_empty_final_row(house: Open, database: str) -> None:
-    async with house() as home:
+    async with house(**_LATER) as home:
         old = await sync(home.client, "desk", [put("kept"), add("k", "kept", "Stays")])
         await sync(home.client, "phone", [put("c", "Old")], [put("c", "Secret", 1), add("m")])
         await sync(home.client, "desk", [put("c", "Other", 2)], first=2)
@@ -59,7 +61,7 @@ async def test_a_deleted_chat_becomes_an_empty_final_row(house: Open, database: 
 
 
 async def test_a_question_opens_it_anew_and_devices_begin_anew(house: Open, database: str) -> None:
-    async with house() as home:
+    async with house(**_LATER) as home:
         await sync(home.client, "phone", [put("c", "Old"), add("m"), add("n", content="More")])
         gone = await sync(home.client, "phone", [delete("c", 3)], first=2)
         await home.database.execute(_AGED.format("chats"))
@@ -77,7 +79,7 @@ async def test_a_question_opens_it_anew_and_devices_begin_anew(house: Open, data
 
 
 async def test_it_goes_a_piece_at_a_time_and_waits_for_nobody(house: Open, database: str) -> None:
-    async with house() as home:
+    async with house(**_LATER) as home:
         for user in ("ann", "bob"):
             ops = [[put(f"c{n}"), *(add(f"m{n}-{m}", f"c{n}") for m in range(9)), delete(f"c{n}", 1)] for n in range(4)]
             await sync(home.client, "phone", *ops, user=user)
@@ -97,7 +99,7 @@ async def test_it_goes_a_piece_at_a_time_and_waits_for_nobody(house: Open, datab
 
 
 async def test_failed_messages_go_and_may_still_become_complete(house: Open, database: str) -> None:
-    async with house() as home:
+    async with house(**_LATER) as home:
         failed = [put("c"), add("m", content="", status="failed"), add("n", content="", status="failed"), add("o")]
         asks = await sync(home.client, "phone", failed, failed=True)
         await sync(home.client, "phone", [{"op": "msg.del", "id": "n"}], first=2, failed=True)
