@@ -215,7 +215,33 @@ _IMPORT = Operation(
         422: ["invalid_request", "import_invalid", "import_unknown"],
         503: ["starting", "draining", "overloaded", "replica_lost", "database_unavailable", "database_busy"],
     },
-from app.sync.version_endpoints import ChatVersions, VersionRestored
+)
+
+_VERSION: dict[str, Any] = {
+    "id": "018bcfe56800-0000.phone-7d1e",
+    "title": "My order",
+    "client": "phone-7d1e",
+    "parentChatId": None,
+    "branchFromMessageId": None,
+    "keptAt": "2026-01-31T12:00:07.250Z",
+}
+_VERSIONS = Operation(
+    "List versions of a chat",
+    "What it was called, and what it branched off from, before another device's word won: the last 20. Also of a "
+    "deleted chat, until it is purged.",
+    answers={200: Answer("They.", {_JSON: Content({"chatId": _CHAT, "versions": [_VERSION]}, ChatVersions)})},
+    parameters=[_CHAT_ID, _USER_ID],
+    problems={**_ABSENT, **_READING},
+)
+_RESTORE = Operation(
+    "Restore a version of a chat",
+    "It is the chat's again, by a new word that reaches all devices; what it replaces is kept. A deleted chat comes "
+    "back with its messages. Repeated, it changes nothing.",
+    answers={
+        200: Answer("It is.", {_JSON: Content({"success": True, "id": _CHAT, "title": "My order"}, VersionRestored)})
+    },
+    parameters=[_CHAT_ID, Parameter("version", "path", "`id` of a version.", required=True), _USER_ID],
+    problems={404: ["chat_unknown", "version_unknown"], 422: ["invalid_request"], **_WRITING},
 )
 
 CHAT_OPERATIONS: Mapping[tuple[str, str], Operation] = {
