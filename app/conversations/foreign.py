@@ -59,11 +59,13 @@ select {reads}, age(xmin) <= age($1::text::xid) as parley_is_new from {table} wh
 _PLACES = "ctid > $2::text::tid and ctid < $3::text::tid"
 _TIMES = "{time} >= to_timestamp($2::float8)"
 _SINCE = "and age(xmin) <= age('{xid}'::xid)"
-# Gaps in their order, and in each its rows in theirs: nothing is sorted, and a gap is one descent into the index.
+# Gaps in their order, and in each its rows in theirs: nothing is sorted, and a gap is one descent into the index. The
+# key is the column's, not the one that is read, which bears its name and is another type: all rows would be sorted.
 _PAGE = """
 select r.* from unnest($1::bigint[], $2::bigint[]) as parley_gap(parley_after, parley_before)
 cross join lateral (
-    select {reads} from {table} where {key} > parley_after and {key} < parley_before order by {key} limit $3) r
+    select {reads} from {table} parley_row
+    where {key} > parley_after and {key} < parley_before order by parley_row.{key} limit $3) r
 limit $3
 """
 

@@ -14,6 +14,8 @@ from app.conversations.discovery import Discovery
 from app.conversations.foreign import Foreign
 from app.conversations.ranges import LEAST
 from app.conversations.source_state import State
+from app.conversations.sources.recognition import newest_first, recognise
+from app.conversations.sources.source import Source
 from app.errors import Conflict
 from app.postgres import Pool, open_pool
 from tests.conversations.plain import MADE, MADE_OF_UUIDS, OF_UUIDS, Plain, as_indexed, indexed, recounted
@@ -214,16 +216,39 @@ async def test_a_pass_beside_the_deletion_of_the_index_counts_nothing(site: Site
             await source_state.swap(connection, "plain", loaded, rows=1, skipped={})
 
 
-async def test_the_page_query_descends_the_index_once_per_gap(site: Site) -> None:
-    await site.writer.execute("insert into chat (session, text) select n, n from generate_series(1, 20000) n")
-    await site.writer.execute("delete from chat where id % 100 = 0; analyze chat")
+_STOCK = """
+create table n8n_chat_histories (
+    id serial primary key, session_id varchar(255) not null, message jsonb not null);
+create table litellm_spend_logs (
+    request_id text primary key, session_id text, "startTime" timestamp, "endTime" timestamp, model text,
+    call_type text, total_tokens int);
+create index on litellm_spend_logs ("startTime");
+insert into n8n_chat_histories (session_id, message)
+    select n, jsonb_build_object('type', 'human', 'content', n) from generate_series(1, 20000) n;
+delete from n8n_chat_histories where id % 100 = 0;
+insert into litellm_spend_logs (request_id, session_id, "startTime")
+    select n, n, '2026-01-01'::timestamp + n * interval '1 s' from generate_series(1, 20000) n;
+analyze
+"""
+
+
+async def test_pages_of_stock_tables_descend_the_index_once_per_gap(site: Site) -> None:
+    """The key of n8n's table is narrower than what is read of it."""
     from app.conversations.foreign import _PAGE
 
-    sql = _PAGE.format(reads=", ".join(site.shape.reads), table=site.shape.table, key=site.shape.key.column)
-    plan = "\n".join(row[0] for row in await site.theirs.fetch(f"explain {sql}", [5, 19000], [7, 2**63 - 1], 200))
-    assert "Index Scan using chat_pkey" in plan
-    assert "Sort" not in plan
-    assert "Seq Scan" not in plan
+    await site.writer.execute(_STOCK)
+    serial = await recognise(site.theirs, Source("n8n", "env:NONE", "n8n_chat_histories"))
+    timed = await recognise(site.theirs, Source("litellm", "env:NONE", "litellm_spend_logs"))
+    page = _PAGE.format(reads=", ".join(serial.reads), table=serial.table, key=serial.key.column)
+    for sql, given, index in (
+        (page, ([5, 19000], [7, 2**63 - 1], 200), "n8n_chat_histories_pkey"),
+        (newest_first(serial), (50,), "n8n_chat_histories_pkey"),
+        (newest_first(timed), (50,), "litellm_spend_logs_startTime_idx"),
+    ):
+        plan = "\n".join(row[0] for row in await site.theirs.fetch(f"explain {sql}", *given))
+        assert index in plan, plan
+        assert "Sort" not in plan, plan
+        assert "Seq Scan" not in plan, plan
 
 
 async def test_without_serial_keys_a_late_row_is_found_and_a_changed_one_is_no_new_one(of_uuids: Site) -> None:

@@ -41,12 +41,17 @@ async def recognise(connection: Connection, source: Source) -> Shape:
 
 async def newest(connection: Connection, shape: Shape, rows: int) -> list[asyncpg.Record]:
     """The values of `reads` of the newest rows, or of any where neither key nor indexed time say which are new."""
+    return await connection.fetch(newest_first(shape), rows)
+
+
+def newest_first(shape: Shape) -> str:
+    """The statement: by the column itself, as what is read may bear its name, and has no index."""
     order = ""
     if shape.key.is_serial:
-        order = f"order by {shape.key.column} desc"
+        order = f"order by parley_row.{shape.key.column} desc"
     elif shape.time is not None and shape.time.is_indexed:
-        order = f"order by {shape.time.column} desc"
-    return await connection.fetch(f"select {', '.join(shape.reads)} from {shape.table} {order} limit $1", rows)
+        order = f"order by parley_row.{shape.time.column} desc"
+    return f"select {', '.join(shape.reads)} from {shape.table} parley_row {order} limit $1"
 
 
 def _as(kind: Kind, table: Table, source: Source) -> Shape:
