@@ -5,6 +5,7 @@ from typing import Any
 
 from app.conversations.administration import IndexDeleted, IndexMade, IndexReset, IndexStats, SyncResult
 from app.conversations.endpoints import Conversations, Statistics, Transcript
+from app.conversations.usage_endpoints import Usage
 from app.openapi import Answer, Content, Operation, Parameter
 
 _JSON = "application/json"
@@ -170,6 +171,50 @@ _STATISTICS = Operation(
     ],
     problems={400: ["bad_parameter"], **_PROBLEMS},
 )
+_USAGE = Operation(
+    "Add usage up",
+    "What answers have cost per day, model or chatbot, of the last 30 days unless `from` and `to` say otherwise; at "
+    "most 400 days. It comes from the calls of providers alone, up to the last one that was recorded: nothing that is "
+    "synchronised or imported counts. Of a user who asks the user's own; of everybody where an API key names nobody.",
+    answers={
+        200: Answer(
+            "The groups.",
+            {
+                _JSON: Content(
+                    {
+                        "group": "day",
+                        "since": "2026-01-01",
+                        "until": "2026-02-01",
+                        "usage": [
+                            {
+                                "name": "2026-01-31",
+                                "calls": 2,
+                                "failed": 1,
+                                "promptTokens": 60,
+                                "completionTokens": 31,
+                                "totalTokens": 91,
+                                "durationMs": 1250,
+                            }
+                        ],
+                    },
+                    Usage,
+                )
+            },
+        )
+    },
+    parameters=[
+        Parameter(
+            "group",
+            "query",
+            "What the groups are.",
+            {"type": "string", "enum": ["day", "model", "chatbot"], "default": "day"},
+        ),
+        *_FROM_TO,
+        _USERNAME,
+        _USER_ID,
+    ],
+    problems={400: ["bad_parameter"], 503: _PROBLEMS[503]},
+)
 
 _STATS: dict[str, Any] = {
     "indexExists": True,
@@ -262,6 +307,7 @@ INDEX_OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/conversations"): _LIST,
     ("GET", "/api/messages/conversations/{conversation_id}"): _ONE,
     ("GET", "/api/messages/statistics"): _STATISTICS,
+    ("GET", "/api/usage"): _USAGE,
     ("POST", "/api/sync/init"): _INIT,
     ("POST", "/api/sync/sync"): _SYNC,
     ("GET", "/api/sync/stats"): _INDEX_STATS,

@@ -29,6 +29,7 @@ from app.chats.allowance import Allowance
 from app.chats.decoders import Decoders
 from app.chats.images import Images
 from app.chats.picture import Limits as PictureLimits
+from app.chats.usage import UsageDays
 from app.conversations.batch import Bounds as PassBounds
 from app.conversations.passes import Passes
 from app.conversations.reconcile import Reconcile
@@ -296,6 +297,7 @@ class Gateway:
                 retention=retention,
                 upkeep=Upkeep(self._dsn),
                 passes=passes,
+                usage_days=UsageDays(pool),
                 reconcile=self._reconcile,
                 settings=settings,
             ),

@@ -47,7 +47,14 @@ _NEEDED = """
 select column_name as name, data_type as type from information_schema.columns
 where table_schema = 'public' and table_name = $1 and is_nullable = 'NO' and column_default is null
 """
-_VALUES = {"text": "'x'", "uuid": "gen_random_uuid()", "bytea": r"'\x01'", "integer": "1", "bigint": "1"}
+_VALUES = {
+    "date": "'2026-01-01'",
+    "text": "'x'",
+    "uuid": "gen_random_uuid()",
+    "bytea": r"'\x01'",
+    "integer": "1",
+    "bigint": "1",
+}
 _CHOSEN = {"role": "'user'", "status": "'active'", "mime": "'image/png'", "message_id": "'m'"}
 
 

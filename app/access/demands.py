@@ -28,6 +28,7 @@ _DEMANDS: Demands = {
     ("GET", "/conversations"): "index",
     ("GET", "/api/messages/conversations/{conversation_id}"): "index",
     ("GET", "/api/messages/statistics"): "index",
+    ("GET", "/api/usage"): "read",
     ("POST", "/api/sync/init"): "admin",
     ("POST", "/api/sync/sync"): "admin",
     ("GET", "/api/sync/stats"): "index",

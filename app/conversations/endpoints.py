@@ -1,9 +1,8 @@
 """Listing conversations, reading one, and what they add up to: validation at the edge."""
 
 from collections.abc import Mapping
-from datetime import UTC, date, datetime, timedelta
 from math import ceil
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict
 
 import asyncpg
 import orjson
@@ -17,7 +16,7 @@ from app.chats.allowance import Allowance
 from app.conversations import listing, transcript
 from app.conversations.foreign_transcript import find_source, foreign_messages
 from app.conversations.listing import FAR, Place, Wanted
-from app.conversations.parameters import moment, whole_number, whose, word
+from app.conversations.parameters import days, moment, one_of, whole_number, whose, word
 from app.conversations.sources.shape import Message
 from app.conversations.statistics import Group, statistics
 from app.conversations.transcript import Named
@@ -28,8 +27,7 @@ from app.wall import Wall
 
 _SIZE, _LARGEST = 50, 200
 _ORDERS = {"-lastMessageTime": True, "lastMessageTime": False}
-# Statistics cover so many days unless the request says otherwise, and at most.
-_DAYS, _MOST_DAYS = 30, 400
+_GROUPS: tuple[Group, ...] = ("day", "model", "user", "chatbot")
 
 
 class Needs(TypedDict):
@@ -241,8 +239,7 @@ def _message(row: asyncpg.Record) -> Mapping[str, Any]:
 
 async def message_statistics(request: Request[Needs]) -> Response:
     """What messages add up to, in groups."""
-    group = _group(request)
-    since, until = _days(request)
+    group, (since, until) = one_of(request, "group", _GROUPS), days(request)
     username, source = whose(request), word(request, "source")
     async with request.state["wall"].connection() as connection:
         rows = await statistics(connection, group, since=since, until=until, username=username, source=source)
@@ -254,23 +251,6 @@ async def message_statistics(request: Request[Needs]) -> Response:
             "statistics": [_figures(row) for row in rows],
         }
     )
-
-
-def _group(request: Request[Needs]) -> Group:
-    given = word(request, "group") or "day"
-    for group in get_args(Group):
-        if group == given:
-            return group  # type: ignore[no-any-return]
-    raise BadRequest("bad_parameter", f"group is one of {', '.join(get_args(Group))}.")
-
-
-def _days(request: Request[Needs]) -> tuple[date, date]:
-    since, until = moment(request, "from"), moment(request, "to")
-    last = until.date() if until else datetime.now(UTC).date() + timedelta(days=1)
-    first = since.date() if since else last - min(timedelta(days=_DAYS), last - date.min)
-    if not timedelta(0) <= last - first <= timedelta(days=_MOST_DAYS):
-        raise BadRequest("bad_parameter", f"from must be at most {_MOST_DAYS} days before to.")
-    return first, last
 
 
 def _figures(row: asyncpg.Record) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
 """The parameters in the query of a request for conversations."""
 
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, timedelta
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -9,7 +10,10 @@ from app.access.guard import acting_for, owner_of
 from app.errors import BadRequest
 from app.text import clean
 
+Word = TypeVar("Word", bound=str)
 _LONGEST = 256
+# Figures cover so many days unless the request says otherwise, and at most.
+_DAYS, _MOST_DAYS = 30, 400
 
 
 def whose(request: Request[Any]) -> str | None:
@@ -54,3 +58,22 @@ def moment(request: Request[Any], name: str) -> datetime | None:
     except (ValueError, OverflowError):
         detail = f"{name} must be a date or a time as in ISO 8601, like 2026-01-31 or 2026-01-31T12:00:00Z."
         raise BadRequest("bad_parameter", detail) from None
+
+
+def one_of(request: Request[Any], name: str, words: Sequence[Word]) -> Word:
+    """One of these, the first where none is named. Raises BadRequest for anything else."""
+    given = word(request, name) or words[0]
+    for known in words:
+        if known == given:
+            return known
+    raise BadRequest("bad_parameter", f"{name} is one of {', '.join(words)}.")
+
+
+def days(request: Request[Any]) -> tuple[date, date]:
+    """The days from `from` on, before `to`; the last thirty, with today. Raises BadRequest for too many."""
+    since, until = moment(request, "from"), moment(request, "to")
+    last = until.date() if until else datetime.now(UTC).date() + timedelta(days=1)
+    first = since.date() if since else last - min(timedelta(days=_DAYS), last - date.min)
+    if not timedelta(0) <= last - first <= timedelta(days=_MOST_DAYS):
+        raise BadRequest("bad_parameter", f"from must be at most {_MOST_DAYS} days before to.")
+    return first, last

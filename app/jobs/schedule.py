@@ -9,6 +9,7 @@ from cronsim import CronSim, CronSimError
 
 from app.access.audit import audit_expiring
 from app.chats.images import images_expiring
+from app.chats.usage import UsageDays
 from app.conversations.passes import Passes
 from app.conversations.reconcile import Reconcile
 from app.conversations.upkeep import Upkeep
@@ -39,6 +40,7 @@ SCHEDULE = {
     "retention": "*/10 * * * *",  # seconds per pass, rows per statement
     "index": "*/5 * * * *",  # what a killed rebuild left; one rebuild where its schema is old
     "replicas": "17 * * * *",  # one row for each start in a week
+    "usage": "*/5 * * * *",  # seconds per pass, rows per statement
     "discovery": "*/5 * * * *",  # CONVERSATION_DISCOVERY_CRON; seconds per source, and sources at once
     "reconcile": "*/5 1-4 * * *",  # PARLEY_RECONCILE_CRON; seconds per source and pass
 }
@@ -92,6 +94,7 @@ def jobs(
     retention: Retention,
     upkeep: Upkeep,
     passes: Passes,
+    usage_days: UsageDays,
     reconcile: Reconcile,
     settings: Settings,
 ) -> list[Job]:
@@ -108,6 +111,7 @@ def jobs(
         Job("retention", retention.run_once),
         Job("index", upkeep.run_once),
         Job("replicas", replica.forget_dead),
+        Job("usage", usage_days.run_once, always=False),
         Job("discovery", passes.run_once, always=False, cron=cron),
         Job("reconcile", reconcile.run_once, always=False, cron=nightly),
     ]

@@ -175,6 +175,7 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("GET", "/conversations"): _nothing,
     ("GET", "/api/messages/conversations/{conversation_id}"): _conversation,
     ("GET", "/api/messages/statistics"): _nothing,
+    ("GET", "/api/usage"): _nothing,
     ("POST", "/api/sync/init"): _nothing,
     ("POST", "/api/sync/sync"): _nothing,
     ("GET", "/api/sync/stats"): _nothing,
