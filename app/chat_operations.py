@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from app.flows.user_endpoints import EraseAnswer
 from app.openapi import Answer, Content, Operation, Parameter
 from app.sync.chat_endpoints import (
     BranchChat,
@@ -244,7 +245,30 @@ _RESTORE = Operation(
     problems={404: ["chat_unknown", "version_unknown"], 422: ["invalid_request"], **_WRITING},
 )
 
+_ERASE = Operation(
+    "Erase a user",
+    "Everything of a user goes: chats, messages, pictures, streams, what waits, what devices have synchronised, error "
+    "rows. Answers under way are stopped. What was used stays in the totals, and is nobody's. Oneself, or as an "
+    "administrator anybody.\n\n"
+    "It goes in small pieces. After ten seconds the answer is 202: the server goes on by itself, and the same request "
+    "again helps.",
+    answers={
+        200: Answer("Nothing is left.", {_JSON: Content({"success": True, "erased": True}, EraseAnswer)}),
+        202: Answer("The rest follows.", {_JSON: Content({"success": True, "erased": False}, EraseAnswer)}),
+    },
+    parameters=[
+        Parameter("user_id", "path", "The user.", required=True),
+        Parameter("user_id", "query", "Of an API key: for whom it asks, who may be the user alone."),
+    ],
+    problems={
+        404: ["user_unknown"],
+        422: ["invalid_request"],
+        503: ["starting", "replica_lost", "database_unavailable", "database_busy"],
+    },
+)
+
 CHAT_OPERATIONS: Mapping[tuple[str, str], Operation] = {
+    ("DELETE", "/api/users/{user_id}"): _ERASE,
     ("GET", "/api/chats"): _LIST,
     ("GET", "/api/chats/{chat_id}"): _GET,
     ("PATCH", "/api/chats/{chat_id}"): _PATCH,

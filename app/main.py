@@ -41,6 +41,7 @@ from app.flows.beginning import Beginning, Memory
 from app.flows.call import Means
 from app.flows.chatbots import Chatbots
 from app.flows.ending import Ending
+from app.flows.erasure import Erasure
 from app.flows.incoming import Incoming
 from app.flows.intake import Intake
 from app.flows.queue import Room
@@ -277,6 +278,7 @@ class Gateway:
         )
         runner.on_end = turns.give_next
         self._stopping = stopping = Stopping(wall, streams, bus=bus, tail=tail, runner=runner, turns=turns)
+        erasure = Erasure(pool, stopping, turns)
         self._abandonment = Abandonment(hub, streams, runner)
         self._leadership = Leadership(self._dsn, _LEADER)
         retention = Retention(pool, expiring(settings, chatbots=chatbots, turns=turns))
@@ -299,6 +301,7 @@ class Gateway:
                 passes=passes,
                 usage_days=UsageDays(pool),
                 reconcile=self._reconcile,
+                erasure=erasure,
                 settings=settings,
             ),
             metrics=metrics,
@@ -353,6 +356,7 @@ class Gateway:
             uploads=self._uploads,
             readings=Allowance(_READINGS, of="readings of sources", each=1),
             changes=Changes(replica, wall),
+            erasure=erasure,
             exports=Allowance(_EXPORTS, of="exports", each=1),
             nudges=nudges,
             imports=Allowance(_IMPORTS, of="imports", each=1),

@@ -9,7 +9,7 @@ from app.access.demands import demands
 from app.chats import endpoints as chat_endpoints
 from app.conversations import administration, discovery_endpoints, usage_endpoints
 from app.conversations import endpoints as conversation_endpoints
-from app.flows import configuration
+from app.flows import configuration, user_endpoints
 from app.flows import endpoints as flow_endpoints
 from app.openapi import Reference
 from app.operations import HEADERS, OPERATIONS
@@ -32,6 +32,7 @@ class State(
     sync_endpoints.Needs,
     own_chat_endpoints.Needs,
     file_endpoints.Needs,
+    user_endpoints.Needs,
     nudge_endpoints.Needs,
     version_endpoints.Needs,
     health.Needs,
@@ -123,6 +124,7 @@ def _sync(settings: Settings) -> list[Route]:
 def _chats(settings: Settings) -> list[Route]:
     bodies = _bodies(settings, own_chat_endpoints.BODY_LIMIT)
     return [
+        Route("/api/users/{user_id}", user_endpoints.erase_user, methods=["DELETE"]),
         Route("/api/chats", own_chat_endpoints.listed),
         Route("/api/chats/export", file_endpoints.export_all),
         Route(

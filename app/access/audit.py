@@ -24,6 +24,7 @@ Action = Literal[
     "source.remove",
     "index.delete",
     "index.reset",
+    "user.erase",
 ]
 
 _NOTE = "insert into audit (actor, action, target, detail, request_id) values ($1, $2, $3, $4, $5)"

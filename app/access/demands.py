@@ -39,6 +39,8 @@ _DEMANDS: Demands = {
     ("POST", "/api/webhooks/conversation-complete"): "public",
     ("POST", "/api/chat/sync"): "sync",
     ("GET", "/api/chat/sync"): "sync",
+    # Of anybody else than oneself: only for an admin.
+    ("DELETE", "/api/users/{user_id}"): "sync",
     ("GET", "/api/chats"): "sync",
     ("GET", "/api/chats/{chat_id}"): "sync",
     ("PATCH", "/api/chats/{chat_id}"): "sync",

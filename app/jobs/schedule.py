@@ -15,6 +15,7 @@ from app.conversations.reconcile import Reconcile
 from app.conversations.upkeep import Upkeep
 from app.expiry import Expiring
 from app.flows.chatbots import Chatbots
+from app.flows.erasure import Erasure
 from app.flows.idempotency import keys_expiring
 from app.flows.quotas import usage_expiring
 from app.flows.sessions import Sessions
@@ -41,6 +42,7 @@ SCHEDULE = {
     "index": "*/5 * * * *",  # what a killed rebuild left; one rebuild where its schema is old
     "replicas": "17 * * * *",  # one row for each start in a week
     "usage": "*/5 * * * *",  # seconds per pass, rows per statement
+    "erasure": "* * * * *",  # twenty users and a minute per pass, rows per statement
     "discovery": "*/5 * * * *",  # CONVERSATION_DISCOVERY_CRON; seconds per source, and sources at once
     "reconcile": "*/5 1-4 * * *",  # PARLEY_RECONCILE_CRON; seconds per source and pass
 }
@@ -96,6 +98,7 @@ def jobs(
     passes: Passes,
     usage_days: UsageDays,
     reconcile: Reconcile,
+    erasure: Erasure,
     settings: Settings,
 ) -> list[Job]:
     """What runs here: everything, or what always does."""
@@ -112,6 +115,7 @@ def jobs(
         Job("index", upkeep.run_once),
         Job("replicas", replica.forget_dead),
         Job("usage", usage_days.run_once, always=False),
+        Job("erasure", erasure.run_once),
         Job("discovery", passes.run_once, always=False, cron=cron),
         Job("reconcile", reconcile.run_once, always=False, cron=nightly),
     ]

@@ -185,6 +185,8 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("POST", "/api/webhooks/conversation-complete"): _nothing,
     ("POST", "/api/chat/sync"): _pushing,
     ("GET", "/api/chat/sync"): _pulling,
+    # Its id is the user: tests/flows/test_erasure.py.
+    ("DELETE", "/api/users/{user_id}"): _nothing,
     ("GET", "/api/chats"): _nothing,
     ("GET", "/api/chats/{chat_id}"): _chat(),
     ("PATCH", "/api/chats/{chat_id}"): _chat(body={"title": "Mine"}),
@@ -212,7 +214,7 @@ _WITH_IDS = [entry for entry, attempts in MATRIX.items() if attempts is not _not
 
 def test_the_matrix_has_every_route() -> None:
     assert MATRIX.keys() == OPERATIONS.keys(), "a new route needs an entry: how could it name what is another user's?"
-    with_id = {entry for entry in OPERATIONS if re.sub("{chatbot_id}", "", entry[1]).count("{")}
+    with_id = {entry for entry in OPERATIONS if re.sub("{chatbot_id}|{user_id}", "", entry[1]).count("{")}
     assert with_id <= set(_WITH_IDS)
 
 

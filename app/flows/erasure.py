@@ -1,0 +1,264 @@
+"""Erasing a user: every table that has something of theirs, a bounded piece at a time, until nothing is left.
+
+The one place that deletes from tables of other modules: what belongs to a user is said here once, in the order in which
+it goes. Whoever is killed on the way leaves the row in `erasures`, and the next pass goes on.
+"""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from hashlib import sha256
+from time import monotonic
+from urllib.parse import quote
+from uuid import UUID
+
+import orjson
+import structlog
+
+from app.access.audit import Actor, note
+from app.conversations.index import OWN
+from app.errors import NotFound
+from app.flows.stopping import Stopping
+from app.flows.turns import Turns
+from app.postgres import Pool, retry_conflicts
+
+log = structlog.get_logger(__name__)
+
+# Rows of one statement; pictures are large. Blocks of a table that has no index by user.
+_PIECE, _PICTURES, _BLOCKS = 1_000, 20, 1_000
+# Who goes on writing meanwhile keeps what comes behind the last pass.
+_PASSES = 5
+# Users of one pass of the job, and seconds.
+_USERS, _JOB_S = 20, 60.0
+
+_BEGIN = "insert into erasures (user_id) values ($1) on conflict do nothing returning 1"
+_OPEN = "select user_id from erasures order by created_at limit $1"
+_PASSED = "update erasures set passes = passes + 1 where user_id = $1 returning passes"
+_END = "delete from erasures where user_id = $1"
+_RUNNING = "select streaming_session_id from conversation_sessions where user_id = $1 and status = 'active'"
+_WAITING = "select session_id, message_id from queued_messages where user_id = $1 limit $2"
+
+# By an index that begins with the user: again until nothing is left. Statements return how many rows they were about.
+_ROWS = """
+with piece as (select ctid from {table} where user_id = $1 and {only} limit {most}),
+gone as (delete from {table} where ctid = any(array(select ctid from piece)) returning 1)
+select count(*) from gone
+"""
+# What it has cost stays known, and of nobody.
+_LEDGER = f"""
+with piece as (select ctid from usage_ledger where user_id = $1 limit {_PIECE}),
+gone as (
+    update usage_ledger set user_id = '', chat_id = '' where ctid = any(array(select ctid from piece)) returning 1)
+select count(*) from gone
+"""
+_DAILY = f"""
+with piece as (select ctid from user_usage_daily where user_id = $1 limit {_PIECE}),
+gone as (delete from user_usage_daily where ctid = any(array(select ctid from piece)) returning *),
+kept as (
+    insert into user_usage_daily as d (user_id, day, chatbot_id, model, calls, failed, prompt_tokens,
+        completion_tokens, duration_ms)
+    select '', day, chatbot_id, model, calls, failed, prompt_tokens, completion_tokens, duration_ms
+    from gone order by 2, 3, 4
+    on conflict (user_id, day, chatbot_id, model) do update set calls = d.calls + excluded.calls,
+        failed = d.failed + excluded.failed, prompt_tokens = d.prompt_tokens + excluded.prompt_tokens,
+        completion_tokens = d.completion_tokens + excluded.completion_tokens,
+        duration_ms = d.duration_ms + excluded.duration_ms, updated_at = now())
+select count(*) from gone
+"""
+_INDEX = f"""
+with piece as (select id from conversations where source = '{OWN}' and username = $1 limit {_PIECE}),
+gone as (delete from conversations where id = any(array(select id from piece)) returning id),
+words as (delete from conversation_words w using gone where w.conversation = gone.id),
+counted as (
+    insert into conversation_counts as n (source, slot, conversations)
+    select '{OWN}', 0, -count(*) from gone having count(*) > 0
+    on conflict (source, slot) do update set conversations = n.conversations + excluded.conversations)
+select count(*) from gone
+"""
+
+
+def _rows(table: str, only: str = "true", most: int = _PIECE) -> str:
+    return _ROWS.format(table=table, only=only, most=most)
+
+
+_INDEXED: Sequence[str] = (
+    _rows("messages"),
+    _rows("chats"),
+    _rows("chat_versions"),
+    _rows("conversation_sessions", "status = 'idle'"),
+    _rows("images", most=_PICTURES),
+    # The sums after what they are made of.
+    _LEDGER,
+    _DAILY,
+    _INDEX,
+    _rows("sync_head"),
+)
+
+# Through the whole table, so many blocks at a time: nothing else needs an index by user there. $1: the user, $2 and $3:
+# the blocks, $4: how error rows name the user.
+_HERE = "ctid >= $2::tid and ctid < $3::tid"
+_NAMED = """
+(exists (select from unnest($4::text[]) n(name) where strpos(context, n.name) > 0) or exists (
+    select from streaming_sessions s where s.id = e.stream_id and s.user_id = $1))
+"""
+_WALKS: Sequence[tuple[str, str]] = (
+    ("error_logs", f"delete from error_logs e where {_HERE} and {_NAMED}"),
+    (
+        "idempotency_keys",
+        f"""
+        delete from idempotency_keys where {_HERE} and $4::text[] is not null
+            and (principal = 'user:' || $1 || ' ' || $1
+                or principal not like 'user:%' and substr(principal, strpos(principal, ' ') + 1) = $1)
+        """,
+    ),
+    ("quota_usage", f"delete from quota_usage where {_HERE} and subject = 'user:' || $1 and $4::text[] is not null"),
+    # How much was said on a day stays known.
+    (
+        "conversation_days",
+        f"""
+        with gone as (
+            delete from conversation_days
+            where {_HERE} and username = $1 and source = '{OWN}' and $4::text[] is not null returning *)
+        insert into conversation_days as d (day, source, username, chatbot_id, model, messages, questions, tokens,
+            duration_ms)
+        select day, source, '', chatbot_id, model, messages, questions, tokens, duration_ms from gone order by 1, 4, 5
+        on conflict (day, source, username, chatbot_id, model) do update set
+            messages = d.messages + excluded.messages, questions = d.questions + excluded.questions,
+            tokens = d.tokens + excluded.tokens, duration_ms = d.duration_ms + excluded.duration_ms
+        """,
+    ),
+    # What administrators did is kept, under a fingerprint of the name.
+    (
+        "audit",
+        f"""
+        update audit set actor = case when actor = 'user:' || $1 then ($4::text[])[1] else actor end,
+            target = case when target = $1 then ($4::text[])[1] else target end
+        where {_HERE} and (actor = 'user:' || $1 or target = $1)
+        """,
+    ),
+)
+_STREAMS = """
+select id from streaming_sessions where ctid >= $2::tid and ctid < $3::tid and user_id = $1
+    and status not in ('queued', 'active')
+"""
+_BLOCKS_OF = "select pg_relation_size($1::text::regclass) / current_setting('block_size')::int"
+_EVENTS = f"""
+with piece as (select stream_id, id from streaming_events where stream_id = $1 order by id limit {_PIECE}),
+gone as (delete from streaming_events e using piece where (e.stream_id, e.id) = (piece.stream_id, piece.id) returning 1)
+select count(*) from gone
+"""
+_FIGURES = "delete from conversation_processing_metrics where stream_id = any($1::uuid[])"
+_FORGET = "delete from streaming_sessions where id = any($1::uuid[]) and status not in ('queued', 'active')"
+
+
+class _OutOfTime(Exception):
+    """The rest is for the next pass."""
+
+
+def fingerprint(user_id: str) -> str:
+    """What stands for an erased user in the audit: whoever knows the name can find it, nobody can read it off."""
+    return f"erased:{sha256(user_id.encode(errors='replace')).hexdigest()[:16]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """Of users, on one replica. Two at once do no harm: what is gone is gone."""
+
+    pool: Pool
+    stopping: Stopping
+    turns: Turns
+
+    async def erase(self, user_id: str, actor: Actor, *, within_s: float) -> bool:
+        """Whether nothing is left of the user; otherwise `run_once` or another call goes on."""
+        assert user_id, "nobody in particular cannot be erased"
+        async with self.pool.acquire() as connection, connection.transaction():
+            if await connection.fetchval(_BEGIN, user_id):
+                by = fingerprint(user_id) if actor.id == f"user:{user_id}" else actor.id
+                await note(connection, Actor(by, actor.request_id), "user.erase", target=fingerprint(user_id))
+        return await self._go_on(user_id, monotonic() + within_s)
+
+    async def run_once(self) -> int:
+        """Go on with those that were begun; returns how many users are gone. Bounded in time and users."""
+        until, gone = monotonic() + _JOB_S, 0
+        for row in await self.pool.fetch(_OPEN, _USERS):
+            if monotonic() < until:
+                gone += await self._go_on(row["user_id"], until)
+        return gone
+
+    async def _go_on(self, user_id: str, until: float) -> bool:
+        try:
+            while await self._pass(user_id, until):
+                if await self.pool.fetchval(_PASSED, user_id) >= _PASSES:
+                    break
+        except _OutOfTime:
+            return False
+        await self.pool.execute(_END, user_id)
+        log.info("user_erased", user=fingerprint(user_id))
+        return True
+
+    async def _pass(self, user_id: str, until: float) -> int:
+        """Through all tables once; returns how much there was. Raises _OutOfTime."""
+        await self._stop(user_id)
+        done = 0
+        # First of all: later nobody knows whose stream an error was about.
+        for table, statement in _WALKS:
+            done += await self._walk(user_id, table, statement, until)
+        done += await self._streams(user_id, until)
+        for statement in _INDEXED:
+            while piece := await retry_conflicts(partial(self.pool.fetchval, statement, user_id)):
+                done += piece
+                _require(until)
+        return done
+
+    async def _stop(self, user_id: str) -> None:
+        """What waits, and what runs. Raises _OutOfTime where a run has not ended yet."""
+        while waiting := await self.pool.fetch(_WAITING, user_id, _PIECE):
+            for row in waiting:
+                with suppress(NotFound):  # its turn has come
+                    await self.turns.remove(user_id=user_id, session_id=row[0], message_id=row[1])
+        for row in await self.pool.fetch(_RUNNING, user_id):
+            with suppress(NotFound):
+                await self.stopping.stop(row["streaming_session_id"], owner=user_id)
+        if await self.pool.fetch(_RUNNING, user_id):
+            raise _OutOfTime
+
+    async def _walk(self, user_id: str, table: str, statement: str, until: float) -> int:
+        done = 0
+        for start in await self._blocks(table):
+            values = (user_id, (start, 0), (start + _BLOCKS, 0), _names(user_id))
+            told = await retry_conflicts(partial(self.pool.execute, statement, *values))
+            done += int(told.rpartition(" ")[2])
+            _require(until)
+        return done
+
+    async def _streams(self, user_id: str, until: float) -> int:
+        done = 0
+        for start in await self._blocks("streaming_sessions"):
+            rows = await self.pool.fetch(_STREAMS, user_id, (start, 0), (start + _BLOCKS, 0))
+            await self._forget([row["id"] for row in rows], until)
+            done += len(rows)
+            _require(until)
+        return done
+
+    async def _forget(self, streams: Sequence[UUID], until: float) -> None:
+        """Events first: without its row nobody would find what is left of a stream."""
+        for stream_id in streams:
+            while await self.pool.fetchval(_EVENTS, stream_id):
+                _require(until)
+        await self.pool.execute(_FIGURES, streams)
+        await self.pool.execute(_FORGET, streams)
+
+    async def _blocks(self, table: str) -> range:
+        return range(0, await self.pool.fetchval(_BLOCKS_OF, table), _BLOCKS)
+
+
+def _require(until: float) -> None:
+    if monotonic() > until:
+        raise _OutOfTime
+
+
+def _names(user_id: str) -> list[str]:
+    """The fingerprint, and what error rows say of whom they were told: who asked, or at which path."""
+    paths = {f'"path":"/api/users/{name}"' for name in (user_id, quote(user_id))}
+    return [fingerprint(user_id), f'"principal":{orjson.dumps(f"user:{user_id}").decode()}', *sorted(paths)]

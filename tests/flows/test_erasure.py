@@ -1,0 +1,182 @@
+"""Erasing a user through a real gateway: afterwards no table has their name or a word of theirs."""
+
+import asyncio
+from typing import Any
+
+import asyncpg
+import httpx2
+import pytest
+
+from app.access import keys
+from app.chats.usage import UsageDays
+from app.demo.server import demo_provider
+from app.flows import chatbots, file, user_endpoints
+from app.flows.erasure import fingerprint
+from app.postgres import open_pool
+from tests.access.users import as_user, serving_users
+from tests.chats.pictures import base64_of, picture
+from tests.house import Open
+from tests.sync.test_gateway import add, delete, put, sync
+
+_TABLES = """
+select c.oid::regclass::text as name from pg_class c
+where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p') and not c.relispartition order by 1
+"""
+_ANN, _BOB, _WORD = "ann 4711", "bob-0815", "xyzzy"
+
+
+async def _rows_with(database: asyncpg.Connection, *needles: str) -> dict[str, list[str]]:
+    """Of all tables the rows that have one of these anywhere."""
+    found = {}
+    for table in [row["name"] for row in await database.fetch(_TABLES)]:
+        rows = [row[0] for row in await database.fetch(f"select t::text from {table} t")]
+        if those := sorted(row for row in rows if any(needle in row for needle in needles)):
+            found[table] = those
+    return found
+
+
+async def _bots(connection: asyncpg.Connection, demo: str) -> None:
+    models = {"slow": "demo?delay_ms=20&tokens=100000", "quick": "demo?delay_ms=0&tokens=3"}
+    flows: dict[str, Any] = {
+        name: {"provider": "demo", "model": model, "images": True} for name, model in models.items()
+    }
+    bots = {name: {"flows": {"main": flow}} for name, flow in flows.items()}
+    wanted = {"providers": {"demo": {"kind": "openai", "base_url": demo}}, "chatbots": bots}
+    await chatbots.apply(connection, file.parse(str(wanted)))
+
+
+async def _lived(client: httpx2.AsyncClient, user: str, word: str) -> None:
+    """Something of this user in as many tables as there are."""
+    headers = as_user(user)
+
+    async def posted(path: str, body: Any, **more: str) -> Any:
+        answer = await client.post(path, json=body, headers={**headers, **more})
+        assert answer.status_code == 200, answer.text
+        return answer.json()
+
+    image = {"chatbot_id": "quick", "image_data": {"data": base64_of(picture()), "name": f"{word}.png"}}
+    image_id = (await posted("/api/upload-image", image))["image"]["id"]
+    said = {"message_text": f"What is {word}?", "session_id": f"{word}-s"}
+    ended = await posted(
+        "/api/process-message",
+        {**said, "chatbot_id": "quick", "image_id": image_id},
+        **{"Idempotency-Key": f"key-{word}"},
+    )
+    url = ended["streaming_url"]
+    cursor, page = 0, {"has_more": True, "last_event_id": 0}
+    while page["has_more"]:
+        page = (await client.get(url, params={"after": cursor, "wait": 5}, headers=headers)).json()
+        cursor = page["last_event_id"]
+    for _ in range(2):
+        await posted("/api/process-message", {**said, "chatbot_id": "slow"})
+    ops = [put(f"{word}-c", f"{word} one"), add(f"{word}-m", f"{word}-c", f"{word} said")]
+    await posted("/api/chat/sync", {"client": f"{word}-phone", "push": [{"mid": 1, "ops": ops}]})
+    ops = [put(f"{word}-c", f"{word} two", at=5), delete(f"{word}-gone", 1)]
+    await posted("/api/chat/sync", {"client": f"{word}-desk", "push": [{"mid": 1, "ops": ops}]})
+    wrong = await client.get("/api/chats", params={"size": "x"}, headers=headers)
+    assert wrong.status_code == 400
+
+
+async def test_no_table_has_the_users_name_or_words_afterwards(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    async with (
+        demo_provider() as demo,
+        serving_users(database, quota_user_messages=50) as client,
+    ):
+        await _bots(connection, demo)
+        await _lived(client, _ANN, _WORD)
+        await _lived(client, _BOB, "plugh")
+        async with asyncio.timeout(10):
+            while await connection.fetchval("select count(*) from error_logs") < 2:
+                await asyncio.sleep(0.02)
+        pool = await open_pool(database, 1)
+        await UsageDays(pool).run_once()
+        pool.terminate()
+        used = "select sum(calls), sum(prompt_tokens) from user_usage_daily"
+        daily = await connection.fetch(used)
+        before = await _rows_with(connection, _ANN, _WORD)
+        assert {
+            "chats",
+            "messages",
+            "images",
+            "streaming_sessions",
+            "queued_messages",
+            "chat_versions",
+        } <= before.keys()
+        assert {"idempotency_keys", "error_logs", "quota_usage", "conversation_days", "sync_head"} <= before.keys()
+        bobs = await _rows_with(connection, _BOB)
+        usage = await connection.fetchval("select sum(prompt_tokens + completion_tokens) from usage_ledger")
+
+        answer = await client.delete(f"/api/users/{_ANN}", headers=as_user(_ANN))
+        assert (answer.status_code, answer.json()) == (200, {"success": True, "erased": True}), answer.text
+
+        assert await _rows_with(connection, _ANN, _WORD) == {}
+        after = await _rows_with(connection, _BOB)
+        still = ("chats", "images", "queued_messages", "chat_versions", "quota_usage", "error_logs")
+        assert {name: after[name] for name in still} == {name: bobs[name] for name in still}
+        streams = "select count(*) from streaming_events where stream_id not in (select id from streaming_sessions)"
+        assert await connection.fetchval(streams) == 0
+        # What it has cost is known, and nobody's; her run under way may have cost something until it was stopped.
+        spent = "select sum(prompt_tokens + completion_tokens) from usage_ledger where user_id in ('', $1)"
+        assert await connection.fetchval(spent, _BOB) >= usage
+        assert await connection.fetchval("select count(*) from usage_ledger where user_id = ''") >= 1
+        assert await connection.fetch(used) == daily
+        noted = await connection.fetchrow("select actor, target from audit where action = 'user.erase'")
+        assert noted is not None
+        assert tuple(noted) == (fingerprint(_ANN), fingerprint(_ANN))
+        counts = "select (select sum(conversations) from conversation_counts) = (select count(*) from conversations)"
+        assert await connection.fetchval(counts)
+
+        # Who comes back begins anew.
+        empty = {"client": f"{_WORD}-phone", "push": []}
+        fresh = await client.post("/api/chat/sync", json=empty, headers=as_user(_ANN))
+        assert (fresh.json()["chats"], fresh.json()["bootstrap"]) == ([], True)
+    await connection.close()
+
+
+async def test_only_oneself_or_an_administrator(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    async with serving_users(database) as client:
+        key = await keys.create(connection, "a back end", ["sync"])
+        admin = await keys.create(connection, "an operator", ["admin"])
+        push = {"client": "phone", "push": [{"mid": 1, "ops": [put("c")]}]}
+
+        async def erase(who: str, whom: str, **params: str) -> tuple[int, str | None]:
+            answer = await client.delete(f"/api/users/{whom}", params=params, headers=as_user(who))
+            return answer.status_code, answer.json().get("code")
+
+        for user in ("ann", "bob", "eve"):
+            assert (await client.post("/api/chat/sync", json=push, headers=as_user(user))).status_code == 200
+        for whom in ("ann", "nobody"):
+            assert await erase("bob", whom) == (404, "user_unknown")
+            assert await erase(key, whom, user_id="bob") == (404, "user_unknown")
+            assert await erase(key, whom) == (403, "scope_missing")
+        assert await erase("bob", "ann", user_id="ann") == (403, "user_mismatch")
+        assert await connection.fetchval("select count(*) from chats") == 3
+        assert await erase(key, "ann", user_id="ann") == (200, None)
+        assert await erase(admin, "eve") == (200, None)
+        assert [row[0] for row in await connection.fetch("select user_id from chats")] == ["bob"]
+        actors = await connection.fetch("select actor, target from audit order by id")
+        assert [row["target"] for row in actors] == [fingerprint("ann"), fingerprint("eve")]
+        assert actors[1]["actor"].startswith("key:")
+    await connection.close()
+
+
+async def test_what_was_cut_short_goes_on_by_itself(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with house() as home:
+        for user in ("ann", "bob"):
+            await sync(home.client, "phone", [put("c"), add("m")], user=user)
+        with monkeypatch.context() as patched:
+            patched.setattr(user_endpoints, "_PATIENCE_S", -1.0)
+            for _ in range(2):
+                answer = await home.client.delete("/api/users/ann", params={"user_id": "ann"})
+                assert (answer.status_code, answer.json()["erased"]) == (202, False)
+        assert await home.database.fetchval("select user_id from erasures") == "ann"
+        assert await home.count("audit") == 1
+        await home.database.execute("delete from job_runs")
+        async with asyncio.timeout(20):
+            while await home.count("erasures"):
+                await asyncio.sleep(0.05)
+        assert await home.database.fetchval("select string_agg(distinct user_id, ',') from messages") == "bob"
+        listed = await home.database.fetch("select username, conversation_id from conversations")
+        assert [tuple(row) for row in listed] == [("bob", "c")]
