@@ -13,12 +13,12 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from app import health, problems
+from app.access.anybody import anybody
 from app.access.client import trusted_proxies
-from app.access.credentials import Credentials, is_loopback, require_safe
+from app.access.credentials import Credentials, require_safe
 from app.access.keys import Keys
 from app.access.limits import limits_of
 from app.access.links import Links
-from app.access.origins import origins
 from app.access.principal import Daily, Principal
 from app.access.rates import Rate
 from app.access.signing import Signing, given_keys
@@ -324,8 +324,7 @@ class Gateway:
             credentials=Credentials(
                 settings.auth,
                 Keys(pool),
-                local=is_loopback(settings.host),
-                pages=origins(settings),
+                anybody=anybody(settings),
                 tokens=tokens.principal if tokens else None,
                 links=links,
             ),

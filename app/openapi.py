@@ -179,7 +179,7 @@ _SCHEMES: Json = {
     "key": {"type": "apiKey", "in": "header", "name": "X-API-Key", "description": "The same key."},
 }
 _UNAUTHORIZED = "Problem: `credentials_missing`, `credentials_invalid`, `token_invalid`, `token_expired`."
-_FORBIDDEN = "Problem: `scope_missing`, `user_mismatch`, `origin_unknown`."
+_FORBIDDEN = "Problem: `scope_missing`, `user_mismatch`, `origin_unknown`, `host_unknown`."
 
 _TOO_MANY = "Problem: `rate_limited`, `too_many_failures`."
 _LIMITED = ("Retry-After", "RateLimit", "RateLimit-Policy")

@@ -43,6 +43,11 @@ class Settings(BaseSettings):
     open_anywhere: bool = Field(
         False, description="Whether `open` is taken on other addresses than loopback: something in front must ask then."
     )
+    allowed_hosts: str | None = Field(
+        None,
+        description="Names, separated by commas, under which an `open` server may be asked beside those of its own "
+        "machine, like that of a proxy in front of it.",
+    )
     metrics_open: bool = Field(
         False, description="Whether `/metrics` and `/readyz?verbose` are for everybody instead of administrators."
     )

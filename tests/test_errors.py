@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # Codes any route may answer with, which the entries in operations.py therefore leave out.
 _EVERYWHERE = {"route_unknown", "method_not_allowed", "internal_error"}
 _EVERYWHERE |= {"credentials_missing", "credentials_invalid", "scope_missing", "user_mismatch", "issuer_unavailable"}
-_EVERYWHERE |= {"token_invalid", "token_expired", "origin_unknown", "head_too_large", "head_too_slow"}
+_EVERYWHERE |= {"token_invalid", "token_expired", "origin_unknown", "host_unknown", "head_too_large", "head_too_slow"}
 _EVERYWHERE |= {"rate_limited", "too_many_failures"}
 
 # Errors with an HTTP status that are never raised while a request is answered.

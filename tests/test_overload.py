@@ -23,7 +23,7 @@ from tests.reader import assert_whole
 from tests.serving import apply_demo, client_of, until_ready
 from tests.sse import read_stream
 
-SSE = b"GET %s HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
+SSE = b"GET %s HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n"
 MODELS = {"mute": "demo?fault=silent", "flood": "demo?delay_ms=0&tokens=20000"}
 UNKNOWN = "/api/stream-events/0197c1a2-7b3c-7def-8a01-23456789abcd"
 
@@ -140,7 +140,7 @@ async def test_k4_a_slow_reader_of_loud_streams_gets_each_event_once(house: Open
         loop = asyncio.get_running_loop()
         await loop.sock_connect(narrow, (home.client.base_url.host, home.client.base_url.port))
         reader, writer = await asyncio.open_connection(sock=narrow, limit=2048)
-        writer.write(b"GET /api/stream?streams=%s HTTP/1.0\r\nHost: x\r\n\r\n" % ",".join(streams).encode())
+        writer.write(b"GET /api/stream?streams=%s HTTP/1.0\r\nHost: 127.0.0.1\r\n\r\n" % ",".join(streams).encode())
         got = b""
         while data := await reader.read(1024):
             got += data

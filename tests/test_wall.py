@@ -374,7 +374,7 @@ async def test_a_route_that_asks_for_everything_gets_what_is_its_users(owner: as
 
     route = Route("/", forgetful)
     guard([route], {("GET", "/"): "read"})
-    credentials = Credentials("keys", Keys(wall._pool), local=True, tokens=_signed_in)
+    credentials = Credentials("keys", Keys(wall._pool), tokens=_signed_in)
     state = {"credentials": credentials, "limits": RateLimits({}, Metrics()), "proxies": Proxies()}
 
     @asynccontextmanager

@@ -224,7 +224,7 @@ async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[A
         writers.append(log.open(new_id, last_id=1))
     seats = Seats(most=settings.max_readers, per_user=settings.max_readers, per_stream=settings.stream_readers)
     state = {"tail": Tail(Wall(pool), hub, log), "hub": hub, "metrics": metrics, "settings": settings}
-    state |= {"replica": replica, "seats": seats, "credentials": Credentials("open", Keys(pool), local=True)}
+    state |= {"replica": replica, "seats": seats, "credentials": Credentials("open", Keys(pool))}
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
@@ -266,7 +266,7 @@ class _Reader(asyncio.Protocol):
         self.over = asyncio.Event()
 
     def connection_made(self, transport: Any) -> None:
-        head = f"GET /api/stream-events/{self._stream} HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n"
+        head = f"GET /api/stream-events/{self._stream} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n"
         transport.write(head.encode())
 
     def data_received(self, data: bytes) -> None:

@@ -225,7 +225,7 @@ async def _first_event(port: int, stream: str, cursor: int) -> float | None:
 class _Reader(asyncio.Protocol):
     def __init__(self, stream: str, cursor: int) -> None:
         self._request = (
-            f"GET /api/stream-events/{stream} HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n"
+            f"GET /api/stream-events/{stream} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n"
             f"Last-Event-ID: {stream}:{cursor}\r\n\r\n"
         )
         self._mark, self._got = f"id: {stream}:{cursor + 1}\n".encode(), b""

@@ -4,6 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from itertools import product
 from typing import Any
 
 import asyncpg
@@ -13,10 +14,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from app.access import keys
-from app.access.credentials import Credentials, require_safe
+from app.access.anybody import Anybody, anybody
+from app.access.credentials import require_safe
 from app.access.demands import demands
 from app.access.guard import guard
-from app.access.keys import Keys
 from app.access.principal import SCOPES, Principal, Scope
 from app.errors import Forbidden, Misconfigured
 from app.main import create_app
@@ -30,7 +31,6 @@ _PUBLIC = {"/livez", "/readyz", "/api/conversation-health", "/openapi.json", "/d
 # Whoever signs what is sent there needs no credentials: tests/conversations/test_webhook.py.
 _SIGNED = {"/api/webhooks/conversation-complete"}
 _GUARDED = [(method, path) for method, path in OPERATIONS if path not in _PUBLIC | _SIGNED]
-_NO_POOL: Any = None
 _NONE = f"parley_{'0' * 16}_{'0' * 64}"
 
 
@@ -243,16 +243,67 @@ async def test_serve_says_that_it_is_open(database: str) -> None:
         assert "127.0.0.1" in await process.says("open_to_anybody")
 
 
-async def test_in_open_mode_administrators_ask_on_the_machine_itself_under_its_own_name() -> None:
-    here, anywhere = (Credentials("open", Keys(_NO_POOL), local=local) for local in (True, False))
-    names = {"127.0.0.1": 1, "127.0.0.1:8080": 1, "[::1]:80": 1, "localhost:80": 1, "rebound.example": 0, "": 0, "[": 0}
-    for name, admin in names.items():
-        headers = [(b"host", name.encode()), (b"authorization", b"Bearer whatever")]
-        principal = await here.principal(headers)
-        assert (principal.kind, principal.user_id, principal.may("admin")) == ("open", None, bool(admin)), name
-        assert all(principal.may(scope) for scope in SCOPES if scope != "admin")
-        assert not (await anywhere.principal(headers)).may("admin")
-    assert not (await here.principal([])).may("admin")
+_HERE = ("127.0.0.1", "127.9.9.9:8080", "[::1]:80", "localhost:80", "LOCALHOST", "localhost.", "app.localhost:3000")
+_ELSEWHERE = (
+    "rebound.example",
+    "127.0.0.1.rebound.example",
+    "localhost.example",
+    "a@127.0.0.1",
+    "0.0.0.0",
+    "10.1.2.3",
+)
+
+
+def _asking_as(anybody: Anybody, host: str) -> str:
+    """What one may under this name of the server."""
+    try:
+        principal = anybody.principal([(b"host", host.encode()), (b"authorization", b"Bearer whatever")])
+    except Forbidden as refused:
+        return refused.code
+    assert (principal.kind, principal.user_id) == ("open", None)
+    assert all(principal.may(scope) for scope in SCOPES if scope != "admin")
+    return "admin" if principal.may("admin") else "user"
+
+
+def test_an_open_server_is_asked_under_names_of_its_own_machine_and_those_that_were_allowed() -> None:
+    here = _anybody()
+    assert {_asking_as(here, name) for name in _HERE} == {"admin"}
+    assert {_asking_as(here, name) for name in (*_ELSEWHERE, "", "[", "a b", "x" * 9000)} == {"host_unknown"}
+    with pytest.raises(Forbidden, match="PARLEY_ALLOWED_HOSTS"):
+        here.principal([])
+    proxied = _anybody(allowed_hosts="Chat.example.org., [2001:db8::1]")
+    assert [_asking_as(proxied, name) for name in ("chat.EXAMPLE.org:443", "[2001:db8::1]:8080")] == ["user"] * 2
+    assert {_asking_as(proxied, name) for name in _ELSEWHERE} == {"host_unknown"}
+    assert _asking_as(proxied, "localhost") == "admin"
+
+
+def test_where_something_in_front_asks_any_name_is_taken_and_nobody_is_an_administrator() -> None:
+    for host in ("0.0.0.0", "127.0.0.1"):
+        exposed = _anybody(host=host, open_anywhere=True)
+        assert {_asking_as(exposed, name) for name in (*_HERE, *_ELSEWHERE, "")} == {"user"}
+        named = _anybody(host=host, open_anywhere=True, allowed_hosts="chat.example.org")
+        assert [_asking_as(named, name) for name in ("chat.example.org", "x.example.org")] == ["user", "host_unknown"]
+
+
+def _anybody(**given: Any) -> Anybody:
+    return anybody(load(auth="open", **given))
+
+
+@pytest.mark.parametrize("wrong", ["https://chat.example.org", "chat.example.org:443", "*.example.org", "a/b", "a b"])
+def test_a_name_that_is_none_stops_the_start(wrong: str) -> None:
+    with pytest.raises(Misconfigured, match="PARLEY_ALLOWED_HOSTS"):
+        create_app(load(database_url="postgresql://nowhere/x", allowed_hosts=wrong))
+
+
+async def test_a_page_whose_name_was_pointed_here_reaches_nothing(database: str) -> None:
+    """DNS rebinding: to its browser the page is the server's own, so that it may ask anything and read the answer."""
+    async with serving(database) as client:
+        page = {"Host": "rebound.example:8080", "Origin": "http://rebound.example:8080"}
+        for (method, path), headers in product(_GUARDED, (page, {"Host": page["Host"]})):
+            answer = await client.request(method, _url(path), headers=headers, content=b"{")
+            assert (answer.status_code, answer.json()["code"]) == (403, "host_unknown"), path
+        for path in _PUBLIC:
+            assert (await client.get(path, headers=page)).status_code == 200, "load balancers ask by any name"
 
 
 # -- principals

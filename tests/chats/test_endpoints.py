@@ -159,7 +159,7 @@ async def test_an_upload_that_never_comes_is_told_and_closed(database: str) -> N
         async with serving(database, **{setting: 0.2}) as client:
             parts = urlsplit(str(client.base_url))
             reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
-            writer.write(b"POST /api/upload-image HTTP/1.1\r\nHost: here\r\nContent-Length: 1000\r\n\r\n{")
+            writer.write(b"POST /api/upload-image HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n{")
             async with asyncio.timeout(4):
                 said = await reader.read()
             writer.close()
@@ -173,7 +173,7 @@ async def test_idle_uploads_of_one_user_keep_nobody_out(database: str) -> None:
         parts, head = urlsplit(str(client.base_url)), f"Authorization: {as_user('ann')['Authorization']}\r\n"
         idle = [await asyncio.open_connection(parts.hostname, parts.port) for _ in range(3)]
         for _, writer in idle:
-            request = f"POST /api/upload-image HTTP/1.1\r\nHost: here\r\n{head}Content-Length: 10485760\r\n\r\n{{"
+            request = f"POST /api/upload-image HTTP/1.1\r\nHost: 127.0.0.1\r\n{head}Content-Length: 10485760\r\n\r\n{{"
             writer.write(request.encode())
             await writer.drain()
         assert (await client.get("/livez")).status_code == 200, "theirs were seen, too"
@@ -236,7 +236,7 @@ async def _alone(database: str, asked: list[Question], total: int) -> AsyncGener
     async def lifespan(_: Starlette) -> AsyncGenerator[_State, None]:
         pool, decoders = await open_pool(database, 2), Decoders(Limits(), processes=1)
         yield _State(
-            credentials=Credentials("open", Keys(pool), local=True),
+            credentials=Credentials("open", Keys(pool)),
             settings=load(),
             links=Links(None, run_s=1, queue=0),
             limits=RateLimits({}, Metrics()),
@@ -280,7 +280,7 @@ async def test_no_more_bodies_than_memory_is_there_for(database: str) -> None:
     async with _alone(database, [], 10 << 20) as client:
         parts = urlsplit(str(client.base_url))
         _, writer = await asyncio.open_connection(parts.hostname, parts.port)
-        writer.write(b"POST /api/upload-image HTTP/1.1\r\nHost: here\r\nContent-Length: 10485760\r\n\r\n")
+        writer.write(b"POST /api/upload-image HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 10485760\r\n\r\n")
         await writer.drain()
         async with asyncio.timeout(10):
             while (response := await _upload(client)).status_code == 200:

@@ -334,7 +334,9 @@ async def test_k6_a_client_that_is_gone_before_the_answer_finds_its_run(house: O
         url = home.client.base_url
         _, writer = await asyncio.open_connection(url.host, url.port)
         writer.write(
-            b"POST /api/process-message HTTP/1.1\r\nHost: x\r\nContent-Length: " + str(len(body)).encode() + b"\r\n\r\n"
+            b"POST /api/process-message HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: "
+            + str(len(body)).encode()
+            + b"\r\n\r\n"
         )
         writer.write(body)
         await writer.drain()

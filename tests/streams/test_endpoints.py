@@ -332,7 +332,7 @@ async def test_k11_a_half_open_client_is_freed_within_heartbeat_and_send_timeout
     async with house(SLOW, sse_send_timeout_s=0.5, sse_heartbeat_s=0.1) as home:
         url = (await home.post("mute")).json()["streaming_url"]
         reader, writer = await asyncio.open_connection(home.client.base_url.host, home.client.base_url.port)
-        writer.write(f"GET {url} HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n".encode())
+        writer.write(f"GET {url} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n".encode())
         await reader.readuntil(b"flow_start")
         deafen(writer.get_extra_info("socket"))
         async with asyncio.timeout(10):
@@ -345,7 +345,7 @@ async def test_k11_a_reader_that_takes_nothing_is_freed(house: Open) -> None:
     async with house({"flood": "demo?delay_ms=0&tokens=100000"}, sse_send_timeout_s=0.3, sse_heartbeat_s=0.1) as home:
         url = (await home.post("flood")).json()["streaming_url"]
         reader, writer = await asyncio.open_connection(home.client.base_url.host, home.client.base_url.port)
-        writer.write(f"GET {url} HTTP/1.1\r\nHost: x\r\nAccept: text/event-stream\r\n\r\n".encode())
+        writer.write(f"GET {url} HTTP/1.1\r\nHost: 127.0.0.1\r\nAccept: text/event-stream\r\n\r\n".encode())
         await reader.readline()
         reader._transport.pause_reading()  # type: ignore[attr-defined]
         async with asyncio.timeout(60):
