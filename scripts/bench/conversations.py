@@ -11,9 +11,10 @@ insert into conversations (id, source, username, conversation_id, chatbot_id, mo
     last_message_at, time_source, message_count, total_tokens, first_question, first_question_rank, last_question,
     last_question_rank)
 select n, source, 'user-' || person, 'chat-' || n, 'bot-' || bot, 'model-' || 2 * kind + bot % 2, '203.0.113.7',
-    said - interval '5 minutes', said, 'message', {messages}, 900, {words}, 0, {words}, {messages} - 2
+    said - ({messages} - 1) * interval '30 s', said, 'message', {messages}, 900, {words}, 0, {words}, {messages} - 2
 from (
-    select n, (array['parley', 'parley', 'parley', 'n8n', 'flowise', 'litellm'])[1 + n % 6] as source,
+    select n, (array['parley', 'parley', 'parley', 'parley', 'parley', 'parley', 'parley', 'n8n', 'flowise', 'litellm'])
+            [1 + n % 10] as source,
         case when n % 2 = 0 then n % 97 else n % 20011 end as person,
         case when n % 4 < 2 then n % 4 else n % 41 end as bot, n / 7 % 3 as kind,
         now() - ({conversations} - n) * interval '20 s' as said
@@ -28,10 +29,17 @@ insert into messages (user_id, id, chat_id, content, role, position, created_at)
 select c.username, 'm' || c.id || '-' || p, c.conversation_id,
     case p when 0 then c.first_question when {messages} - 2 then c.last_question
         else repeat(md5(c.id || '-' || p), 5) end,
-    case when p % 2 = 0 then 'user' else 'assistant' end, p, c.last_message_at - ({messages} - p) * interval '30 s'
+    case when p % 2 = 0 then 'user' else 'assistant' end, p, c.last_message_at - ({messages} - 1 - p) * interval '30 s'
 from conversations c, generate_series(0, {messages} - 1) p where c.id between {first} and {last}
 """
-_WRITTEN = "(select * from conversations) written"
+# Of our own: a rebuild counts them from their messages. The others' messages stand in the same table, for the queries
+# that the index is compared with, and are no chats of ours.
+_CHATS = """
+insert into chats (user_id, id, created_at)
+select username, conversation_id, first_message_at from conversations
+where source = 'parley' and id between {first} and {last}
+"""
+_WRITTEN = "(select * from conversations order by id) written"
 _STEP = 100_000
 
 
@@ -39,7 +47,7 @@ async def fill(connection: Connection, conversations: int, *, messages: bool = T
     """Into empty tables."""
     for first in range(1, conversations + 1, _STEP):
         bounds = {"first": first, "last": min(first + _STEP - 1, conversations)}
-        for statement in (_CONVERSATIONS, _MESSAGES) if messages else (_CONVERSATIONS,):
+        for statement in (_CONVERSATIONS, _CHATS, _MESSAGES) if messages else (_CONVERSATIONS,):
             sql = statement.format(messages=MESSAGES, conversations=conversations, words=_WORDS, **bounds)
             await connection.execute(sql, timeout=600)
     for statement in (
@@ -51,5 +59,7 @@ async def fill(connection: Connection, conversations: int, *, messages: bool = T
         "vacuum analyze conversations",
         "vacuum analyze conversation_words",
         "vacuum analyze messages",
+        "vacuum analyze chats",
+        "checkpoint",
     ):
         await connection.execute(statement, timeout=1200)
