@@ -108,8 +108,11 @@ conversation as (
             or excluded.last_question_rank is null then c.last_question else excluded.last_question end,
         last_question_rank = greatest(c.last_question_rank, excluded.last_question_rank),
         updated_at = now()
-    returning xmax = 0 as is_new, {words.WRITTEN}),
-words as ({words.saved("conversation")}),
+    returning xmax = 0 as is_new, conversation_id, {words.WRITTEN}),
+worded as (
+    select {words.WRITTEN} from conversation join given on chat = conversation_id
+    where is_new or first_rank is not null),
+words as ({words.saved("worded")}),
 counted as (
     insert into conversation_counts as n (source, slot, conversations)
     select '{OWN}', $3, count(*) from conversation where is_new having count(*) > 0
