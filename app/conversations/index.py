@@ -86,10 +86,15 @@ def _greater(name: str) -> str:
     return _GREATER.format(name=name)
 
 
-# Of one user's chats, in the order of their key, at one time: what `_MERGE` would do, in one statement.
-_BROUGHT = f"""
-with given as (
-    select * from json_to_recordset($2::json)
+def bringing(lines: str) -> str:
+    """SQL: the end, behind its WITH, of a statement that writes messages which a device of the user $1 has brought.
+
+    `lines` is the parameter with what `brought` made of them. They count as said now; nobody knows a chatbot, model or
+    client of theirs. It does what `_MERGE` would, in chats in the order of their key.
+    """
+    return f"""
+given as (
+    select * from json_to_recordset({lines}::json)
         as g(chat text, messages int, questions int, first text, first_rank bigint, last text, last_rank bigint)),
 conversation as (
     insert into conversations as c (
@@ -115,13 +120,15 @@ worded as (
 words as ({words.saved("worded")}),
 counted as (
     insert into conversation_counts as n (source, slot, conversations)
-    select '{OWN}', $3, count(*) from conversation where is_new having count(*) > 0
+    select '{OWN}', floor(random() * {_SLOTS}), count(*) from conversation where is_new having count(*) > 0
     on conflict (source, slot) do update set conversations = n.conversations + excluded.conversations)
 insert into conversation_days as d (day, source, username, chatbot_id, model, messages, questions, tokens, duration_ms)
 select (now() at time zone 'utc')::date, '{OWN}', $1, '', '', sum(messages), sum(questions), 0, 0 from given
 on conflict (day, source, username, chatbot_id, model) do update set
     messages = d.messages + excluded.messages, questions = d.questions + excluded.questions
 """
+
+
 # The newest of two lists of keys, bounded.
 _NEWEST = f"""
 case when cardinality(excluded.message_ids) = 0 then c.{{column}} else (
@@ -286,14 +293,9 @@ async def ended(connection: Connection, chat: Chat, shares: Mapping[str, Share])
     )
 
 
-async def brought(connection: Connection, user_id: str, summaries: Mapping[tuple[str, str], Summary]) -> None:
-    """Messages of a user that devices have brought, in the transaction that saves them; each once.
-
-    They count as said now, whatever their times; nobody knows a chatbot, model or client of theirs.
-    """
-    given = [_line(chat, summary) for (_, chat), summary in summaries.items()]
-    if given:
-        await connection.execute(_BROUGHT, user_id, orjson.dumps(given).decode(), random.randrange(_SLOTS))
+def brought(summaries: Mapping[tuple[str, str], Summary]) -> str:
+    """What `bringing` asks for, of one user's messages; each once."""
+    return orjson.dumps([_line(chat, summary) for (_, chat), summary in summaries.items()]).decode()
 
 
 def _line(chat: str, of: Summary) -> dict[str, Any]:

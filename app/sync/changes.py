@@ -365,15 +365,29 @@ class _Work:
         return cursor is not None and cursor.epoch == self.head.epoch and seq <= cursor.seq
 
     async def save(self, connection: Connection, user_id: str, *, dated: bool = False) -> None:
-        """What has become of them, how far everybody is, and the index of conversations."""
+        """What has become of them, how far everybody is, and the index of conversations.
+
+        With `dated`, new messages came when their stamps say.
+        """
         await rows.keep(connection, user_id, self.losers)
-        known = orjson.dumps(self.head.clients)
-        places = await rows.write(
-            connection, user_id, self.found, self.marks, seq=self.head.seq, clients=known, dated=dated
+        places = rows.place(self.found, self.marks)
+        said = _said(user_id, self.before, self.found.state, places=places, at=None if dated else self.head.at)
+        folded = fold(said, most_keys=0)
+        await rows.write(
+            connection,
+            user_id,
+            self.found,
+            self.marks,
+            seq=self.head.seq,
+            clients=orjson.dumps(self.head.clients),
+            brought=index.brought(folded) if folded and not dated else "",
+            dated=dated,
         )
         moved(user_id, self.head.seq)
-        at = None if dated else self.head.at
-        await _index(connection, user_id, self.before, self.found.state, places=places, at=at)
+        if dated:
+            await index.merge(connection, index.OWN, folded)
+        if chats := _uncounted(self.before, self.found.state, said):
+            await recount.count_within(connection, [(user_id, chat) for chat in chats])
 
     def repeat(self, mutation: Mutation) -> None:
         """The device did not hear what became of it: it is told what is there now."""
@@ -398,20 +412,9 @@ class _Work:
         )
 
 
-async def _index(
-    connection: Connection,
-    user_id: str,
-    before: State,
-    after: State,
-    *,
-    places: Mapping[str, int],
-    at: datetime | None,
-) -> None:
-    """Keep the index of conversations: add what is new, and count where something has gone or come back.
-
-    Without `at`, messages came when their stamps say.
-    """
-    said = [
+def _said(user_id: str, before: State, after: State, *, places: Mapping[str, int], at: datetime | None) -> list[Said]:
+    """What is new for the index of conversations. Without `at`, messages came when their stamps say."""
+    return [
         Said(
             message.chat_id,
             user_id,
@@ -424,16 +427,14 @@ async def _index(
         for name, message in after.messages.items()
         if _counts(message) and not _counts(before.messages.get(name))
     ]
-    folded = fold(said, most_keys=0)
-    if at is None:
-        await index.merge(connection, index.OWN, folded)
-    else:
-        await index.brought(connection, user_id, folded)
+
+
+def _uncounted(before: State, after: State, said: Sequence[Said]) -> list[str]:
+    """Chats that have to be counted anew: something has gone or come back."""
     gone = {one.chat_id for name, one in before.messages.items() if _counts(one) and after.messages[name].is_deleted}
     turned = {name for name, chat in after.chats.items() if chat.is_deleted != _is_deleted(before.chats.get(name))}
     hidden = {one.conversation_id for one in said if after.chats[one.conversation_id].is_deleted}
-    if chats := sorted(gone | turned | hidden):
-        await recount.count_within(connection, [(user_id, chat) for chat in chats])
+    return sorted(gone | turned | hidden)
 
 
 _SAYS: Mapping[str, Literal["user", "assistant", "other"]] = {

@@ -7,6 +7,7 @@ from typing import Any
 import asyncpg
 import orjson
 
+from app.conversations import index
 from app.postgres import Connection
 from app.sync.merge import (
     AddMessage,
@@ -40,7 +41,7 @@ FOUND = f"""
         select {MESSAGE}, position from messages where user_id = $1 and id = k.id offset 0) m) as messages
 """
 _FIND = f"select {FOUND}"
-_WRITE = """
+_WRITTEN = """
 with head as (
     update sync_head set seq = $2, clients = $3 where user_id = $1),
 chat as (
@@ -53,21 +54,24 @@ chat as (
     order by id
     on conflict (user_id, id) do update set title = excluded.title, parent_chat_id = excluded.parent_chat_id,
         branch_from_message_id = excluded.branch_from_message_id, stamp = excluded.stamp, client = excluded.client,
-        is_deleted = excluded.is_deleted, seq = excluded.seq, origin = excluded.origin, updated_at = now())
-insert into messages (user_id, id, chat_id, role, content, parent_id, attachments, status, stamp, is_deleted, position,
-    "timestamp", seq, origin, is_asked, created_at)
-select $1, id, chat_id, role, content, parent_id, attachments, status, stamp, is_deleted, position,
-    to_timestamp(ms / 1000.0), seq, origin, false, case when $6 then to_timestamp(ms / 1000.0) else now() end
-from json_to_recordset($5::json) as m(id text, chat_id text, role text, content text, parent_id text, attachments text,
-    status text, stamp text, is_deleted bool, position int, ms bigint, seq bigint, origin text)
-order by id
-on conflict (user_id, id) do update set role = excluded.role, content = excluded.content,
-    parent_id = excluded.parent_id, attachments = excluded.attachments, status = excluded.status,
-    stamp = excluded.stamp, is_deleted = excluded.is_deleted, seq = excluded.seq, origin = excluded.origin,
-    created_at = case when messages.status = 'failed' and excluded.status <> 'failed' then excluded.created_at
-        else messages.created_at end,
-    updated_at = now()
+        is_deleted = excluded.is_deleted, seq = excluded.seq, origin = excluded.origin, updated_at = now()),
+message as (
+    insert into messages (user_id, id, chat_id, role, content, parent_id, attachments, status, stamp, is_deleted,
+        position, "timestamp", seq, origin, is_asked, created_at)
+    select $1, id, chat_id, role, content, parent_id, attachments, status, stamp, is_deleted, position,
+        to_timestamp(ms / 1000.0), seq, origin, false, case when $6 then to_timestamp(ms / 1000.0) else now() end
+    from json_to_recordset($5::json) as m(id text, chat_id text, role text, content text, parent_id text,
+        attachments text, status text, stamp text, is_deleted bool, position int, ms bigint, seq bigint, origin text)
+    order by id
+    on conflict (user_id, id) do update set role = excluded.role, content = excluded.content,
+        parent_id = excluded.parent_id, attachments = excluded.attachments, status = excluded.status,
+        stamp = excluded.stamp, is_deleted = excluded.is_deleted, seq = excluded.seq, origin = excluded.origin,
+        created_at = case when messages.status = 'failed' and excluded.status <> 'failed' then excluded.created_at
+            else messages.created_at end,
+        updated_at = now())
 """
+_WRITE = f"{_WRITTEN} select"
+_BRING = f"{_WRITTEN}, {index.bringing('$7')}"
 _KEEP = """
 insert into chat_versions (user_id, chat_id, stamp, client, title, parent_chat_id, branch_from_message_id)
 select $1, * from unnest($2::text[], $3::text[], $4::text[], $5::text[], $6::text[], $7::text[]) on conflict do nothing
@@ -166,23 +170,44 @@ async def _find(connection: Connection, user_id: str, found: Found, chats: set[s
     found.add(row)
 
 
-async def write(
-    connection: Connection, user_id: str, found: Found, marks: Marks, *, seq: int, clients: bytes, dated: bool = False
-) -> Mapping[str, int]:
-    """Write what was marked, and how far the user's counter and devices are then.
-
-    With `dated`, new messages came when their stamps say, and not now.
-    Returns the positions of messages, new ones in the order of their stamps.
-    """
-    chats = [_written(found.state.chats[name], *mark) for name, mark in marks.chats.items()]
-    changed = sorted((found.state.messages[name] for name in marks.messages), key=lambda one: (one.stamp, one.id))
-    for message in changed:
+def place(found: Found, marks: Marks) -> Mapping[str, int]:
+    """The positions of messages, new ones in the order of their stamps."""
+    for message in _in_order(found, marks):
         if message.id not in found.positions:
             found.positions[message.id] = found.last[message.chat_id] = found.last[message.chat_id] + 1
-    messages = [{**_written(one, *marks.messages[one.id]), "position": found.positions[one.id]} for one in changed]
-    given = (clients.decode(), orjson.dumps(chats).decode(), orjson.dumps(messages).decode())
-    await connection.execute(_WRITE, user_id, seq, *given, dated)
     return found.positions
+
+
+def _in_order(found: Found, marks: Marks) -> list[Message]:
+    return sorted((found.state.messages[name] for name in marks.messages), key=lambda one: (one.stamp, one.id))
+
+
+async def write(
+    connection: Connection,
+    user_id: str,
+    found: Found,
+    marks: Marks,
+    *,
+    seq: int,
+    clients: bytes,
+    brought: str = "",
+    dated: bool = False,
+) -> None:
+    """Write what was marked and has its place, and how far the user's counter and devices are then.
+
+    `brought`: what the index of conversations has to know, in the same statement. With `dated`, new messages came when
+    their stamps say, and not now.
+    """
+    chats = [_written(found.state.chats[name], *mark) for name, mark in marks.chats.items()]
+    messages = [
+        {**_written(one, *marks.messages[one.id]), "position": found.positions[one.id]}
+        for one in _in_order(found, marks)
+    ]
+    given = (clients.decode(), orjson.dumps(chats).decode(), orjson.dumps(messages).decode(), dated)
+    if brought:
+        await connection.execute(_BRING, user_id, seq, *given, brought)
+    else:
+        await connection.execute(_WRITE, user_id, seq, *given)
 
 
 def _written(one: Chat | Message, seq: int, origin: str) -> dict[str, Any]:
