@@ -74,6 +74,7 @@ from app.streams.stream import Streams
 from app.streams.tail import Tail
 from app.streams.topics import Topics
 from app.sync.changes import Changes
+from app.sync.figures import Figures
 from app.sync.nudges import Nudges
 from app.telemetry import Metrics, RequestIds
 from app.ticker import every, whenever
@@ -85,6 +86,8 @@ log = structlog.get_logger(__name__)
 _JOBS_S = 10
 # How often a replica looks which keys sign: one that was taken away is believed no longer than this.
 _SIGNING_S = 30
+# How often figures of users' exchanges are written, all of them in one statement.
+_FIGURES_S = 30
 # How often every replica tells what the sources' states say.
 _TELL_S = 30
 _LEADER = 0x7061_726C_6579_0003
@@ -228,6 +231,7 @@ class Gateway:
         self._topics = topics = Topics()
         replica.on_commit = topics.change
         self._nudges = nudges = Nudges(pool, topics)
+        self._figures = figures = Figures(pool, metrics)
         self._bus = bus = self._open_bus()
         self._partitions = Partitions(pool, days_ahead=settings.partition_days)
         self._streams = streams = Streams(pool, replica, settle=settle)
@@ -358,6 +362,7 @@ class Gateway:
             erasure=erasure,
             exports=Allowance(_EXPORTS, of="exports", each=1),
             nudges=nudges,
+            figures=figures,
             imports=Allowance(_IMPORTS, of="imports", each=1),
             admit_upload=replica.admit,
             admit_question=partial(_admit_question, intake),
@@ -388,6 +393,7 @@ class Gateway:
             self._come_up(),
             every(settings.poll_s, self._look_around, name="look around", failing=self._failing),
             every(1, self._journal.run_once, name="journal", failing=self._failing),
+            every(_FIGURES_S, self._figures.run_once, name="figures", failing=self._failing),
             whenever(self._topics.wanted, self._topics.tell_once, name="topics", failing=self._failing),
             whenever(self._nudges.wanted, self._nudges.look_once, name="nudges", failing=self._failing),
             *([self._issuer.run(self._failing)] if self._issuer else []),
@@ -490,6 +496,7 @@ class Gateway:
                 await self._replica.retire()
                 await self._bus.tell_gone()
                 await self._journal.run_once()
+                await self._figures.run_once()
         except (*AWAY, asyncpg.PostgresError) as error:
             log.warning("goodbye_failed", error=type(error).__name__)
         finally:

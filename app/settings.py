@@ -232,7 +232,10 @@ class Settings(BaseSettings):
         365, gt=0, le=3650, description="How long it is known what administrators did, in days."
     )
     keep_metrics_days: float = Field(
-        90, gt=0, le=3650, description="How long rows of conversation_processing_metrics are kept, in days."
+        90,
+        gt=0,
+        le=3650,
+        description="How long rows of conversation_processing_metrics and of sync_hours are kept, in days.",
     )
     keep_images_days: float = Field(
         90,

@@ -69,6 +69,20 @@ class Metrics:
         self.bus_echo = histogram(
             "parley_bus_echo_seconds", "From a notification of this replica to itself to hearing it."
         )
+        self.sync_exchanges = counter(
+            "parley_sync_exchanges", "Exchanges of devices, by outcome: done, or an error's code.", ["outcome"]
+        )
+        self.sync_seconds = histogram("parley_sync_seconds", "Time of an exchange.")
+        self.sync_mutations = histogram("parley_sync_mutations", "New mutations of an exchange.", (0, *_COUNTS))
+        self.sync_rows = histogram("parley_sync_rows", "Chats and messages an exchange has written.", (0, *_COUNTS))
+        self.sync_bytes = counter("parley_sync_bytes", "Bytes of bodies of exchanges, by direction.", ["direction"])
+        self.sync_conflicts = counter(
+            "parley_sync_conflicts", "Operations that did not become what they said, by status.", ["status"]
+        )
+        self.sync_bootstraps = counter("parley_sync_bootstraps", "Devices that began anew, by reason.", ["why"])
+        self.sync_failed = counter(
+            "parley_sync_failed_messages", "Failed messages that were brought, and that a retry has mended.", ["what"]
+        )
         self.nudges = counter("parley_sync_nudges", "Nudges that devices were sent: there is something to pull.")
         self.job_runs = counter("parley_job_runs", "Passes of periodic jobs, by outcome.", ["job", "outcome"])
         self.job_rows = counter("parley_job_rows", "What periodic jobs have done, in rows.", ["job"])

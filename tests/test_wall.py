@@ -49,6 +49,8 @@ where table_schema = 'public' and table_name = $1 and is_nullable = 'NO' and col
 """
 _VALUES = {
     "date": "'2026-01-01'",
+    "timestamp with time zone": "now()",
+    "double precision": "1",
     "text": "'x'",
     "uuid": "gen_random_uuid()",
     "bytea": r"'\x01'",

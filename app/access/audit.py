@@ -1,4 +1,5 @@
-"""The table `audit`: what administrators did, by whom and when; written in the transaction that does it.
+"""The table `audit`: what administrators did and which chats users deleted, by whom and when; written in the
+transaction that does it.
 
 A row is small and holds no secret: the name of what was changed, never what it was changed to.
 """
@@ -9,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
+
+from structlog.contextvars import get_contextvars
 
 from app.expiry import Rows
 from app.postgres import Connection
@@ -25,6 +28,7 @@ Action = Literal[
     "index.delete",
     "index.reset",
     "user.erase",
+    "chat.delete",
 ]
 
 _NOTE = "insert into audit (actor, action, target, detail, request_id) values ($1, $2, $3, $4, $5)"
@@ -59,6 +63,12 @@ async def note(connection: Connection, actor: Actor, action: Action, *, target: 
 async def last(connection: Connection, most: int) -> Sequence[Entry]:
     """The newest first."""
     return [Entry(**row) for row in await connection.fetch(_LAST, most)]
+
+
+def asker() -> Actor:
+    """Whoever asks, as the door says it for the log: for what is done too far behind it to be told."""
+    known = get_contextvars()
+    return Actor(known.get("principal", "gateway"), known.get("request_id"))
 
 
 def operator() -> Actor:

@@ -93,6 +93,8 @@ _INDEXED: Sequence[str] = (
     _DAILY,
     _INDEX,
     _rows("sync_head"),
+    # After what it is written for.
+    _rows("sync_hours"),
 )
 
 # Through the whole table, so many blocks at a time: nothing else needs an index by user there. $1: the user, $2 and $3:
@@ -133,7 +135,8 @@ _WALKS: Sequence[tuple[str, str]] = (
         "audit",
         f"""
         update audit set actor = case when actor = 'user:' || $1 then ($4::text[])[1] else actor end,
-            target = case when target = $1 then ($4::text[])[1] else target end
+            target = case when target = $1 then ($4::text[])[1] else target end,
+            detail = case when action = 'chat.delete' and target = $1 then '' else detail end
         where {_HERE} and (actor = 'user:' || $1 or target = $1)
         """,
     ),

@@ -28,6 +28,7 @@ from app.streams.replicas import Replica
 from app.streams.retention import Events
 from app.streams.stream import streams_expiring
 from app.sync.compaction import DeletedChats, FailedMessages
+from app.sync.figures import hours_expiring
 
 log = structlog.get_logger(__name__)
 
@@ -134,6 +135,7 @@ def expiring(settings: Settings, *, chatbots: Chatbots, turns: Turns | None = No
         keys_expiring(settings.idempotency_hours * _HOUR_S),
         errors_expiring(settings.keep_errors_days * _DAY_S),
         figures_expiring(settings.keep_metrics_days * _DAY_S),
+        hours_expiring(settings.keep_metrics_days * _DAY_S),
         audit_expiring(settings.keep_audit_days * _DAY_S),
         usage_expiring(settings.keep_quotas_days * _DAY_S),
         images_expiring(settings.keep_images_days * _DAY_S),

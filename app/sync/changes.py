@@ -3,6 +3,7 @@
 Everything here happens under the user's row of `sync_head` or after a look at it: commits come in the order of `seq`.
 """
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -11,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import asyncpg
 import orjson
 
+from app.access.audit import asker, note
 from app.chats.head import moved
 from app.conversations import index, recount
 from app.conversations.summary import Said, fold
@@ -85,6 +87,23 @@ class Asked:
 
 
 @dataclass(frozen=True, slots=True)
+class Did:
+    """What a push has done: mutations that were new, chats and messages written, what became of operations that did not
+    become what they said; failed messages that it brought, and those that it has made complete.
+    """
+
+    mutations: int = 0
+    rows: int = 0
+    conflicts: Mapping[merge.Status, int] = field(default_factory=dict)
+    failed: int = 0
+    mended: int = 0
+
+    def told(self) -> Mapping[str, Any]:
+        """What there is of it."""
+        return {name: value for name in Did.__slots__ if (value := getattr(self, name))}
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """`acked`: the last mutation of this device that the server has."""
 
@@ -98,6 +117,7 @@ class Answer:
     resync: Resync | None = None
     results: Sequence[Mapping[str, Any]] = ()
     active_streams: Sequence[Mapping[str, Any]] = ()
+    did: Did = field(default_factory=Did)
 
 
 @dataclass(slots=True)
@@ -136,6 +156,7 @@ class _Pushed:
     results: list[Mapping[str, Any]] = field(default_factory=list)
     chats: dict[str, Chat] = field(default_factory=dict)
     messages: dict[str, Message] = field(default_factory=dict)
+    did: Did = field(default_factory=Did)
 
 
 class Changes:
@@ -286,6 +307,7 @@ async def _push(connection: Connection, user_id: str, asked: Asked, head: _Head,
         return pushed
     _remember(head, asked, pushed.results)
     await work.save(connection, user_id)
+    pushed.did = work.did(acked)
     return pushed
 
 
@@ -388,6 +410,23 @@ class _Work:
             await index.merge(connection, index.OWN, folded)
         if chats := _uncounted(self.before, self.found.state, said):
             await recount.count_within(connection, [(user_id, chat) for chat in chats])
+        if gone := self._gone():
+            await note(connection, asker(), "chat.delete", target=user_id, detail=f"{len(gone)}: {', '.join(gone)}")
+
+    def _gone(self) -> Sequence[str]:
+        """Chats that are deleted now, and were not."""
+        was = self.before.chats
+        deleted = (name for name, chat in self.found.state.chats.items() if chat.is_deleted)
+        return sorted(name for name in deleted if name in was and not was[name].is_deleted)
+
+    def did(self, acked: int) -> Did:
+        """For figures: what was new in this push."""
+        found, before = self.found.state.messages, self.before.messages
+        failed = {name for name in self.marks.messages if _is_failed(found[name])}
+        mended = {name for name in self.marks.messages if _is_failed(before.get(name))} - failed
+        rows_written = len(self.marks.chats) + len(self.marks.messages)
+        conflicts = Counter(op["status"] for result in self.results if result["mid"] > acked for op in result["ops"])
+        return Did(self.asked.push[-1].mid - acked, rows_written, conflicts, len(failed - before.keys()), len(mended))
 
     def repeat(self, mutation: Mutation) -> None:
         """The device did not hear what became of it: it is told what is there now."""
@@ -456,6 +495,10 @@ def _counts(message: Message | None) -> bool:
     return message is not None and not message.is_deleted and message.status != "failed"
 
 
+def _is_failed(message: Message | None) -> bool:
+    return message is not None and message.status == "failed" and not message.is_deleted
+
+
 def _is_deleted(chat: Chat | None) -> bool:
     return chat is not None and chat.is_deleted
 
@@ -485,6 +528,7 @@ async def _answer(connection: Connection, user_id: str, asked: Asked, head: _Hea
         resync=resync,
         results=pushed.results,
         active_streams=await _streams(connection, head.active),
+        did=pushed.did,
     )
 
 

@@ -15,6 +15,7 @@ from app.errors import Forbidden, Invalid
 from app.settings import Settings
 from app.sync import cursor, merge
 from app.sync.changes import MOST_OPS, Answer, Asked, Changes, Mutation
+from app.sync.figures import Exchange, Figures
 from app.sync.merge import Chat, Message
 from app.text import clean, parse_object, validated
 
@@ -30,6 +31,7 @@ Stamp = Annotated[str, Field(pattern="^[0-9a-f]{12}-[0-9a-f]{4}$")]
 
 class Needs(TypedDict):
     changes: Changes
+    figures: Figures
     settings: Settings
 
 
@@ -171,7 +173,13 @@ class SyncAnswer(BaseModel):
 async def sync_chats(request: Request[Needs]) -> Response:
     """What was not pushed yet up, what was not seen yet down."""
     require_enabled(request.state["settings"])
-    return await (_pull(request) if request.method in ("GET", "HEAD") else _exchange(request))
+    with request.state["figures"].exchange() as one:
+        asked = _pulled(request, one) if request.method in ("GET", "HEAD") else await _pushed(request, one)
+        assert one.user_id is not None
+        one.answer = await request.state["changes"].exchange(one.user_id, asked)
+        response = _json(one.answer)
+        one.down = len(response.body)
+    return response
 
 
 def require_enabled(settings: Settings) -> None:
@@ -180,21 +188,24 @@ def require_enabled(settings: Settings) -> None:
         raise Forbidden("sync_disabled", "This server does not synchronise chats: SYNC_ENABLED is false.")
 
 
-async def _pull(request: Request[Needs]) -> Response:
-    given, user_id = request.query_params.get("cursor"), require_named(owner_of(request))
-    asked = Asked(cursor=cursor.read(given) if given else None)
-    return _json(await request.state["changes"].exchange(user_id, asked))
+def _pulled(request: Request[Needs], one: Exchange) -> Asked:
+    given = request.query_params.get("cursor")
+    one.user_id = require_named(owner_of(request))
+    return Asked(cursor=cursor.read(given) if given else None)
 
 
-async def _exchange(request: Request[Needs]) -> Response:
-    given = validated(SyncChats, parse_object(await request.body()))
-    user_id = owner_of(request)
+async def _pushed(request: Request[Needs], one: Exchange) -> Asked:
+    body = await request.body()
+    one.up = len(body)
+    given = validated(SyncChats, parse_object(body))
+    one.client, user_id = given.client, owner_of(request)
     named = None if given.user_id is None else clean(given.user_id)
     if user_id is None or named is not None:
         if named is not None and user_id not in (None, named, principal_of(request).user_id):
             raise Invalid("invalid_request", "user_id of the query and of the body name two users; say one of them.")
         user_id = acting_for(request, named)
-    return _json(await request.state["changes"].exchange(require_named(user_id), _asked(given)))
+    one.user_id = require_named(user_id)
+    return _asked(given)
 
 
 def require_named(user_id: str | None) -> str:

@@ -22,6 +22,12 @@ _TABLES = """
 select c.oid::regclass::text as name from pg_class c
 where c.relnamespace = 'public'::regnamespace and c.relkind in ('r', 'p') and not c.relispartition order by 1
 """
+# As every replica writes them now and then.
+_HOURS = """
+insert into sync_hours (user_id, hour, exchanges, refused, mutations, rows_written, conflicts, resyncs, bytes_up,
+    bytes_down, duration_ms)
+select u, now(), 1, 0, 0, 0, 0, 0, 0, 0, 0 from unnest($1::text[]) as u
+"""
 _ANN, _BOB, _WORD = "ann 4711", "bob-0815", "xyzzy"
 
 
@@ -70,7 +76,10 @@ async def _lived(client: httpx2.AsyncClient, user: str, word: str) -> None:
     for _ in range(2):
         await posted("/api/process-message", {**said, "chatbot_id": "slow"})
     ops = [put(f"{word}-c", f"{word} one"), add(f"{word}-m", f"{word}-c", f"{word} said")]
-    await posted("/api/chat/sync", {"client": f"{word}-phone", "push": [{"mid": 1, "ops": ops}]})
+    old, gone = [put(f"{word}-old")], [delete(f"{word}-old", 1)]
+    push = [{"mid": mid, "ops": one} for mid, one in enumerate((ops, old), 1)]
+    await posted("/api/chat/sync", {"client": f"{word}-phone", "push": push})
+    await posted("/api/chat/sync", {"client": f"{word}-phone", "push": [{"mid": 3, "ops": gone}]})
     ops = [put(f"{word}-c", f"{word} two", at=5), delete(f"{word}-gone", 1)]
     await posted("/api/chat/sync", {"client": f"{word}-desk", "push": [{"mid": 1, "ops": ops}]})
     wrong = await client.get("/api/chats", params={"size": "x"}, headers=headers)
@@ -86,6 +95,7 @@ async def test_no_table_has_the_users_name_or_words_afterwards(database: str) ->
         await _bots(connection, demo)
         await _lived(client, _ANN, _WORD)
         await _lived(client, _BOB, "plugh")
+        await connection.execute(_HOURS, [_ANN, _BOB])
         async with asyncio.timeout(10):
             while await connection.fetchval("select count(*) from error_logs") < 2:
                 await asyncio.sleep(0.02)
@@ -104,6 +114,7 @@ async def test_no_table_has_the_users_name_or_words_afterwards(database: str) ->
             "chat_versions",
         } <= before.keys()
         assert {"idempotency_keys", "error_logs", "quota_usage", "conversation_days", "sync_head"} <= before.keys()
+        assert {"audit", "sync_hours"} <= before.keys()
         bobs = await _rows_with(connection, _BOB)
         usage = await connection.fetchval("select sum(prompt_tokens + completion_tokens) from usage_ledger")
 
@@ -121,6 +132,9 @@ async def test_no_table_has_the_users_name_or_words_afterwards(database: str) ->
         assert await connection.fetchval(spent, _BOB) >= usage
         assert await connection.fetchval("select count(*) from usage_ledger where user_id = ''") >= 1
         assert await connection.fetch(used) == daily
+        assert {name: after[name] for name in ("audit", "sync_hours")} == {
+            name: bobs[name] for name in ("audit", "sync_hours")
+        }
         noted = await connection.fetchrow("select actor, target from audit where action = 'user.erase'")
         assert noted is not None
         assert tuple(noted) == (fingerprint(_ANN), fingerprint(_ANN))
