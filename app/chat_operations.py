@@ -13,6 +13,7 @@ from app.sync.chat_endpoints import (
     ChatMessages,
     RenameChat,
 )
+from app.sync.claim_endpoints import ClaimAnswer, ClaimChats
 from app.sync.file_endpoints import ExportedChats, ImportAnswer
 from app.sync.version_endpoints import ChatVersions, VersionRestored
 
@@ -267,6 +268,25 @@ _ERASE = Operation(
     },
 )
 
+_CLAIM = Operation(
+    "Take over chats",
+    "All chats of another user, as of somebody anonymous before signing in, become one's own: `proof` is a token of "
+    "that user. An API key, which acts for any user, names the user in `from_user_id`. Once: another user's claim is "
+    "refused from then on; the same user may repeat it.",
+    answers={
+        200: Answer("They are here.", {_JSON: Content({"success": True, "chats": 2, "messages": 9}, ClaimAnswer)})
+    },
+    parameters=[_USER_ID],
+    body=Content({"proof": "eyJhbGciOiJFUzI1NiJ9.eyJzdWIiOiJ2aXNpdG9yIn0.c2lnbmF0dXJl"}, ClaimChats),
+    problems={
+        **_BODY,
+        403: ["proof_invalid"],
+        409: ["already_claimed", "session_busy"],
+        422: ["invalid_request"],
+        **_WRITING,
+    },
+)
+
 CHAT_OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("DELETE", "/api/users/{user_id}"): _ERASE,
     ("GET", "/api/chats"): _LIST,
@@ -275,6 +295,7 @@ CHAT_OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("DELETE", "/api/chats/{chat_id}"): _DELETE,
     ("GET", "/api/chats/export"): _EXPORT_ALL,
     ("POST", "/api/chats/import"): _IMPORT,
+    ("POST", "/api/chats/claim"): _CLAIM,
     ("GET", "/api/chats/{chat_id}/export"): _EXPORT_ONE,
     ("GET", "/api/chats/{chat_id}/messages"): _MESSAGES,
     ("POST", "/api/chats/{chat_id}/branch"): _BRANCH,

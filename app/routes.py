@@ -16,8 +16,8 @@ from app.operations import HEADERS, OPERATIONS
 from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
 from app.sync import chat_endpoints as own_chat_endpoints
+from app.sync import claim_endpoints, file_endpoints, nudge_endpoints, version_endpoints
 from app.sync import endpoints as sync_endpoints
-from app.sync import file_endpoints, nudge_endpoints, version_endpoints
 
 
 class State(
@@ -32,6 +32,7 @@ class State(
     sync_endpoints.Needs,
     own_chat_endpoints.Needs,
     file_endpoints.Needs,
+    claim_endpoints.Needs,
     user_endpoints.Needs,
     nudge_endpoints.Needs,
     version_endpoints.Needs,
@@ -127,6 +128,7 @@ def _chats(settings: Settings) -> list[Route]:
         Route("/api/users/{user_id}", user_endpoints.erase_user, methods=["DELETE"]),
         Route("/api/chats", own_chat_endpoints.listed),
         Route("/api/chats/export", file_endpoints.export_all),
+        Route("/api/chats/claim", claim_endpoints.claim_chats, methods=["POST"], middleware=bodies),
         Route(
             "/api/chats/import",
             file_endpoints.import_chats,

@@ -57,7 +57,13 @@ _VALUES = {
     "integer": "1",
     "bigint": "1",
 }
-_CHOSEN = {"role": "'user'", "status": "'active'", "mime": "'image/png'", "message_id": "'m'"}
+_CHOSEN = {
+    "from_user_id": "gen_random_uuid()::text",
+    "role": "'user'",
+    "status": "'active'",
+    "mime": "'image/png'",
+    "message_id": "'m'",
+}
 
 
 async def _add(connection: asyncpg.Connection, table: str, user: str) -> None:

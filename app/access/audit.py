@@ -9,6 +9,7 @@ import pwd
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from hashlib import sha256
 from typing import Literal
 
 from structlog.contextvars import get_contextvars
@@ -29,6 +30,7 @@ Action = Literal[
     "index.reset",
     "user.erase",
     "chat.delete",
+    "chats.claim",
 ]
 
 _NOTE = "insert into audit (actor, action, target, detail, request_id) values ($1, $2, $3, $4, $5)"
@@ -69,6 +71,11 @@ def asker() -> Actor:
     """Whoever asks, as the door says it for the log: for what is done too far behind it to be told."""
     known = get_contextvars()
     return Actor(known.get("principal", "gateway"), known.get("request_id"))
+
+
+def fingerprint(user_id: str) -> str:
+    """What stands for a user whose name must not stay here: who knows the name can find it, nobody can read it off."""
+    return f"user#{sha256(user_id.encode(errors='replace')).hexdigest()[:16]}"
 
 
 def operator() -> Actor:

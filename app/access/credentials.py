@@ -51,6 +51,12 @@ class Credentials:
             return await self._keys.principal(given)
         return await self._tokens(given)
 
+    async def proof(self, token: str) -> Principal:
+        """The user whose token somebody shows beside credentials of their own. Raises Unauthorized."""
+        if self._tokens is None or token.startswith(PREFIX):
+            raise Unauthorized("credentials_invalid", "That is no user's token of this server.")
+        return await self._tokens(token)
+
     async def reader(self, stream_tokens: Sequence[str], headers: Headers) -> Principal:
         """Who reads with the tokens of streaming URLs; where those are no good, whoever the headers name.
 

@@ -47,6 +47,7 @@ _DEMANDS: Demands = {
     ("DELETE", "/api/chats/{chat_id}"): "sync",
     ("GET", "/api/chats/export"): "sync",
     ("POST", "/api/chats/import"): "sync",
+    ("POST", "/api/chats/claim"): "sync",
     ("GET", "/api/chats/{chat_id}/export"): "sync",
     ("GET", "/api/chats/{chat_id}/messages"): "sync",
     ("POST", "/api/chats/{chat_id}/branch"): "sync",

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
 from time import monotonic
 from urllib.parse import quote
 from uuid import UUID
@@ -16,7 +15,7 @@ from uuid import UUID
 import orjson
 import structlog
 
-from app.access.audit import Actor, note
+from app.access.audit import Actor, fingerprint, note
 from app.conversations.index import OWN
 from app.errors import NotFound
 from app.flows.stopping import Stopping
@@ -92,6 +91,8 @@ _INDEXED: Sequence[str] = (
     _LEDGER,
     _DAILY,
     _INDEX,
+    _rows("chat_claims"),
+    _rows("chat_claims").replace("user_id = $1", "from_user_id = $1"),
     _rows("sync_head"),
     # After what it is written for.
     _rows("sync_hours"),
@@ -157,11 +158,6 @@ _FORGET = "delete from streaming_sessions where id = any($1::uuid[]) and status 
 
 class _OutOfTime(Exception):
     """The rest is for the next pass."""
-
-
-def fingerprint(user_id: str) -> str:
-    """What stands for an erased user in the audit: whoever knows the name can find it, nobody can read it off."""
-    return f"erased:{sha256(user_id.encode(errors='replace')).hexdigest()[:16]}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -194,6 +194,8 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("GET", "/api/chats/export"): _nothing,
     # Ids in a file are the user's own: tests/sync/test_imports.py.
     ("POST", "/api/chats/import"): _nothing,
+    # Another user is proven, not named: tests/sync/test_claim.py.
+    ("POST", "/api/chats/claim"): _nothing,
     ("GET", "/api/chats/{chat_id}/export"): _chat("/export"),
     ("GET", "/api/chats/{chat_id}/messages"): _chat("/messages"),
     ("POST", "/api/chats/{chat_id}/branch"): _branching,

@@ -8,10 +8,10 @@ import httpx2
 import pytest
 
 from app.access import keys
+from app.access.audit import fingerprint
 from app.chats.usage import UsageDays
 from app.demo.server import demo_provider
 from app.flows import chatbots, file, user_endpoints
-from app.flows.erasure import fingerprint
 from app.postgres import open_pool
 from tests.access.users import as_user, serving_users
 from tests.chats.pictures import base64_of, picture

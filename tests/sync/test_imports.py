@@ -189,6 +189,8 @@ async def test_a_long_conversation_and_many_are_written_in_pieces_in_their_order
         assert answer.json()["added"] == {"chats": 601, "messages": 1234}
         # Mutations of a hundred operations at most, so that pages can be cut between them.
         assert await home.database.fetchval("select seq from sync_head") == 19
+        transactions = "select count(distinct xmin::text) from messages"
+        assert await home.database.fetchval(transactions) == 3
         rows = await home.database.fetch("select content, stamp from messages order by position")
         assert [row["content"] for row in rows] == [f"Text {n}" for n in range(1234)]
         assert len({row["stamp"] for row in rows}) == 1234

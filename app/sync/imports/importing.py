@@ -11,14 +11,14 @@ import orjson
 from app.chats.chat import title_from
 from app.errors import BadRequest, Invalid
 from app.postgres import Connection
+from app.sync import arrivals
 from app.sync.changes import Changes
 from app.sync.edits import later
 from app.sync.export import NAME, VERSION
 from app.sync.imports import chatgpt, open_webui, ours
 from app.sync.imports.conversation import Conversation, Said, Unreadable
 from app.sync.imports.elements import Elements
-from app.sync.merge import LEAST, AddMessage, Chat, Op, PutChat, behind, stamp_at, successor
-from app.sync.rows import CHAT
+from app.sync.merge import LEAST, AddMessage, Chat, Op, PutChat, behind, stamp_at
 from app.text import clean, parse_object
 
 # Of a transaction: messages and chats, and characters of text, of which there may be one message more.
@@ -27,8 +27,6 @@ _MOST, _MOST_TEXT = 500, 2 << 20
 _MOST_FAILED = 100
 _TITLE = 500
 _FORMATS: tuple[ModuleType, ...] = (chatgpt, ours, open_webui)
-
-_KNOWN = f"select {CHAT} from chats where user_id = $1 and id = any($2::text[])"
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,33 +129,16 @@ class Import:
         self._waiting, self._lines, self._text = [], 0, 0
 
     async def _ops(self, connection: Connection, now_ms: int) -> Sequence[Op]:
-        names = {name for piece in self._waiting for name in _line(piece.of.id)}
-        rows = await connection.fetch(_KNOWN, self.user_id, sorted(names))
-        known = {row["id"]: Chat(*row) for row in rows}
+        there = await arrivals.targets(connection, self.user_id, {piece.of.id for piece in self._waiting})
         ops: list[Op] = []
         for piece in self._waiting:
-            name = next(
-                (one for one in _line(piece.of.id) if one not in known or not known[one].is_purged), piece.of.id
-            )
-            have = known.get(name)
+            name, have = there[piece.of.id]
             if have is None or have.is_deleted:
                 put = _chat(piece, name, have, now_ms)
-                known[name] = Chat(name, put.title, stamp=put.stamp)
+                there[piece.of.id] = (name, Chat(name, put.title, stamp=put.stamp))
                 ops.append(put)
             ops += [_message(said, stamp, name) for said, stamp in piece.messages]
         return ops
-
-
-# How often a chat may have been purged and imported again.
-_LIVES = 8
-
-
-def _line(name: str) -> Sequence[str]:
-    """The chat, and those that come after it where it was purged."""
-    names = [name]
-    while len(names) < _LIVES:
-        names.append(successor(names[-1]))
-    return names
 
 
 def _require_version(head: bytes) -> None:
