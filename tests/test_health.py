@@ -140,7 +140,7 @@ async def test_a_failing_job_is_degraded_but_serving(database: str) -> None:
             return response
 
         await connection.execute("alter table error_logs rename to away")
-        await client.get("/nothing-here")
+        await client.get("/api/chats/nothing-here", params={"user_id": "ann"})
         assert (await until("degraded")).status_code == 200
         assert (await client.get("/readyz?verbose")).json()["failing"] == ["journal"]
         await connection.execute("alter table away rename to error_logs")
