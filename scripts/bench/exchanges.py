@@ -23,11 +23,13 @@ from app.wall import Reach, Wall, within
 
 # Tables of the index of conversations begin like this.
 INDEX = "conversation"
-ALONE, MESSAGE, NAIVE = "yardstick: a message alone", "one message", "naive: the whole history"
+ALONE, NOTHING, MESSAGE = "yardstick: a message alone", "nothing new", "one message"
+NAIVE = "naive: the whole history"
 _WORDS = "Where shall we go in spring, when it rains in the north and the south is full of people?"
 # Messages of the chat that is written to.
 _LONG = 1_000
-# Exchanges of a turn. Costs are medians of turns: what else runs on the machine does not disturb all of them alike.
+# Exchanges of a turn. Costs are medians of turns, one kind after the other, so that what else runs on the machine
+# disturbs all of them alike.
 _TURN = 25
 _ALONE = """
 insert into messages (user_id, id, chat_id, role, content, position) values ('alone', $1, 'c', 'user', $2, $3)
@@ -35,6 +37,7 @@ insert into messages (user_id, id, chat_id, role, content, position) values ('al
 _ROWS = """
 select relname, n_tup_ins + n_tup_upd + n_tup_del as rows from pg_stat_user_tables
 """
+_TELL_COUNTERS = "select pg_stat_force_next_flush()"
 _HISTORY = """
 insert into naive (user_id, id, chat_id, role, content, position)
 select $1, m.id, $2, m.role, m.content, m.position
@@ -58,6 +61,10 @@ class Cost:
     wal: float = 0
     python: float = 0
     server: float = 0
+
+    @property
+    def cpu(self) -> float:
+        return self.python + self.server
 
 
 @dataclass(slots=True)
@@ -114,26 +121,72 @@ async def opened(dsn: str) -> AsyncIterator[tuple[Changes, Pool]]:
         await replica.register()
         replica.refusal = None
         yield Changes(replica, wall), look
-        assert wall._behind is not None
-        await wall._behind.close()  # its process tells its counters when it ends
     pool.terminate()
     look.terminate()
 
 
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What is said again and again: returns the bodies and how much of the first is text. `server` is the process."""
+
+    say: Callable[[], Awaitable[tuple[bytes, bytes, int]]]
+    tell_counters: Callable[[], Awaitable[object]]
+    server: int
+
+
 async def costs(dsn: str, *, turns: int) -> dict[str, Cost]:
-    """Each kind of exchange, so many turns of it, beside what one might do without synchronising."""
+    """Of each kind of exchange, in turns, beside what one might do without synchronising."""
     chat = str(UUID(int=1))
     await fill(dsn, "ann", _LONG, chat)
+    async with opened(dsn) as (changes, look):
+        await look.execute("create table naive (like messages including all)")
+        alone, naive = await asyncpg.connect(dsn), await asyncpg.connect(dsn)
+        kinds = {
+            ALONE: _plain(alone, _alone(alone)),
+            **await _exchanges(changes, chat),
+            NAIVE: _plain(naive, _naive(naive, chat)),
+        }
+        spent: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
+        for turn in range(turns + 1):
+            for name, kind in kinds.items():
+                if name != NAIVE or turn % 5 == 0:
+                    spent[name].append(await _turn(kind))
+        found = {name: await _weighed(kind, look) for name, kind in kinds.items()}
+        for name, cost in found.items():  # the first turn is to warm up
+            cost.python, cost.server = (median(column) for column in zip(*spent[name][-turns:], strict=True))
+        await alone.close()
+        await naive.close()
+    return found
+
+
+async def _exchanges(changes: Changes, chat: str) -> dict[str, Kind]:
     number = iter(range(_LONG + 1, 10_000_000))
     kinds: dict[str, Callable[[], list[Json]]] = {
-        "nothing new": list,
+        NOTHING: list,
         MESSAGE: lambda: [message(next(number), chat)],
         "one message in a new chat": lambda: [message(n := next(number), str(UUID(int=n)))],
         "a title": lambda: [title(next(number), chat)],
     }
-    found = {ALONE: await _unsynchronised(dsn, _alone(), turns)}
-    found |= {name: await _kind(dsn, make, turns) for name, make in kinds.items()}
-    return found | {NAIVE: await _unsynchronised(dsn, _naive(chat), max(turns // 10, 1))}
+    device = Phone(changes, "ann")
+    await device.everything()
+    return {name: await _exchange(device, make) for name, make in kinds.items()}
+
+
+async def _exchange(device: Phone, make: Callable[[], list[Json]]) -> Kind:
+    async def say() -> tuple[bytes, bytes, int]:
+        ops = make()
+        return *await device.exchange(*ops), sum(len(op.get("content", "").encode()) for op in ops)
+
+    async def tell_counters() -> None:
+        with within(Reach(device.user)):
+            async with device.changes._wall.connection() as connection:
+                await connection.execute(_TELL_COUNTERS)
+
+    return Kind(say, tell_counters, await _pid(device.changes))
+
+
+def _plain(connection: Connection, say: Callable[[], Awaitable[tuple[bytes, bytes, int]]]) -> Kind:
+    return Kind(say, lambda: connection.execute(_TELL_COUNTERS), connection.get_server_pid())
 
 
 async def fill(dsn: str, user: str, many: int, chat: str | None = None) -> None:
@@ -145,56 +198,31 @@ async def fill(dsn: str, user: str, many: int, chat: str | None = None) -> None:
             await device.exchange(*(message(number, chat or str(UUID(int=first))) for number in numbers))
 
 
-async def _kind(dsn: str, make: Callable[[], list[Json]], turns: int) -> Cost:
-    async with opened(dsn) as (changes, _):
-        device = Phone(changes, "ann", client=str(UUID(int=time.monotonic_ns()))[-10:])
-        await device.everything()
-    before = await _rows(dsn)
-    async with opened(dsn) as (device.changes, look):
-
-        async def say() -> tuple[bytes, bytes, int]:
-            ops = make()
-            return *await device.exchange(*ops), sum(len(op.get("content", "").encode()) for op in ops)
-
-        cost = await _weighed(say, await _pid(device.changes), look, turns)
-    cost.rows = _each(before, await _rows(dsn), turns)
-    return cost
-
-
 async def _pid(changes: Changes) -> int:
     with within(Reach("ann")):
         async with changes._wall.connection() as connection:
             return int(await connection.fetchval("select pg_backend_pid()"))
 
 
-Say = Callable[[], Awaitable[tuple[bytes, bytes, int]]]
-
-
-async def _weighed(say: Say, pid: int, look: Pool, turns: int) -> Cost:
+async def _turn(kind: Kind) -> tuple[float, float]:
+    """CPU of Python and of the server, µs for each."""
+    python, server = time.process_time(), ran_us(kind.server)
     for _ in range(_TURN):
-        await say()
-    spent = [await _turn(say, pid) for _ in range(turns)]
-    wal = []
+        await kind.say()
+    return (time.process_time() - python) / _TURN * 1e6, (ran_us(kind.server) - server) / _TURN
+
+
+async def _weighed(kind: Kind, look: Pool) -> Cost:
+    """All but the CPU."""
+    await kind.tell_counters()
+    before, wal = await _rows(look), []
     for _ in range(_TURN):
-        before = await _written(look)
-        up, down, text = await say()
-        wal.append(await _written(look) - before)
-    python, server = (median(column) for column in zip(*spent, strict=True))
-    return Cost(len(up), text, len(down), {}, median(wal), python, server)
-
-
-async def _turn(say: Say, pid: int) -> tuple[float, float]:
-    python, server = time.process_time(), ran_us(pid)
-    for _ in range(_TURN):
-        await say()
-    return (time.process_time() - python) / _TURN * 1e6, (ran_us(pid) - server) / _TURN
-
-
-def _each(before: Counter[str], after: Counter[str], turns: int) -> dict[str, float]:
-    """Rows of each exchange. What a gateway writes about itself is none of theirs."""
-    done = (turns + 2) * _TURN
-    counts = {name: (count - before[name]) / done for name, count in after.items() if not name.startswith("replica")}
-    return {name: count for name, count in counts.items() if count >= 0.5}
+        start = await _written(look)
+        up, down, text = await kind.say()
+        wal.append(await _written(look) - start)
+    await kind.tell_counters()
+    rows = {name: count / _TURN for name, count in (await _rows(look) - before).items()}
+    return Cost(len(up), text, len(down), rows, median(wal))
 
 
 async def _written(look: Pool) -> int:
@@ -205,57 +233,34 @@ def ran_us(pid: int) -> float:
     return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1000
 
 
-async def _rows(dsn: str) -> Counter[str]:
-    connection = await asyncpg.connect(dsn)
-    found = Counter({row["relname"]: row["rows"] for row in await connection.fetch(_ROWS)})
-    await connection.close()
-    return found
+async def _rows(look: Pool) -> Counter[str]:
+    return Counter({row["relname"]: row["rows"] for row in await look.fetch(_ROWS)})
 
 
-Unsynchronised = Callable[[Connection], Say]
-
-
-async def _unsynchronised(dsn: str, how: Unsynchronised, turns: int) -> Cost:
-    look = await open_pool(dsn, 1)
-    await look.execute("create table if not exists naive (like messages including all)")
-    before, connection = await _rows(dsn), await asyncpg.connect(dsn)
-    cost = await _weighed(how(connection), connection.get_server_pid(), look, turns)
-    await connection.close()
-    cost.rows = _each(before, await _rows(dsn), turns)
-    look.terminate()
-    return cost
-
-
-def _alone() -> Unsynchronised:
+def _alone(connection: Connection) -> Callable[[], Awaitable[tuple[bytes, bytes, int]]]:
     """The least there is to do: a message with a new id into the table, and nobody is told."""
     numbers = iter(range(10_000_000))
 
-    def on(connection: Connection) -> Say:
-        async def say() -> tuple[bytes, bytes, int]:
-            body = orjson.dumps({"id": str(UUID(int=(number := next(numbers)))), "content": _WORDS})
-            given = orjson.loads(body)
-            async with connection.transaction():
-                await connection.execute(_ALONE, given["id"], given["content"], number)
-            return body, b'{"success":true}', len(_WORDS.encode())
+    async def say() -> tuple[bytes, bytes, int]:
+        body = orjson.dumps({"id": str(UUID(int=(number := next(numbers)))), "content": _WORDS})
+        given = orjson.loads(body)
+        async with connection.transaction():
+            await connection.execute(_ALONE, given["id"], given["content"], number)
+        return body, b'{"success":true}', len(_WORDS.encode())
 
-        return say
-
-    return on
+    return say
 
 
-def _naive(chat: str) -> Unsynchronised:
+def _naive(connection: Connection, chat: str) -> Callable[[], Awaitable[tuple[bytes, bytes, int]]]:
     """A front end that sends its whole history at every change, to a server that writes what it is sent."""
     sent = [{"id": str(UUID(int=n)), "role": ("user", "assistant")[n % 2], "content": _WORDS} for n in range(_LONG)]
 
-    def on(connection: Connection) -> Say:
-        async def say() -> tuple[bytes, bytes, int]:
-            sent.append({**sent.pop(), "id": str(UUID(int=time.monotonic_ns()))})
-            body = orjson.dumps({"conversations": [{"id": chat, "title": "Trip", "messages": sent}]})
-            return body, await _upserted(connection, body), len(_WORDS.encode())
+    async def say() -> tuple[bytes, bytes, int]:
+        sent.append({**sent.pop(), "id": str(UUID(int=time.monotonic_ns()))})
+        body = orjson.dumps({"conversations": [{"id": chat, "title": "Trip", "messages": sent}]})
+        return body, await _upserted(connection, body), len(_WORDS.encode())
 
-        return say
-
-    return on
+    return say
 
 
 async def _upserted(connection: Connection, body: bytes) -> bytes:
