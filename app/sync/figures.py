@@ -11,7 +11,7 @@ import structlog
 from app.errors import ParleyError
 from app.expiry import Rows
 from app.postgres import AWAY, Pool
-from app.sync.changes import Answer
+from app.sync.changes import Answer, Did
 from app.telemetry import Metrics
 
 log = structlog.get_logger(__name__)
@@ -72,6 +72,9 @@ class Figures:
     def __init__(self, pool: Pool, metrics: Metrics) -> None:
         self._pool = pool
         self._metrics = metrics
+        # Looked up once: most exchanges end well and have nothing to do.
+        self._done = metrics.sync_exchanges.labels("done")
+        self._up, self._down = metrics.sync_bytes.labels("up"), metrics.sync_bytes.labels("down")
         self._sums: dict[str, _Sums] = {}
 
     @contextmanager
@@ -102,20 +105,24 @@ class Figures:
 
     def _count(self, one: Exchange, outcome: str, seconds: float) -> None:
         metrics = self._metrics
-        metrics.sync_exchanges.labels(outcome).inc()
+        (self._done if outcome == "done" else metrics.sync_exchanges.labels(outcome)).inc()
         metrics.sync_seconds.observe(seconds)
-        metrics.sync_bytes.labels("up").inc(one.up)
-        metrics.sync_bytes.labels("down").inc(one.down)
+        self._up.inc(one.up)
+        self._down.inc(one.down)
         if (answer := one.answer) is None:
             return
         metrics.sync_mutations.observe(answer.did.mutations)
         metrics.sync_rows.observe(answer.did.rows)
-        for status, count in answer.did.conflicts.items():
-            metrics.sync_conflicts.labels(status).inc(count)
         if answer.bootstrap:
             metrics.sync_bootstraps.labels(answer.resync or "new").inc()
-        metrics.sync_failed.labels("brought").inc(answer.did.failed)
-        metrics.sync_failed.labels("mended").inc(answer.did.mended)
+        if answer.did.mutations:
+            self._count_push(answer.did)
+
+    def _count_push(self, did: Did) -> None:
+        for status, count in did.conflicts.items():
+            self._metrics.sync_conflicts.labels(status).inc(count)
+        self._metrics.sync_failed.labels("brought").inc(did.failed)
+        self._metrics.sync_failed.labels("mended").inc(did.mended)
 
     def _add(self, one: Exchange, outcome: str, seconds: float) -> None:
         assert one.user_id is not None
