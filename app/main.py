@@ -248,6 +248,7 @@ class Gateway:
         chatbots = Chatbots(pool)
         images = Images(wall, decoders)
         memory = Memory(settings.history_limit, settings.history_bytes)
+        quotas = _quotas(settings, metrics)
         beginning = Beginning(streams, chatbots=chatbots, images=images, memory=memory)
         self._takeover = Takeover(
             pool,
@@ -274,11 +275,19 @@ class Gateway:
             key_s=self._key_s,
             user_runs=settings.user_runs,
             room=Room(settings.queue_limit, settings.user_queue),
-            quotas=_quotas(settings, metrics),
+            quotas=quotas,
             at_once=_share(settings),
         )
         self._turns = turns = Turns(
-            pool, replica, wall=wall, hub=hub, bus=bus, streams=streams, beginning=beginning, runner=runner
+            pool,
+            replica,
+            wall=wall,
+            hub=hub,
+            bus=bus,
+            streams=streams,
+            beginning=beginning,
+            runner=runner,
+            quotas=quotas,
         )
         runner.on_end = turns.give_next
         self._stopping = stopping = Stopping(wall, streams, bus=bus, tail=tail, runner=runner, turns=turns)

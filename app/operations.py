@@ -458,7 +458,7 @@ _QUEUE = Operation(
 )
 _EDIT_QUEUED = Operation(
     "Edit a waiting message",
-    "Gives it another text. Not once its turn has come.",
+    "Gives it another text, and what that may take of daily quotas. Not once its turn has come.",
     answers={200: Answer("Changed.", {_JSON: Content({**_CHANGED, "streaming_session_id": None}, QueueAnswer)})},
     parameters=_OF_A_MESSAGE,
     body=Content({"message_text": "And after that?"}, EditMessage),
@@ -468,6 +468,7 @@ _EDIT_QUEUED = Operation(
         408: ["body_too_slow"],
         413: ["body_too_large"],
         422: ["invalid_request", "message_too_long"],
+        429: ["quota_exceeded"],
     },
 )
 _REMOVE_QUEUED = Operation(

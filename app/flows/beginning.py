@@ -109,9 +109,7 @@ class Beginning:
         """
         message_id = prepared.incoming.message_id or str(uuid.uuid4())
         incoming = replace(prepared.incoming, message_id=message_id)
-        history = incoming.history
-        if history is None:
-            history = () if new else await self._stored(connection, incoming.user_id, session_id)
+        history = () if new and incoming.history is None else await self.history(connection, incoming, session_id)
         chat = index.Chat(incoming.user_id, session_id, incoming.chatbot_id)
         names = (stream_id, *(chat.user_id, chat.id, chat.chatbot_id))
         stream = Stream(*names, prepared.version, prepared.flow_type)
@@ -171,6 +169,11 @@ class Beginning:
             history = await self._stored(pool, stream.user_id, stream.session_id, before=asked.position)
         started = perf_counter() - orphan.age_s
         return Run(stream, chatbot, prepared.plan, _inputs(prepared, history), incoming.request_id, started)
+
+    async def history(self, connection: Connection, incoming: Incoming, session_id: str) -> Sequence[Message]:
+        """What came before the message, as it says or as it is stored now."""
+        given = incoming.history
+        return await self._stored(connection, incoming.user_id, session_id) if given is None else given
 
     async def _stored(
         self, connection: Connection | Pool, user_id: str, chat_id: str, *, before: int | None = None

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import structlog
 
+from app.chats.chat import Message
 from app.errors import Conflict, Invalid, NotFound, TooMany, Unavailable
 from app.flows import idempotency, queue, sessions
 from app.flows.beginning import Beginning, Prepared
@@ -179,15 +180,19 @@ class Intake:
         """Last of all, as many may wait for the row of one chatbot or key. Raises TooMany; nothing is written then."""
         stream_id, tokens = place.stream.id, 0
         if any(quota.daily.tokens is not None for quota in quotas):
-            tokens = estimate(
-                prepared, place.inputs.history if isinstance(place, Run) else prepared.incoming.history or ()
-            )
+            tokens = estimate(prepared, await self._history(connection, place, prepared.incoming))
         try:
             reservation = await self._quotas.reserve(connection, quotas, tokens)
         except TooMany:
             self._streams.settle(stream_id)  # it never was
             raise
         await self._streams.reserve(connection, stream_id, reservation)
+
+    async def _history(self, connection: Connection, place: "Run | _Queued", incoming: Incoming) -> Sequence[Message]:
+        """Of a message that waits, as it is by now: what it holds follows when its turn comes."""
+        if isinstance(place, Run):
+            return place.inputs.history
+        return await self._beginning.history(connection, incoming, place.stream.session_id)
 
     async def _replay(self, connection: Connection, key: idempotency.Key) -> Accepted | None:
         return _replayed(await idempotency.claim(connection, key, remember_s=self._key_s))

@@ -28,6 +28,10 @@ _FIRST = """
 select message_id, stream_id, chatbot_id, text, request from queued_messages
 where user_id = $1 and session_id = $2 order by place limit 1
 """
+_ONE = """
+select message_id, stream_id, chatbot_id, text, request from queued_messages
+where user_id = $1 and session_id = $2 and message_id = $3
+"""
 _TAKE = "delete from queued_messages where stream_id = $1"
 _LIST = """
 select message_id, stream_id, chatbot_id, text, created_at, updated_at from queued_messages
@@ -35,7 +39,7 @@ where user_id = $1 and session_id = $2 order by place
 """
 _EDIT = """
 update queued_messages set text = $4, updated_at = now() where user_id = $1 and session_id = $2 and message_id = $3
-returning 1
+returning stream_id
 """
 _REMOVE = """
 delete from queued_messages where user_id = $1 and session_id = $2 and message_id = $3 returning stream_id
@@ -122,8 +126,18 @@ def _exists() -> Conflict:
 async def first(connection: Connection | Pool, *, user_id: str, session_id: str) -> Turn | None:
     """The message whose turn comes next."""
     row = await connection.fetchrow(_FIRST, user_id, session_id)
+    return None if row is None else _turn(row, user_id, session_id)
+
+
+async def find(connection: Connection, *, user_id: str, session_id: str, message_id: str) -> Turn:
+    """Raises NotFound for a message that does not wait any more."""
+    row = await connection.fetchrow(_ONE, user_id, session_id, message_id)
     if row is None:
-        return None
+        raise not_queued()
+    return _turn(row, user_id, session_id)
+
+
+def _turn(row: asyncpg.Record, user_id: str, session_id: str) -> Turn:
     names = {"user_id": user_id, "chatbot_id": row["chatbot_id"], "session_id": session_id}
     incoming = replace(decode(row["request"], **names, text=row["text"]), message_id=row["message_id"])
     return Turn(row["stream_id"], incoming)
@@ -139,10 +153,12 @@ async def listed(connection: Connection, *, user_id: str, session_id: str) -> li
     return [Waiting(*row) for row in await connection.fetch(_LIST, user_id, session_id)]
 
 
-async def edit(connection: Connection, *, user_id: str, session_id: str, message_id: str, text: str) -> None:
-    """Raises NotFound for a message that does not wait any more."""
-    if not await connection.fetchval(_EDIT, user_id, session_id, message_id, text):
+async def edit(connection: Connection, *, user_id: str, session_id: str, message_id: str, text: str) -> UUID:
+    """Returns the stream of the message. Raises NotFound for a message that does not wait any more."""
+    stream_id: UUID | None = await connection.fetchval(_EDIT, user_id, session_id, message_id, text)
+    if stream_id is None:
         raise not_queued()
+    return stream_id
 
 
 async def remove(connection: Connection, *, user_id: str, session_id: str, message_id: str) -> UUID:

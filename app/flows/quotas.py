@@ -47,6 +47,22 @@ update quota_usage q set
     tokens_reserved = q.tokens_reserved - held.tokens, tokens_used = q.tokens_used + cost.tokens
 from held, cost where q.day = $1 and q.subject = held.subject
 """
+# What a message that waits holds, while its text and its history change: as much as it would be given were it sent now,
+# and with $5 even beyond the quota.
+_FOLLOW = """
+with held as materialized (
+        select q.subject, q.tokens_quota, r.tokens,
+               case when q.tokens_quota is null then 0 else least($4, q.tokens_quota) end as wanted,
+               q.tokens_used + q.tokens_reserved - r.tokens as others
+        from quota_usage q join unnest($2::text[], $3::bigint[]) as r (subject, tokens) on r.subject = q.subject
+        where q.day = $1 order by q.subject collate "C" for update of q),
+     told as materialized (
+        select *, $5 or wanted <= tokens or others + wanted <= tokens_quota as fits from held),
+     moved as (
+        update quota_usage q set tokens_reserved = q.tokens_reserved - told.tokens + told.wanted
+        from told where q.day = $1 and q.subject = told.subject and told.fits)
+select subject, tokens_quota, wanted, wanted - tokens as more, fits from told
+"""
 _LOOK = """
 select w.subject, coalesce(q.messages_used, 0) as messages_used, coalesce(q.messages_reserved, 0) as messages_reserved,
        coalesce(q.tokens_used, 0) as tokens_used, coalesce(q.tokens_reserved, 0) as tokens_reserved,
@@ -109,6 +125,22 @@ class Quotas:
             await self.require(connection, [quotas[index]], taken[index])
             raise self._refused(quotas[index], "messages", None)
         return Reservation(rows[0]["day"], subjects, taken)
+
+    async def follow(
+        self, connection: Connection, reservation: Reservation, tokens: int, *, force: bool = False
+    ) -> Reservation:
+        """So many tokens instead of those of the reservation, in the caller's transaction, which has to be given up
+        where this raises TooMany: one of the quotas has no room for more. With `force` it is taken all the same.
+        """
+        subjects = list(reservation.subjects)
+        rows = await connection.fetch(_FOLLOW, reservation.day, subjects, list(reservation.tokens), tokens, force)
+        for row in rows:
+            if not row["fits"]:
+                quota = Quota(row["subject"], Daily(tokens=row["tokens_quota"]))
+                await self.require(connection, [quota], row["more"])
+                raise self._refused(quota, "tokens", None)
+        taken = {row["subject"]: row["wanted"] for row in rows}
+        return Reservation(reservation.day, subjects, [taken.get(subject, 0) for subject in subjects])
 
     async def require(self, connection: Connection, quotas: Sequence[Quota], tokens: int = 1) -> None:
         """Raises TooMany where a message would be refused now, as far as that can be known before it is reserved."""

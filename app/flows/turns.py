@@ -1,5 +1,6 @@
 """Who is next: gives a session's waiting messages their turn, one after the other, and takes orders about them."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -7,14 +8,16 @@ from uuid import UUID
 
 import structlog
 
+from app.chats.chat import Message
 from app.errors import Conflict, Invalid, NotFound, Unavailable
 from app.expiry import Expired
 from app.flows import queue, sessions
-from app.flows.beginning import Beginning
+from app.flows.beginning import Beginning, Prepared
 from app.flows.queue import Turn
+from app.flows.quotas import Quotas, estimate
 from app.flows.run import CANCELLED, Failure, Run
 from app.flows.runner import Runner
-from app.postgres import Pool, retry_conflicts
+from app.postgres import Connection, Pool, retry_conflicts
 from app.streams.bus import Bus
 from app.streams.hub import Hub
 from app.streams.replicas import Fenced, Replica
@@ -41,7 +44,9 @@ class Turns:
         streams: Streams,
         beginning: Beginning,
         runner: Runner,
+        quotas: Quotas,
     ) -> None:
+        self._quotas = quotas
         self._pool = pool
         self._replica = replica
         self._wall = wall
@@ -107,9 +112,12 @@ class Turns:
             if await queue.first(connection, user_id=user_id, session_id=session_id) != first:
                 raise _Overtaken
             await queue.take(connection, first.stream_id)
-            return await self._beginning.write(
+            run = await self._beginning.write(
                 connection, prepared, stream_id=first.stream_id, session_id=session_id, new=False, queued=True
             )
+            # It was accepted, so it has its answer, whatever its history has become meanwhile.
+            await self._hold(connection, run.stream.id, prepared, run.inputs.history, force=True)
+            return run
 
     async def _refuse(self, first: Turn, failure: Failure) -> None:
         incoming = first.incoming
@@ -124,10 +132,44 @@ class Turns:
     # -- what its user may do with a waiting message
 
     async def edit(self, *, user_id: str, session_id: str, message_id: str, text: str) -> None:
-        """Raises NotFound for a message that does not wait any more."""
+        """What it holds of quotas follows its text. Raises NotFound for a message that does not wait any more, and
+        TooMany where they have no room for this text.
+        """
+        names = {"user_id": user_id, "session_id": session_id, "message_id": message_id}
+        prepared = await self._prepared(text, **names)
         async with self._replica.transaction(wall=self._wall) as connection:
             await sessions.lock(connection, user_id=user_id, session_id=session_id)
-            await queue.edit(connection, user_id=user_id, session_id=session_id, message_id=message_id, text=text)
+            stream_id = await queue.edit(connection, **names, text=text)
+            if prepared is not None:
+                history = await self._beginning.history(connection, prepared.incoming, session_id)
+                await self._hold(connection, stream_id, prepared, history)
+
+    async def _prepared(self, text: str, **names: str) -> Prepared | None:
+        """A waiting message with another text, where it matters for quotas how long that is."""
+        async with self._wall.connection() as connection:
+            waiting = await queue.find(connection, **names)
+            held = await self._streams.held(connection, waiting.stream_id)
+        if held is None or not any(held.tokens):
+            return None
+        try:
+            return await self._beginning.prepare(replace(waiting.incoming, text=text))
+        except (NotFound, Invalid):
+            return None  # its turn will tell
+
+    async def _hold(
+        self,
+        connection: Connection,
+        stream_id: UUID,
+        prepared: Prepared,
+        history: Sequence[Message],
+        *,
+        force: bool = False,
+    ) -> None:
+        """As many tokens as its answer may take, where it holds any. Last in its transaction, as in Intake."""
+        held = await self._streams.held(connection, stream_id)
+        if held is not None and any(held.tokens):
+            held = await self._quotas.follow(connection, held, estimate(prepared, history), force=force)
+            await self._streams.reserve(connection, stream_id, held)
 
     async def remove(self, *, user_id: str, session_id: str, message_id: str) -> UUID:
         """Its stream ends cancelled. Raises NotFound for a message that does not wait any more."""

@@ -50,6 +50,7 @@ returning id
 """
 _RESERVE = "update streaming_sessions set quota_day = $2, quota_subjects = $3, quota_tokens = $4 where id = $1"
 _RESERVED = "quota_day, quota_subjects, quota_tokens"
+_HELD = f"select {_RESERVED} from streaming_sessions where id = $1 and quota_day is not null"
 _END_QUEUED = f"""
 with s as (
     update streaming_sessions set status = $2, last_event_id = 1, ended_at = now()
@@ -235,9 +236,14 @@ class Streams:
         await self._give_back(connection, stream_id, await connection.fetchrow(_END_QUEUED, stream_id, status, payload))
 
     async def reserve(self, connection: Connection, stream_id: UUID, reservation: Reservation) -> None:
-        """Note what a new stream holds, in the transaction that makes it."""
+        """Note what a stream holds, in the transaction that makes it, begins it or changes its message."""
         values = (reservation.day, list(reservation.subjects), list(reservation.tokens))
         await connection.execute(_RESERVE, stream_id, *values)
+
+    async def held(self, connection: Connection, stream_id: UUID) -> Reservation | None:
+        """What a stream that has not ended holds; None where that is nothing."""
+        row = await connection.fetchrow(_HELD, stream_id)
+        return Reservation(*row) if row else None
 
     async def _give_back(self, connection: Connection, stream_id: UUID, ended: asyncpg.Record | None) -> None:
         if ended is not None and ended["quota_day"] is not None:

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 import httpx2
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from app.access import keys
 from app.access.principal import Daily
-from app.chats.chat import Message
+from app.chats.chat import Message, estimated_tokens
 from app.flows.beginning import Prepared
 from app.flows.conditions import Ask
 from app.flows.config import ANSWER_TOKENS, Chatbot
@@ -38,6 +38,10 @@ BOTS: dict[str, Any] = {
     "seeing": {"flows": {"main": MUTE | {"images": True}}, "daily_messages": 1},
 }
 _UNFINISHED = "select count(*) from streaming_sessions where status in ('queued', 'active')"
+_BLOCKED = """
+select count(distinct l.pid) from pg_locks l join pg_stat_activity a using (pid)
+where not l.granted and a.datname = current_database()
+"""
 _SPENT = "select coalesce(sum(prompt_tokens + completion_tokens), 0) from usage_ledger"
 
 
@@ -188,6 +192,77 @@ async def test_what_waits_holds_its_place_and_gives_it_back_when_it_is_removed(h
         assert (await usage(home))["messages_reserved"] == 0
 
 
+async def test_what_waits_holds_tokens_for_its_history_and_for_the_text_that_it_has_now(
+    house: Open, database: str
+) -> None:
+    quotas: dict[str, Any] = {"quota_user_tokens": 12_000}
+    async with house(**quotas) as home, serving(database, drain_s=0, **quotas) as other:
+        await home.apply(**BOTS)
+        said = "word " * 1000
+        first = (await post(home.client, session_id="s", message_text=said)).json()
+        running = (await usage(home))["tokens_reserved"]
+        await post(home.client, "good", session_id="s", client_message_id="m")
+        short = (await usage(home))["tokens_reserved"] - running
+        assert short > ANSWER_TOKENS + estimated_tokens(said), "what was said before is told to the model again"
+
+        async def edit(client: httpx2.AsyncClient, text: str) -> httpx2.Response:
+            return await client.patch("/api/sessions/s/queue/m?user_id=ann", json={"message_text": text})
+
+        assert (await edit(home.client, said)).status_code == 200
+        grown = (await usage(home))["tokens_reserved"] - running
+        assert grown - short == estimated_tokens(said) - estimated_tokens("Hello")
+        queued = "select user_id, text from queued_messages"
+        before = (await usage(home), await home.database.fetch(queued))
+        assert_used_up(await edit(other, said * 6), "user", soon=True)
+        assert (await usage(home), await home.database.fetch(queued)) == before
+        assert (await edit(other, "Hello")).status_code == 200
+        assert (await usage(home))["tokens_reserved"] - running == short
+        await home.client.post(f"{first['streaming_url']}/cancel")
+        await all_ended(home)
+        assert (await usage(home))["tokens_reserved"] == 0
+
+
+async def test_of_two_texts_that_grow_at_once_a_quota_has_room_for_one(house: Open, database: str) -> None:
+    quotas: dict[str, Any] = {"quota_user_tokens": 12_000}
+    async with house(**quotas) as home, serving(database, drain_s=0, **quotas) as other:
+        await home.apply(**BOTS)
+        text = {"message_text": "word " * 3500}
+        for session, message in product("st", ("runs", "waits")):
+            answer = await post(home.client, session_id=session, client_message_id=f"{session}-{message}")
+            assert answer.status_code == 200
+        async with asyncio.TaskGroup() as tasks, home.database.transaction():
+            await home.database.execute("select 1 from quota_usage for update")
+            edits = [
+                tasks.create_task(client.patch(f"/api/sessions/{one}/queue/{one}-waits?user_id=ann", json=text))
+                for one, client in (("s", home.client), ("t", other))
+            ]
+            async with asyncio.timeout(5):
+                while await home.database.fetchval(_BLOCKED) < 2:
+                    pass
+        answers = [edit.result() for edit in edits]
+        assert sorted(answer.status_code for answer in answers) == [200, 429]
+        assert (await usage(home))["tokens_reserved"] <= 12_000
+
+
+async def test_at_its_turn_a_message_holds_what_its_history_has_become(house: Open) -> None:
+    async with house(quota_user_tokens=4000) as home:
+        await home.apply(talks={"flows": {"main": flow(wishes={"tokens": "1500", "first_ms": "500"})}}, **BOTS)
+        await post(home.client, "talks", session_id="s")
+        held = (await usage(home))["tokens_reserved"]
+        waits = (await post(home.client, session_id="s")).json()
+        assert waits["status"] == "queued"
+        held = (await usage(home))["tokens_reserved"] - held
+        turn = f"select 1 from streaming_sessions where status = 'active' and id = '{waits['streaming_session_id']}'"
+        await home.row(turn)
+        answer = await home.database.fetchval("select content from messages where role = 'assistant'")
+        assert (await usage(home))["tokens_reserved"] - held == estimated_tokens(answer) > 1000
+        # It was accepted, so it is answered; whoever comes now is told.
+        assert_used_up(await post(home.client, session_id="t"), "user", soon=True)
+        await home.client.post(f"{waits['streaming_url']}/cancel")
+        await all_ended(home)
+        assert (await usage(home))["tokens_reserved"] == 0
+
+
 async def test_an_answer_that_failed_is_given_back(house: Open) -> None:
     async with house(quota_user_messages=1) as home:
         await home.apply(**BOTS)
@@ -265,6 +340,12 @@ class Ward:
                 path = f"/api/sessions/s{number % 3}/queue/{waiting['message_id']}?user_id=ann"
                 await client.request("DELETE", path)
             return
+        if act == "edit":
+            queue = (await client.get(f"/api/sessions/s{number % 3}/queue?user_id=ann")).json()
+            for waiting in queue.get("messages", [])[:1]:
+                path = f"/api/sessions/s{number % 3}/queue/{waiting['message_id']}?user_id=ann"
+                await client.patch(path, json={"message_text": "word " * (1 + number * 100)})
+            return
         fields = session | ({"on_busy": "interrupt"} if act == "interrupt" else {})
         answer = await post(client, "mute" if act == "interrupt" else act, **fields)
         assert answer.status_code in (200, 409) or answer.json()["code"] == "quota_exceeded", answer.text
@@ -317,7 +398,9 @@ async def warded(database: str) -> AsyncGenerator[Ward, None]:
 
 
 _ACT = st.tuples(
-    st.sampled_from(["good", "mute", "broken", "interrupt", "stop", "remove"]), st.integers(0, 8), st.integers(0, 1)
+    st.sampled_from(["good", "mute", "broken", "interrupt", "stop", "remove", "edit"]),
+    st.integers(0, 8),
+    st.integers(0, 1),
 )
 
 
