@@ -177,14 +177,16 @@ class Changes:
             return answer
         return await _until_written(lambda: self._write(user_id, asked))
 
-    async def write(self, user_id: str, ops_of: OpsOf, *, dated: bool = False, failed: bool = False) -> Written:
+    async def write(
+        self, user_id: str, ops_of: OpsOf, *, dated: bool = False, failed: bool = False, noted: bool = True
+    ) -> Written:
         """What somebody without a device does, in one transaction: merged like any push and sent to every device.
 
         `ops_of` is asked under the lock, once for each try. With `dated`, messages came when their stamps say, and not
-        now. Raises what it raises, and Unavailable as `exchange`.
+        now; `noted`: chats that go are noted in the audit. Raises what it raises, and Unavailable as `exchange`.
         """
         self._replica.admit()
-        return await _until_written(lambda: self._do(user_id, ops_of, dated=dated, failed=failed))
+        return await _until_written(lambda: self._do(user_id, ops_of, dated=dated, failed=failed, noted=noted))
 
     async def _read(self, user_id: str, asked: Asked) -> Answer | None:
         """The answer to who pushes nothing; None where something has to be written for it: before a bootstrap."""
@@ -203,7 +205,7 @@ class Changes:
                 await _adopt(connection, user_id, head)
             return await _answer(connection, user_id, asked, head, pushed)
 
-    async def _do(self, user_id: str, ops_of: OpsOf, *, dated: bool, failed: bool) -> Written:
+    async def _do(self, user_id: str, ops_of: OpsOf, *, dated: bool, failed: bool, noted: bool) -> Written:
         async with self._replica.transaction(wall=self._wall) as connection:
             head = await self._locked(connection, user_id)
             ops = await ops_of(connection, head.now_ms)
@@ -212,6 +214,8 @@ class Changes:
                 work.apply(Mutation(0, ops[first : first + MOST_OPS]))
             if work.marks:
                 await work.save(connection, user_id, dated=dated)
+                if noted:
+                    await work.note_gone(connection, user_id)
             return Written(work.found.state, work.marks.chats.keys(), work.marks.messages.keys())
 
     async def _locked(self, connection: Connection, user_id: str) -> _Head:
@@ -307,6 +311,7 @@ async def _push(connection: Connection, user_id: str, asked: Asked, head: _Head,
         return pushed
     _remember(head, asked, pushed.results)
     await work.save(connection, user_id)
+    await work.note_gone(connection, user_id)
     pushed.did = work.did(acked)
     return pushed
 
@@ -410,14 +415,13 @@ class _Work:
             await index.merge(connection, index.OWN, folded)
         if chats := _uncounted(self.before, self.found.state, said):
             await recount.count_within(connection, [(user_id, chat) for chat in chats])
-        if gone := self._gone():
-            await note(connection, asker(), "chat.delete", target=user_id, detail=f"{len(gone)}: {', '.join(gone)}")
 
-    def _gone(self) -> Sequence[str]:
-        """Chats that are deleted now, and were not."""
+    async def note_gone(self, connection: Connection, user_id: str) -> None:
+        """Put on record which chats are deleted now, and were not."""
         was = self.before.chats
         deleted = (name for name, chat in self.found.state.chats.items() if chat.is_deleted)
-        return sorted(name for name in deleted if name in was and not was[name].is_deleted)
+        if gone := sorted(name for name in deleted if name in was and not was[name].is_deleted):
+            await note(connection, asker(), "chat.delete", target=user_id, detail=f"{len(gone)}: {', '.join(gone)}")
 
     def did(self, acked: int) -> Did:
         """For figures: what was new in this push."""

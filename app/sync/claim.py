@@ -103,7 +103,8 @@ class Claim:
             if (state := await self._copy(chat)) is None:
                 return
             with within(Reach(self.from_user)):
-                done = await self.changes.write(self.from_user, partial(self._gone, chat, state))
+                # That all of them were taken is on record.
+                done = await self.changes.write(self.from_user, partial(self._gone, chat, state), noted=False)
             if done.chats:
                 return
 

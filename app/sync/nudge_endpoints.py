@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import TypedDict
 
 from pydantic import BaseModel, Field
@@ -46,7 +47,7 @@ async def sync_events(request: Request[Needs]) -> Response:
     # EventSource repeats its URL when it resumes, so the header is the newer one.
     seen = request.headers.get("Last-Event-ID") or asked.cursor or None
     if seen is not None:
-        seen = str(cursor.read(seen))
+        seen = str(replace(cursor.read(seen), failed=False))
     if request.state["nudges"].closing or request.state["seats"].full:
         return come_back_later(settings.sse_retry_ms)
     return EventStream(

@@ -39,7 +39,7 @@ async def test_who_knows_where_it_stands_is_told_nothing_until_that_changes(hous
     async with house(**DEAF) as home:
         seen = (await sync(home.client, "phone", [put("c")]))["cursor"]
         async with (
-            nudged(home.client, cursor=seen) as one,
+            nudged(home.client, cursor=f"{seen}f") as one,
             nudged(home.client, headers={"Last-Event-ID": seen}, cursor="5b6f1f0a6a55.1") as resumed,
             nudged(home.client, cursor="5b6f1f0a6a55.1") as other,
         ):
