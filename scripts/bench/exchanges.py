@@ -37,6 +37,8 @@ insert into messages (user_id, id, chat_id, role, content, position) values ('al
 _ROWS = """
 select relname, n_tup_ins + n_tup_upd + n_tup_del as rows from pg_stat_user_tables
 """
+# Of one server process; PostgreSQL 18 tells it.
+_WAL = "select wal_bytes from pg_stat_get_backend_wal($1)"
 _TELL_COUNTERS = "select pg_stat_force_next_flush()"
 _HISTORY = """
 insert into naive (user_id, id, chat_id, role, content, position)
@@ -215,18 +217,13 @@ async def _turn(kind: Kind) -> tuple[float, float]:
 async def _weighed(kind: Kind, look: Pool) -> Cost:
     """All but the CPU."""
     await kind.tell_counters()
-    before, wal = await _rows(look), []
+    before, start = await _rows(look), await look.fetchval(_WAL, kind.server)
     for _ in range(_TURN):
-        start = await _written(look)
         up, down, text = await kind.say()
-        wal.append(await _written(look) - start)
     await kind.tell_counters()
     rows = {name: count / _TURN for name, count in (await _rows(look) - before).items()}
-    return Cost(len(up), text, len(down), rows, median(wal))
-
-
-async def _written(look: Pool) -> int:
-    return int(await look.fetchval("select pg_current_wal_insert_lsn() - '0/0'::pg_lsn"))
+    wal = float(await look.fetchval(_WAL, kind.server) - start)
+    return Cost(len(up), text, len(down), rows, wal / _TURN)
 
 
 def ran_us(pid: int) -> float:

@@ -4,7 +4,7 @@ import asyncpg
 import pytest
 
 from app.postgres import open_pool
-from app.sync import pages
+from app.sync import pages, rows
 from app.sync.cursor import Cursor, read
 from app.wall import Reach, Wall, within
 
@@ -28,6 +28,23 @@ async def test_changes_are_found_by_their_number(
     pool.terminate()
     assert any(index in line for line in plan), plan
     assert any("Index Cond" in line and "seq > " in line for line in plan), plan
+
+
+async def test_what_a_push_names_is_found_by_its_key_though_most_users_have_little(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.execute("""
+        insert into messages (user_id, id, chat_id, content, role, position)
+        select 'user-' || n % 500, n::text, 'c', '', 'user', n from generate_series(1, 3000) n;
+        insert into chats (user_id, id, title) select 'user-' || n, 'c', '' from generate_series(0, 499) n;
+        analyze messages, chats;
+        set plan_cache_mode = force_generic_plan
+    """)
+    await connection.execute(f"prepare find (text, text[], text[]) as {rows._FIND}")
+    plan = [row[0] for row in await connection.fetch("explain (costs off) execute find('ann', '{c}', '{7}')")]
+    await connection.close()
+    assert any("messages_pkey" in line for line in plan), plan
+    assert any("chats_pkey" in line for line in plan), plan
+    assert not any("Filter" in line for line in plan), plan
 
 
 async def test_a_page_ends_where_its_text_is_enough_but_has_one_change_at_least(database: str) -> None:
