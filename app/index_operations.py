@@ -135,6 +135,29 @@ _ONE = Operation(
         503: [*_PROBLEMS[503], "overloaded", "source_unavailable"],
     },
 )
+_EVENTS = Operation(
+    "Follow changes of the list",
+    "Server-sent events: `changed` names conversations that have changed since the last one, at most 100, or says "
+    "`all`: then read the list again. That comes once at the beginning, and for whatever cannot be named: what was "
+    "read from other programs' tables, what was deleted or built anew, at most every 5 seconds. A user is told of the "
+    "user's own conversations only. Changes of a quarter of a second are told together, and there is nothing to "
+    "resume: whoever comes back reads the list.",
+    answers={
+        200: Answer(
+            "Frames.",
+            {
+                _SSE: Content(
+                    'event: changed\ndata: {"all":false,"conversations":[{"conversationId":"5b6f1f0a",'
+                    '"source":"parley","username":"user-123"}]}\n\n',
+                    schema={},
+                )
+            },
+            headers=["Cache-Control"],
+        )
+    },
+    parameters=[_USERNAME, _USER_ID],
+    problems={400: ["bad_parameter"]},
+)
 _STATISTICS = Operation(
     "Add conversations up",
     "Messages, questions, tokens and durations per day, model, user or chatbot, of the last 30 days unless `from` and "
@@ -305,6 +328,7 @@ _RESET = Operation(
 INDEX_OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/api/messages/conversations"): _LIST,
     ("GET", "/conversations"): _LIST,
+    ("GET", "/api/messages/conversations/events"): _EVENTS,
     ("GET", "/api/messages/conversations/{conversation_id}"): _ONE,
     ("GET", "/api/messages/statistics"): _STATISTICS,
     ("GET", "/api/usage"): _USAGE,

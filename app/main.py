@@ -31,6 +31,7 @@ from app.chats.images import Images
 from app.chats.picture import Limits as PictureLimits
 from app.chats.usage import UsageDays
 from app.conversations.batch import Bounds as PassBounds
+from app.conversations.news import News
 from app.conversations.passes import Passes
 from app.conversations.reconcile import Reconcile
 from app.conversations.upkeep import Upkeep, each_source
@@ -232,6 +233,7 @@ class Gateway:
         replica.on_commit = topics.change
         self._nudges = nudges = Nudges(pool, topics)
         self._figures = figures = Figures(pool, metrics)
+        self._news = news = News(pool, topics)
         self._bus = bus = self._open_bus()
         self._partitions = Partitions(pool, days_ahead=settings.partition_days)
         self._streams = streams = Streams(pool, replica, settle=settle)
@@ -373,6 +375,7 @@ class Gateway:
             nudges=nudges,
             figures=figures,
             imports=Allowance(_IMPORTS, of="imports", each=1),
+            news=news,
             admit_upload=replica.admit,
             admit_question=partial(_admit_question, intake),
             analyse=partial(_analyse, intake),
@@ -405,6 +408,7 @@ class Gateway:
             every(_FIGURES_S, self._figures.run_once, name="figures", failing=self._failing),
             whenever(self._topics.wanted, self._topics.tell_once, name="topics", failing=self._failing),
             whenever(self._nudges.wanted, self._nudges.look_once, name="nudges", failing=self._failing),
+            whenever(self._news.wanted, self._news.look_once, name="news", failing=self._failing),
             *([self._issuer.run(self._failing)] if self._issuer else []),
         ]
 
@@ -412,6 +416,7 @@ class Gateway:
         (self._failing.add if self._log.waiting else self._failing.discard)("log")
         self._hub.look_around(self._log.owns)
         self._nudges.look_around()
+        self._news.look_around()
 
     async def _come_up(self) -> None:
         """Wait for a usable database, register, then keep beating, scanning and making partitions."""
@@ -511,6 +516,7 @@ class Gateway:
         finally:
             self._hub.close()
             self._nudges.close()
+            self._news.close()
             self._life.drained.set()
 
 

@@ -7,7 +7,7 @@ from app import health, problems
 from app.access import client, guard
 from app.access.demands import demands
 from app.chats import endpoints as chat_endpoints
-from app.conversations import administration, discovery_endpoints, usage_endpoints
+from app.conversations import administration, discovery_endpoints, news_endpoints, usage_endpoints
 from app.conversations import endpoints as conversation_endpoints
 from app.flows import configuration, user_endpoints
 from app.flows import endpoints as flow_endpoints
@@ -29,6 +29,7 @@ class State(
     administration.Needs,
     discovery_endpoints.Needs,
     usage_endpoints.Needs,
+    news_endpoints.Needs,
     sync_endpoints.Needs,
     own_chat_endpoints.Needs,
     file_endpoints.Needs,
@@ -96,6 +97,7 @@ def _index(settings: Settings) -> list[Route]:
     return [
         Route("/api/messages/conversations", conversation_endpoints.conversations),
         Route("/conversations", conversation_endpoints.conversations, name="conversations_alias"),
+        Route("/api/messages/conversations/events", news_endpoints.conversation_events),
         Route("/api/messages/conversations/{conversation_id}", conversation_endpoints.conversation),
         Route("/api/messages/statistics", conversation_endpoints.message_statistics),
         Route("/api/usage", usage_endpoints.usage),

@@ -52,7 +52,7 @@ def _check(headers: httpx2.Headers) -> None:
 
 
 async def test_every_answer_says_what_browsers_must_not_do_with_it(database: str) -> None:
-    async with serving(database, hsts_s=86400) as client:
+    async with serving(database, hsts_s=86400, sse_max_age_s=0.1) as client:
         for method, path in (*OPERATIONS, ("GET", "/none"), ("TRACE", "/livez"), ("OPTIONS", "/livez")):
             answer = await client.request(method, _path(path), content=b"{")
             _check(answer.headers)

@@ -26,6 +26,7 @@ _DEMANDS: Demands = {
     ("POST", "/api/sessions/{session_id}/queue/{message_id}/send-now"): "process",
     ("GET", "/api/messages/conversations"): "index",
     ("GET", "/conversations"): "index",
+    ("GET", "/api/messages/conversations/events"): "index",
     ("GET", "/api/messages/conversations/{conversation_id}"): "index",
     ("GET", "/api/messages/statistics"): "index",
     ("GET", "/api/usage"): "read",

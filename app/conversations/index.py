@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from app.conversations import words
+from app.conversations import news, words
 from app.conversations.summary import KEYS, QUESTION, Ranked, Summary
 from app.postgres import Connection, Pool
 from app.statement import Part, fetch_together
@@ -278,6 +278,7 @@ async def _said(connection: Connection, values: tuple[Any, ...], position: int |
 
 
 def _values(chat: Chat, model: str, client_ip: str, question: str, *, messages: int) -> tuple[Any, ...]:
+    news.saved()
     slot = random.randrange(_SLOTS)
     return (chat.user_id, chat.id, chat.chatbot_id, model, client_ip, question[:QUESTION], slot, messages)
 
@@ -285,6 +286,7 @@ def _values(chat: Chat, model: str, client_ip: str, question: str, *, messages: 
 async def ended(connection: Connection, chat: Chat, shares: Mapping[str, Share]) -> None:
     """A run in this chat has ended, with shares by model; once for each, in the transaction that ends it."""
     parts = list(shares.values())
+    news.saved()
     await connection.execute(
         _ENDED,
         *(chat.user_id, chat.id, chat.chatbot_id, sum(share.tokens for share in parts)),
@@ -294,7 +296,8 @@ async def ended(connection: Connection, chat: Chat, shares: Mapping[str, Share])
 
 
 def brought(summaries: Mapping[tuple[str, str], Summary]) -> str:
-    """What `bringing` asks for, of one user's messages; each once."""
+    """What `bringing` asks for, of one user's messages; each once, in the transaction that saves them."""
+    news.saved()
     return orjson.dumps([_line(chat, summary) for (_, chat), summary in summaries.items()]).decode()
 
 
@@ -313,6 +316,7 @@ async def merge(connection: Connection, source: str, summaries: Mapping[tuple[st
     if not summaries:
         return 0
     rows = [_row(*name, summary) for name, summary in sorted(summaries.items())]
+    news.changed()
     created: int = await connection.fetchval(_MERGE, source, *map(list, zip(*rows, strict=True)))
     if created:
         await connection.execute(_COUNTED, source, random.randrange(_SLOTS), created)

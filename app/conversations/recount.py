@@ -8,7 +8,7 @@ what happened when; they are not counted anew, as messages may be gone that were
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, field
 
-from app.conversations import words
+from app.conversations import news, words
 from app.conversations.index import OWN
 from app.postgres import CONFLICT, Connection
 
@@ -231,6 +231,7 @@ async def count_within(connection: Connection, keys: Sequence[Key]) -> tuple[int
     await connection.execute(_LOCK, *columns)
     row = await connection.fetchrow(_WRITE, *columns)
     assert row is not None
+    news.changed()
     if made != row["gone"]:
         await connection.execute(_ADD, OWN, made - row["gone"])
     return row["messages"], row["written"] + row["gone"]

@@ -173,6 +173,7 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("POST", "/api/sessions/{session_id}/queue/{message_id}/send-now"): _waiting("/send-now"),
     ("GET", "/api/messages/conversations"): _nothing,
     ("GET", "/conversations"): _nothing,
+    ("GET", "/api/messages/conversations/events"): _nothing,
     ("GET", "/api/messages/conversations/{conversation_id}"): _conversation,
     ("GET", "/api/messages/statistics"): _nothing,
     ("GET", "/api/usage"): _nothing,
