@@ -28,7 +28,7 @@ _LIMIT = 4096
 
 @pytest.fixture
 async def client(database: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
-    async with serving(database, body_limit=_LIMIT) as client:
+    async with serving(database, body_limit=_LIMIT, sse_max_age_s=0.2) as client:
         yield client
 
 

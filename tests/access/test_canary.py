@@ -66,6 +66,7 @@ def _no_canary(text: str, key: str) -> None:
 async def test_a_key_is_found_nowhere(database: str) -> None:
     look = await asyncpg.connect(database)
     variables = {"PARLEY_AUTH": "keys", "PARLEY_LOG_LEVEL": "debug", "PARLEY_PORT": "0", "DATABASE_URL": database}
+    variables["PARLEY_SSE_MAX_AGE_S"] = "0.2"
     key, admin = [await keys.create(look, "canary", [scope]) for scope in ("process", "admin")]
     async with running("serve", PARLEY_LOG_FORMAT="text", **variables) as process:
         async with client_of((await process.says("listening")).rpartition("url=")[2]) as client:
@@ -180,6 +181,7 @@ async def _town(database: str, port: socket.socket) -> AsyncGenerator[Town, None
         "DATABASE_URL": dsn,
         "PARLEY_PORT": "0",
         "PARLEY_LOG_LEVEL": "debug",
+        "PARLEY_SSE_MAX_AGE_S": "1",
         "PARLEY_LOG_FORMAT": "text",
         "PARLEY_AUTH": "keys,jwt",
         "PARLEY_JWT_ISSUER": "us",

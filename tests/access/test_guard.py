@@ -55,7 +55,7 @@ def bearer(key: str) -> dict[str, str]:
 @pytest.fixture
 async def client(database: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
     """Of a server that asks for keys."""
-    async with serving(database, auth="keys", drain_s=0) as client:
+    async with serving(database, auth="keys", drain_s=0, sse_max_age_s=0.2) as client:
         yield client
 
 
