@@ -116,6 +116,14 @@ _WALKS: Sequence[tuple[str, str]] = (
         """,
     ),
     ("quota_usage", f"delete from quota_usage where {_HERE} and subject = 'user:' || $1 and $4::text[] is not null"),
+    # Where a comparison of the index stands just now: it begins anew.
+    (
+        "conversation_rounds",
+        f"""
+        update conversation_rounds set place = '{{}}' where {_HERE} and source = '{OWN}' and $4::text[] is not null
+            and strpos(place::text, to_json($1::text)::text) > 0
+        """,
+    ),
     # How much was said on a day stays known.
     (
         "conversation_days",

@@ -26,15 +26,15 @@ _BYTES = 4 << 20
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
-# For rows of `page` (id, and where the index knows the chat: messages and tokens).
+# For rows of `page` (id, and where the index knows the chat: messages and tokens), also where there is no such chat.
 _ENTRIES = f"""
-select page.*, c.title, c.parent_chat_id, c.branch_from_message_id,
+select page.*, c.id is not null as is_there, c.title, c.parent_chat_id, c.branch_from_message_id,
     coalesce(page.messages, counted.messages) as message_count, coalesce(page.tokens, 0) as total_tokens,
     coalesce(first.at, c.created_at) as created_at, coalesce(last.at, c.updated_at) as updated_at,
     coalesce(last.preview, '') as preview,
     array(select b.id from chats b where b.user_id = $1 and b.parent_chat_id = page.chat_id and not b.is_deleted
         order by b.id limit {_BRANCHES}) as branches
-from page join chats c on c.user_id = $1 and c.id = page.chat_id and not c.is_deleted
+from page left join chats c on c.user_id = $1 and c.id = page.chat_id and not c.is_deleted
 left join lateral (
     select "timestamp" as at from messages
     where user_id = $1 and chat_id = page.chat_id and not is_deleted and status <> 'failed'
@@ -143,9 +143,14 @@ async def page(connection: Connection, user_id: str, *, after: Place, size: int)
 async def _spoken(connection: Connection, user_id: str, after: Place, size: int) -> Page:
     rows = await connection.fetch(_SPOKEN, user_id, after.at, after.id, size + 1)
     if len(rows) > size:
-        return Page(rows[:size], Place(rows[size - 1]["at"], rows[size - 1]["place"]))
+        return Page(_there(rows[:size]), Place(rows[size - 1]["at"], rows[size - 1]["place"]))
     far = await connection.fetchrow(_SPOKEN_FAR, user_id, after.at, after.id)
-    return Page(rows, Place(chat="") if far is None else Place(far["at"], far["place"]))
+    return Page(_there(rows), Place(chat="") if far is None else Place(far["at"], far["place"]))
+
+
+def _there(rows: Sequence[asyncpg.Record]) -> Sequence[asyncpg.Record]:
+    """Without those that the index still knows, and that are gone."""
+    return [row for row in rows if row["is_there"]]
 
 
 async def _silent(connection: Connection, user_id: str, after: str, size: int) -> Page:
@@ -159,7 +164,7 @@ async def _silent(connection: Connection, user_id: str, after: str, size: int) -
 async def entry(connection: Connection, user_id: str, chat_id: str) -> asyncpg.Record:
     """A chat as a list shows it. Raises NotFound."""
     row = await connection.fetchrow(_ONE, user_id, chat_id)
-    if row is None:
+    if row is None or not row["is_there"]:
         raise unknown()
     return row
 

@@ -5,13 +5,14 @@ from typing import Any
 
 import asyncpg
 import httpx2
+import orjson
 import pytest
 
 from app.access import keys
 from app.access.audit import fingerprint
 from app.chats.usage import UsageDays
 from app.demo.server import demo_provider
-from app.flows import chatbots, file, user_endpoints
+from app.flows import chatbots, erasure, file, user_endpoints
 from app.postgres import open_pool
 from tests.access.users import as_user, serving_users
 from tests.chats.pictures import base64_of, picture
@@ -104,6 +105,12 @@ async def test_no_table_has_the_users_name_or_words_afterwards(database: str) ->
         pool.terminate()
         used = "select sum(calls), sum(prompt_tokens) from user_usage_daily"
         daily = await connection.fetch(used)
+        standing = orjson.dumps({"place": [_ANN, "c"]}).decode()
+        await connection.execute(
+            "insert into conversation_rounds (source, place) values ('parley', $1) "
+            "on conflict (source) do update set place = excluded.place",
+            standing,
+        )
         before = await _rows_with(connection, _ANN, _WORD)
         assert {
             "chats",
@@ -194,3 +201,16 @@ async def test_what_was_cut_short_goes_on_by_itself(house: Open, monkeypatch: py
         assert await home.database.fetchval("select string_agg(distinct user_id, ',') from messages") == "bob"
         listed = await home.database.fetch("select username, conversation_id from conversations")
         assert [tuple(row) for row in listed] == [("bob", "c")]
+
+
+@pytest.mark.parametrize(("table", "statement"), [*erasure._WALKS, ("streaming_sessions", erasure._STREAMS)])
+async def test_tables_without_an_index_are_read_a_range_of_blocks_at_a_time(
+    database: str, table: str, statement: str
+) -> None:
+    connection = await asyncpg.connect(database)
+    # An empty table is read whole by any means.
+    await connection.execute("set enable_seqscan = off; set enable_indexscan = off; set enable_bitmapscan = off")
+    values = ("ann", (0, 0), (9, 0), ["x"])[: 4 if "$4" in statement else 3]
+    plan = [row[0] for row in await connection.fetch(f"explain (costs off) {statement}", *values)]
+    await connection.close()
+    assert any(f"Tid Range Scan on {table}" in line for line in plan), plan

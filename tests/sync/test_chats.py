@@ -72,6 +72,16 @@ async def test_other_programs_conversations_and_deleted_chats_end_a_page_but_not
         assert await _all(home, 50) == ["c", "e"]
 
 
+async def test_what_the_index_still_knows_and_is_gone_ends_no_list(house: Open) -> None:
+    async with house() as home:
+        for n in range(4):
+            await sync(home.client, "phone", [put(f"c{n}"), add(f"m{n}", f"c{n}")], first=n + 1)
+        await home.database.execute("update chats set is_deleted = true where id in ('c3', 'c1')")
+        for size in (1, 2, 9):
+            assert await _all(home, size) == ["c2", "c0"]
+        assert await _refused(home, "GET", "/c3") == (404, "chat_unknown")
+
+
 async def test_an_answer_made_here_counts_its_tokens(house: Open) -> None:
     async with house() as home:
         await home.ask(session_id="s1", message_text="What?")

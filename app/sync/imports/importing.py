@@ -1,10 +1,11 @@
 """Writing what a file has, a part of it in each transaction, merged like a device's: twice is the same as once."""
 
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import time
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 
@@ -26,6 +27,9 @@ _MOST, _MOST_TEXT = 500, 2 << 20
 # Conversations that could not be read, as far as they are named.
 _MOST_FAILED = 100
 _TITLE = 500
+# From so many bytes on a conversation is read aside.
+_LARGE = 256 << 10
+T = TypeVar("T")
 _FORMATS: tuple[ModuleType, ...] = (chatgpt, ours, open_webui)
 
 
@@ -74,7 +78,7 @@ class Import:
             _require_version(elements.head)
         number = elements.count
         try:
-            given = parse_object(element)
+            given = await _parsed(element)
         except BadRequest as error:
             raise Invalid(
                 "import_invalid", f"Conversation {number} of the file cannot be read: {error.detail}"
@@ -86,7 +90,7 @@ class Import:
         try:
             if known is None:
                 raise Unreadable("it is of none of the formats that are known")
-            await self._add(known.read(given))
+            await self._add(await _aside(known.read, given, large=len(element) > _LARGE))
         except Unreadable as error:
             self._fail(number, given, str(error))
 
@@ -139,6 +143,15 @@ class Import:
                 ops.append(put)
             ops += [_message(said, stamp, name) for said, stamp in piece.messages]
         return ops
+
+
+async def _parsed(element: bytes) -> dict[str, Any]:
+    return await _aside(parse_object, element, large=len(element) > _LARGE)
+
+
+async def _aside(work: Callable[[Any], T], given: Any, *, large: bool) -> T:
+    """Done in a thread where it takes so long that others would notice."""
+    return await asyncio.to_thread(work, given) if large else work(given)
 
 
 def _require_version(head: bytes) -> None:
