@@ -32,10 +32,12 @@ on conflict (stream_id, flow, attempt) do nothing
 """
 # Days are those of UTC, by the database's clock when the attempt was recorded: no row comes into another day later.
 _DAY = "(created_at at time zone 'UTC')::date"
-# Two passes at once add up different rows, and take the days' rows in one order.
+# Two passes at once add up different rows, and take the days' rows in one order. In the order of the index of what is
+# fresh, so that nothing else of the ledger is looked at, whatever the planner believes of it.
 _ADD_UP = f"""
 with fresh as (
-    select stream_id, flow, attempt from usage_ledger where not is_added_up limit $1 for update skip locked),
+    select stream_id, flow, attempt from usage_ledger where not is_added_up order by user_id limit $1
+    for update skip locked),
 added as (
     update usage_ledger l set is_added_up = true from fresh f
     where (l.stream_id, l.flow, l.attempt) = (f.stream_id, f.flow, f.attempt) and not l.is_added_up
