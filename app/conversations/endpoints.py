@@ -147,9 +147,6 @@ def _where(request: Request[Needs], wanted: Wanted, size: int) -> tuple[Place | 
 
 
 def _wanted(request: Request[Needs]) -> Wanted:
-    order = word(request, "sort") or "-lastMessageTime"
-    if order not in _ORDERS:
-        raise BadRequest("bad_parameter", f"sort is one of {', '.join(_ORDERS)}.")
     return Wanted(
         username=whose(request),
         model=word(request, "model"),
@@ -158,7 +155,7 @@ def _wanted(request: Request[Needs]) -> Wanted:
         query=word(request, "q"),
         since=moment(request, "from"),
         until=moment(request, "to"),
-        newest_first=_ORDERS[order],
+        newest_first=_ORDERS[one_of(request, "sort", list(_ORDERS))],
     )
 
 

@@ -61,8 +61,8 @@ def moment(request: Request[Any], name: str) -> datetime | None:
 
 
 def one_of(request: Request[Any], name: str, words: Sequence[Word]) -> Word:
-    """One of these, the first where none is named. Raises BadRequest for anything else."""
-    given = word(request, name) or words[0]
+    """One of these, the first where none is named. Raises BadRequest for anything else, an empty one as well."""
+    given = (word(request, name) or "") if name in request.query_params else words[0]
     for known in words:
         if known == given:
             return known

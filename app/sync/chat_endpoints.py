@@ -13,8 +13,7 @@ from starlette.responses import Response
 from app.access.guard import user_of
 from app.answers import private_json, time_of
 from app.chats.chat import MessageStatus, Role
-from app.conversations.parameters import whole_number, word
-from app.errors import BadRequest
+from app.conversations.parameters import one_of, whole_number, word
 from app.sync import chats, edits
 from app.sync.changes import Changes
 from app.sync.chats import Place
@@ -152,10 +151,7 @@ async def messages(request: Request[Needs]) -> Response:
 
 
 def _backward(request: Request[Needs]) -> bool:
-    order = word(request, "sort") or "position"
-    if order not in _ORDERS:
-        raise BadRequest("bad_parameter", f"sort is one of {', '.join(_ORDERS)}.")
-    return _ORDERS[order]
+    return _ORDERS[one_of(request, "sort", list(_ORDERS))]
 
 
 async def branch(request: Request[Needs]) -> Response:

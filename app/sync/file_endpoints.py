@@ -2,7 +2,7 @@
 
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from typing import Any, Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict
 
 from pydantic import BaseModel
 from starlette.requests import Request
@@ -12,9 +12,8 @@ from app.access.guard import user_of
 from app.answers import private_json
 from app.chats.allowance import Allowance
 from app.chats.chat import MessageStatus, Role
-from app.conversations.parameters import word
+from app.conversations.parameters import one_of
 from app.download import Download
-from app.errors import BadRequest
 from app.settings import Settings
 from app.sync.changes import Changes
 from app.sync.chat_endpoints import chat_of
@@ -132,7 +131,7 @@ async def export_all(request: Request[Needs]) -> Response:
 
 
 def _download(request: Request[Needs], user_id: str, chat_id: str | None, *, name: str) -> Response:
-    written = _format(request)
+    written = one_of(request, "format", list(_FILES))
     export = Export(request.state["wall"], user_id, chat_id, written)
     ending, media_type = _FILES[written]
     return Download(
@@ -149,11 +148,3 @@ async def _one_of_few(
     async with exports.take(who=user_id), aclosing(parts):
         async for part in parts:
             yield part
-
-
-def _format(request: Request[Needs]) -> Format:
-    given = word(request, "format") or "json"
-    for known in get_args(Format):
-        if known == given:
-            return known  # type: ignore[no-any-return]
-    raise BadRequest("bad_parameter", f"format is one of {', '.join(get_args(Format))}.")

@@ -84,6 +84,7 @@ async def test_a_cursor_holds_while_conversations_come_and_move(client: httpx2.A
 @pytest.mark.parametrize(
     ("params", "code"),
     [
+        ({"sort": ""}, "bad_parameter"),
         ({"page": "0"}, "bad_parameter"),
         ({"page": "-1"}, "bad_parameter"),
         ({"page": "NaN"}, "bad_parameter"),

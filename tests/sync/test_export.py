@@ -64,6 +64,7 @@ async def test_a_chat_and_everything_are_files_for_programs_and_for_people(house
             ("/api/chats/nobodys/export", _ANN, "chat_unknown"),
             ("/api/chats/c/export", {"user_id": "bob"}, "chat_unknown"),
             ("/api/chats/export", {**_ANN, "format": "pdf"}, "bad_parameter"),
+            ("/api/chats/export", {**_ANN, "format": ""}, "bad_parameter"),
             ("/api/chats/export", {}, "invalid_request"),
         ):
             assert (await home.client.get(path, params=params)).json()["code"] == code
