@@ -106,6 +106,8 @@ _READINGS = 4
 _EXPORTS = 2
 # Files that are imported at once: of each some megabytes are in memory, twice.
 _IMPORTS = 2
+# Bodies of more than a megabyte that are compared at once: their parts are in memory, some ten times as large.
+_HISTORIES = 2
 # How long a stopping server waits for accepts that were under way, in seconds; longer than one waits for locks.
 _ACCEPTS_S = 5
 # How long the loops of a server that has drained may take to end, in seconds.
@@ -376,6 +378,7 @@ class Gateway:
             figures=figures,
             imports=Allowance(_IMPORTS, of="imports", each=1),
             news=news,
+            histories=Allowance(_HISTORIES, of="histories", each=1),
             admit_upload=replica.admit,
             admit_question=partial(_admit_question, intake),
             analyse=partial(_analyse, intake),

@@ -16,7 +16,7 @@ from app.operations import HEADERS, OPERATIONS
 from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
 from app.sync import chat_endpoints as own_chat_endpoints
-from app.sync import claim_endpoints, file_endpoints, nudge_endpoints, version_endpoints
+from app.sync import claim_endpoints, file_endpoints, nudge_endpoints, status_endpoints, version_endpoints
 from app.sync import endpoints as sync_endpoints
 
 
@@ -37,6 +37,7 @@ class State(
     user_endpoints.Needs,
     nudge_endpoints.Needs,
     version_endpoints.Needs,
+    status_endpoints.Needs,
     health.Needs,
     problems.Needs,
     guard.Needs,
@@ -117,9 +118,11 @@ def _index(settings: Settings) -> list[Route]:
 
 
 def _sync(settings: Settings) -> list[Route]:
+    histories = [Middleware(problems.BodyLimit, settings.sync_history_limit, within_s=settings.body_timeout_s)]
     bodies = _bodies(settings, sync_endpoints.BODY_LIMIT)
     return [
-        Route("/api/chat/sync", sync_endpoints.sync_chats, methods=["GET", "POST"], middleware=bodies),
+        Route("/api/chat/sync", sync_endpoints.sync_chats, methods=["GET", "POST"], middleware=histories),
+        Route("/api/sync", status_endpoints.device_sync, methods=["GET", "POST"], middleware=bodies),
         Route("/api/chat/sync/events", nudge_endpoints.sync_events),
     ]
 

@@ -126,6 +126,9 @@ class Settings(BaseSettings):
     upload_stall_s: float = Field(
         5, gt=0, description="How long an upload may take for the next 64 KiB of its body, or for its end, in seconds."
     )
+    sync_history_limit: int = Field(
+        16 * MIB, ge=KIB, description="Largest body of a front end that sends whole histories, in bytes."
+    )
     import_limit: int = Field(256 * MIB, ge=KIB, description="Largest file of chats that is imported, in bytes.")
     import_timeout_s: float = Field(600, gt=0, description="How long importing a file may take, in seconds.")
     image_pixels: int = Field(40_000_000, ge=1, description="Most pixels of a picture; asked before it is decoded.")
@@ -266,6 +269,12 @@ class Settings(BaseSettings):
         True,
         validation_alias=AliasChoices("SYNC_ENABLED", "sync_enabled"),
         description="Whether devices may synchronise chats; otherwise they are answered 403 `sync_disabled`.",
+    )
+    device_id: str = Field(
+        "default",
+        pattern=r"^[A-Za-z0-9._~:-]{1,128}$",
+        validation_alias=AliasChoices("DEVICE_ID", "device_id"),
+        description="Which device `/api/sync` is about where a request names none.",
     )
 
     discovery_cron: str = Field(

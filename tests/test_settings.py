@@ -20,6 +20,7 @@ _FIXED = {
     "enable_background_jobs": "ENABLE_BACKGROUND_JOBS",
     "discovery_cron": "CONVERSATION_DISCOVERY_CRON",
     "sync_enabled": "SYNC_ENABLED",
+    "device_id": "DEVICE_ID",
 }
 
 

@@ -325,7 +325,7 @@ async def test_a_role_that_was_dropped_is_no_way_in(owner: asyncpg.Connection, w
         (tail._EVENTS, "_pkey"),
         (queue._LIST, "queued_messages_place"),
         (store._HAS_CHAT, "chats_pkey"),
-        (store._HISTORY, "messages_of_chat"),
+        (store._HISTORY, "messages_in_chat"),
     ],
 )
 async def test_reads_keep_their_plans(

@@ -42,6 +42,8 @@ _DEMANDS: Demands = {
     ("GET", "/api/chat/sync"): "sync",
     # Of anybody else than oneself: only for an admin.
     ("DELETE", "/api/users/{user_id}"): "sync",
+    ("GET", "/api/sync"): "sync",
+    ("POST", "/api/sync"): "sync",
     ("GET", "/api/chats"): "sync",
     ("GET", "/api/chats/{chat_id}"): "sync",
     ("PATCH", "/api/chats/{chat_id}"): "sync",

@@ -31,6 +31,8 @@ _NONE = Message("", "", "user", "", is_deleted=True)
 ChatOp = merge.PutChat | merge.DeleteChat
 # Devices known per user, those that pushed last.
 MOST_CLIENTS = 100
+# A device that hears nothing new is noted as seldom, in milliseconds.
+_NOTED_MS = 60_000
 # Operations under one number: a page ends between two numbers, so all rows of one have to fit into it.
 MOST_OPS = 100
 
@@ -46,6 +48,7 @@ _LOCK = f"select {_COUNTER} from sync_head where user_id = $1 for update"
 # A statement of its own, after the lock: the one that waits for it sees of other tables what was before.
 _LOOK = f"select {_ACTIVE}, {pages.UNSEEN}, {rows.FOUND}"
 _MAKE = "insert into sync_head (user_id) values ($1) on conflict do nothing"
+_NOTE = "update sync_head set clients = $2 where user_id = $1"
 _MOVE = "update sync_head set seq = $2 where user_id = $1"
 # What was there before devices were, and what replicas of the version before have written since.
 _ADOPT = """
@@ -78,12 +81,16 @@ class Mutation:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a device says. Without a `client` it only reads; `failed`: it wants failed messages, and may push some."""
+    """What a device says. Without a `client` it only reads; `failed`: it wants failed messages, and may push some.
+
+    Without `pull` it is told what became of its push alone, and stays where it was.
+    """
 
     client: str = ""
     cursor: Cursor | None = None
     push: Sequence[Mutation] = ()
     failed: bool = False
+    pull: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,10 +112,10 @@ class Did:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """`acked`: the last mutation of this device that the server has."""
+    """`acked`: the last mutation of this device that the server has. No `cursor`: it gave none, and pulled nothing."""
 
     acked: int
-    cursor: Cursor
+    cursor: Cursor | None
     server_time: int
     chats: Sequence[Chat]
     messages: Sequence[Message]
@@ -187,6 +194,20 @@ class Changes:
         """
         self._replica.admit()
         return await _until_written(lambda: self._do(user_id, ops_of, dated=dated, failed=failed, noted=noted))
+
+    async def note(self, user_id: str, client: str, *, told: int | None, has: int | None) -> None:
+        """Up to where a device was told, and has shown to have it, for those that do not keep it; None: no news."""
+        given = {name: seq for name, seq in (("told", told), ("has", has)) if seq is not None}
+        async with self._wall.connection() as connection:
+            head = await _head(connection, user_id)
+        if head is None or _noted(head, client, given):
+            await _until_written(lambda: self._note(user_id, client, given))
+
+    async def _note(self, user_id: str, client: str, given: Mapping[str, int]) -> None:
+        async with self._replica.transaction(wall=self._wall) as connection:
+            head = await self._locked(connection, user_id)
+            if _noted(head, client, given):
+                await connection.execute(_NOTE, user_id, orjson.dumps(head.clients).decode())
 
     async def _read(self, user_id: str, asked: Asked) -> Answer | None:
         """The answer to who pushes nothing; None where something has to be written for it: before a bootstrap."""
@@ -273,6 +294,8 @@ def _compacted(head: _Head, asked: Asked) -> int:
 def _start(head: _Head, asked: Asked) -> tuple[Resync | None, int]:
     """Why a device has to begin anew, and its cursor's `until`, where 0 is a bootstrap from nothing."""
     cursor = asked.cursor
+    if not asked.pull:
+        return None, 1
     if cursor is None or (asked.failed and not cursor.failed):
         return None, 0
     if cursor.epoch != head.epoch:
@@ -331,9 +354,25 @@ def _acked(head: _Head, asked: Asked) -> int:
 
 def _remember(head: _Head, asked: Asked, results: Sequence[Mapping[str, Any]]) -> None:
     """How far this device is now; the one that was silent for longest is forgotten where there are too many."""
-    head.clients[asked.client] = {"mid": asked.push[-1].mid, "at": head.now_ms}
+    known = head.clients.get(asked.client, {})
+    noted = {name: known[name] for name in ("told", "has") if name in known}
+    head.clients[asked.client] = noted | {"mid": asked.push[-1].mid, "at": head.now_ms}
     if results:
         head.clients[asked.client]["results"] = results
+    _forget(head)
+
+
+def _noted(head: _Head, client: str, given: Mapping[str, int]) -> bool:
+    """Note what is new about a device; whether there was anything, or for how long there was not."""
+    known = head.clients.get(client, {"mid": 0, "at": 0})
+    if known | given == known and head.now_ms - known["at"] < _NOTED_MS:
+        return False
+    head.clients[client] = known | given | {"at": head.now_ms}
+    _forget(head)
+    return True
+
+
+def _forget(head: _Head) -> None:
     while len(head.clients) > MOST_CLIENTS:
         del head.clients[min(head.clients, key=lambda client: head.clients[client]["at"])]
 
@@ -512,18 +551,13 @@ def _is_deleted(chat: Chat | None) -> bool:
 
 async def _answer(connection: Connection, user_id: str, asked: Asked, head: _Head, pushed: _Pushed) -> Answer:
     resync, until = _start(head, asked)
-    cursor = asked.cursor
-    if until == 0 or cursor is None:
-        cursor = Cursor(head.epoch, 0, head.seq, _compacted(head, asked), asked.failed)
-    else:
-        cursor = replace(cursor, failed=asked.failed)
-    page = await pages.read(connection, user_id, cursor, client=asked.client, last=head.seq, unseen=head.unseen)
+    page = await _page(connection, user_id, asked, head, until)
     chats = pushed.chats | {chat.id: chat for chat in page.chats}
     messages = pushed.messages | {message.id: message for message in page.messages}
     known = head.clients.get(asked.client)
     return Answer(
         acked=known["mid"] if known else 0,
-        cursor=page.cursor,
+        cursor=page.cursor if asked.pull else asked.cursor,
         server_time=head.now_ms,
         chats=list(chats.values()),
         messages=[one for one in messages.values() if asked.failed or one.status != "failed"],
@@ -534,6 +568,17 @@ async def _answer(connection: Connection, user_id: str, asked: Asked, head: _Hea
         active_streams=await _streams(connection, head.active),
         did=pushed.did,
     )
+
+
+async def _page(connection: Connection, user_id: str, asked: Asked, head: _Head, until: int) -> pages.Page:
+    if not asked.pull:
+        return pages.Page((), (), Cursor(head.epoch, 0), False)
+    cursor = asked.cursor
+    if until == 0 or cursor is None:
+        cursor = Cursor(head.epoch, 0, head.seq, _compacted(head, asked), asked.failed)
+    else:
+        cursor = replace(cursor, failed=asked.failed)
+    return await pages.read(connection, user_id, cursor, client=asked.client, last=head.seq, unseen=head.unseen)
 
 
 _LAST_EVENTS = """

@@ -1,7 +1,7 @@
 """The differential synchronisation of chats: validation at the edge, and rows as devices read them."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -13,9 +13,10 @@ from app.answers import private_json
 from app.chats.chat import MessageStatus, Role
 from app.errors import Forbidden, Invalid
 from app.settings import Settings
-from app.sync import cursor, merge
-from app.sync.changes import MOST_OPS, Answer, Asked, Changes, Mutation
-from app.sync.figures import Exchange, Figures
+from app.sync import cursor, history_endpoints, merge
+from app.sync.changes import MOST_OPS, Answer, Asked, Mutation
+from app.sync.figures import Exchange
+from app.sync.history_endpoints import SyncHistory
 from app.sync.merge import Chat, Message
 from app.text import clean, parse_object, validated
 
@@ -29,10 +30,8 @@ Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9._~:-]{1,128}$")]
 Stamp = Annotated[str, Field(pattern="^[0-9a-f]{12}-[0-9a-f]{4}$")]
 
 
-class Needs(TypedDict):
-    changes: Changes
-    figures: Figures
-    settings: Settings
+class Needs(history_endpoints.Needs):
+    pass
 
 
 class _Strict(BaseModel):
@@ -89,23 +88,28 @@ class PushedMutation(_Strict):
     )
 
 
-class SyncChats(_Strict):
+class Exchanged(_Strict):
     """What a device did and how far it has read. `failed`: failed messages, too."""
 
-    client: Id
     cursor: str | None = Field(default=None, max_length=128)
     push: list[PushedMutation] = Field(default=[], max_length=_MOST_IN_ALL)
     failed: bool = False
     user_id: str | None = Field(default=None, min_length=1, max_length=256)
 
     @model_validator(mode="after")
-    def _in_order(self) -> "SyncChats":
+    def _in_order(self) -> "Exchanged":
         first = self.push[0].mid if self.push else 0
         if [mutation.mid for mutation in self.push] != list(range(first, first + len(self.push))):
             raise ValueError("the mids of a push follow on each other")
         if sum(len(mutation.ops) for mutation in self.push) > _MOST_IN_ALL:
             raise ValueError(f"at most {_MOST_IN_ALL} operations in a push")
         return self
+
+
+class SyncChats(Exchanged):
+    """An exchange of the device that calls itself so."""
+
+    client: Id
 
 
 class SyncedChat(BaseModel):
@@ -159,7 +163,7 @@ class SyncAnswer(BaseModel):
     """`server_time` in milliseconds since 1970. With `more`, ask again at once with the new `cursor`."""
 
     acked: int
-    cursor: str
+    cursor: str | None
     server_time: int
     chats: list[SyncedChat]
     messages: list[SyncedMessage]
@@ -174,12 +178,7 @@ async def sync_chats(request: Request[Needs]) -> Response:
     """What was not pushed yet up, what was not seen yet down."""
     require_enabled(request.state["settings"])
     with request.state["figures"].exchange() as one:
-        asked = _pulled(request, one) if request.method in ("GET", "HEAD") else await _pushed(request, one)
-        assert one.user_id is not None
-        one.answer = await request.state["changes"].exchange(one.user_id, asked)
-        response = _json(one.answer)
-        one.down = len(response.body)
-    return response
+        return await (_pull(request, one) if request.method in ("GET", "HEAD") else _push(request, one))
 
 
 def require_enabled(settings: Settings) -> None:
@@ -188,24 +187,43 @@ def require_enabled(settings: Settings) -> None:
         raise Forbidden("sync_disabled", "This server does not synchronise chats: SYNC_ENABLED is false.")
 
 
-def _pulled(request: Request[Needs], one: Exchange) -> Asked:
+async def _pull(request: Request[Needs], one: Exchange) -> Response:
     given = request.query_params.get("cursor")
     one.user_id = require_named(owner_of(request))
-    return Asked(cursor=cursor.read(given) if given else None)
+    if (since := request.query_params.get("since")) is not None:
+        return history_endpoints.tell(request, one.user_id, since)
+    return await _exchange(request, one, Asked(cursor=cursor.read(given) if given else None))
 
 
-async def _pushed(request: Request[Needs], one: Exchange) -> Asked:
-    body = await request.body()
-    one.up = len(body)
-    given = validated(SyncChats, parse_object(body))
-    one.client, user_id = given.client, owner_of(request)
-    named = None if given.user_id is None else clean(given.user_id)
+async def _push(request: Request[Needs], one: Exchange) -> Response:
+    async with history_endpoints.body_of(request) as body:
+        one.up, told = len(body), parse_object(body)
+        if "conversations" in told:
+            history = validated(SyncHistory, told)
+            one.user_id = named_by(request, history.user_id)
+            return await history_endpoints.take(request, history, one.user_id)
+    given = validated(SyncChats, told)
+    one.client, one.user_id = given.client, named_by(request, given.user_id)
+    return await _exchange(request, one, _asked(given))
+
+
+async def _exchange(request: Request[Needs], one: Exchange, asked: Asked) -> Response:
+    assert one.user_id is not None
+    one.answer = await request.state["changes"].exchange(one.user_id, asked)
+    response = private_json(told_of(one.answer))
+    one.down = len(response.body)
+    return response
+
+
+def named_by(request: Request[Any], given: str | None) -> str:
+    """Whom a request is about that may name the user in its body. Raises Invalid, and as `acting_for`."""
+    user_id = owner_of(request)
+    named = None if given is None else clean(given)
     if user_id is None or named is not None:
         if named is not None and user_id not in (None, named, principal_of(request).user_id):
             raise Invalid("invalid_request", "user_id of the query and of the body name two users; say one of them.")
         user_id = acting_for(request, named)
-    one.user_id = require_named(user_id)
-    return _asked(given)
+    return require_named(user_id)
 
 
 def require_named(user_id: str | None) -> str:
@@ -216,11 +234,11 @@ def require_named(user_id: str | None) -> str:
 
 
 def _asked(given: SyncChats) -> Asked:
-    push = [_mutation(mutation) for mutation in given.push]
+    push = [mutation_of(mutation) for mutation in given.push]
     return Asked(given.client, cursor.read(given.cursor) if given.cursor else None, push, given.failed)
 
 
-def _mutation(given: PushedMutation) -> Mutation:
+def mutation_of(given: PushedMutation) -> Mutation:
     ops = [_op(op) for op in given.ops]
     return Mutation(given.mid, ops, any(_is_altered(op) for op in ops))
 
@@ -258,10 +276,11 @@ def _is_altered(op: merge.Op) -> bool:
             return False
 
 
-def _json(answer: Answer) -> Response:
+def told_of(answer: Answer) -> dict[str, Any]:
+    """An answer as devices read it."""
     told: dict[str, Any] = {
         "acked": answer.acked,
-        "cursor": str(answer.cursor),
+        "cursor": None if answer.cursor is None else str(answer.cursor),
         "server_time": answer.server_time,
         "chats": [_chat(chat) for chat in answer.chats],
         "messages": [_message(message) for message in answer.messages],
@@ -270,8 +289,7 @@ def _json(answer: Answer) -> Response:
     told |= {"bootstrap": True} if answer.bootstrap else {}
     told |= {"resync": answer.resync} if answer.resync else {}
     told |= {"results": answer.results} if answer.results else {}
-    told |= {"active_streams": answer.active_streams} if answer.active_streams else {}
-    return private_json(told)
+    return told | ({"active_streams": answer.active_streams} if answer.active_streams else {})
 
 
 def _chat(chat: Chat) -> Mapping[str, Any]:

@@ -86,9 +86,9 @@ class Phone:
         asked = endpoints._asked(validated(endpoints.SyncChats, parse_object(body)))
         with within(Reach(self.user)):
             answer = await self.changes.exchange(self.user, asked)
-        told = endpoints._json(answer).body
+        told = orjson.dumps(endpoints.told_of(answer))
         self.mid, self.cursor = answer.acked, str(answer.cursor)
-        return body, bytes(told)
+        return body, told
 
     async def everything(self) -> list[bytes]:
         """Page after page."""

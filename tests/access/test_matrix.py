@@ -188,6 +188,9 @@ MATRIX: dict[tuple[str, str], Attempts] = {
     ("GET", "/api/chat/sync"): _pulling,
     # Its id is the user: tests/flows/test_erasure.py.
     ("DELETE", "/api/users/{user_id}"): _nothing,
+    # Its devices and their ids are the user's own: tests/sync/test_older.py.
+    ("GET", "/api/sync"): _nothing,
+    ("POST", "/api/sync"): _nothing,
     ("GET", "/api/chats"): _nothing,
     ("GET", "/api/chats/{chat_id}"): _chat(),
     ("PATCH", "/api/chats/{chat_id}"): _chat(body={"title": "Mine"}),

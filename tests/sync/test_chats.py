@@ -220,10 +220,10 @@ def test_cursors_of_lists_are_read_as_they_were_told_and_nothing_else_is() -> No
 @pytest.mark.parametrize(
     ("query", "values", "indexes"),
     [
-        (chats._SPOKEN, (chats.Place().at, 0, 51), ("conversations_of_user", "messages_of_chat", "chats_of_parent")),
-        (chats._SILENT, ("", 51), ("chats_pkey", "conversations_key", "messages_of_chat", "chats_of_parent")),
-        (chats._ONE, ("c",), ("chats_pkey", "messages_of_chat", "chats_of_parent")),
-        (chats._BACKWARD, ("c", 9, 51, False), ("messages_of_chat",)),
+        (chats._SPOKEN, (chats.Place().at, 0, 51), ("conversations_of_user", "messages_in_chat", "chats_of_parent")),
+        (chats._SILENT, ("", 51), ("chats_pkey", "conversations_key", "messages_in_chat", "chats_of_parent")),
+        (chats._ONE, ("c",), ("chats_pkey", "messages_in_chat", "chats_of_parent")),
+        (chats._BACKWARD, ("c", 9, 51, False), ("messages_in_chat",)),
     ],
 )
 async def test_lists_are_read_by_their_indexes(
