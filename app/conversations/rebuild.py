@@ -25,7 +25,7 @@ from app.postgres import CONFLICT, Connection
 log = structlog.get_logger(__name__)
 
 # The schema of the index that this build writes: an index of an older one is built anew.
-VERSION = 1
+VERSION = 2
 
 _LEFT = """
 select to_regclass('conversations_next') is not null or to_regclass('conversation_changes') is not null
