@@ -28,6 +28,7 @@ T = TypeVar("T")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # What is not there any more.
 _NONE = Message("", "", "user", "", is_deleted=True)
+_UNKNOWN = Chat("", is_deleted=True)
 ChatOp = merge.PutChat | merge.DeleteChat
 # Devices known per user, those that pushed last.
 MOST_CLIENTS = 100
@@ -515,7 +516,8 @@ def _uncounted(before: State, after: State, said: Sequence[Said]) -> list[str]:
     """Chats that have to be counted anew: something has gone or come back."""
     gone = {one.chat_id for name, one in before.messages.items() if _counts(one) and after.messages[name].is_deleted}
     turned = {name for name, chat in after.chats.items() if chat.is_deleted != _is_deleted(before.chats.get(name))}
-    hidden = {one.conversation_id for one in said if after.chats[one.conversation_id].is_deleted}
+    # A retry may name another chat than that of the message that failed, of which nothing is known here then.
+    hidden = {one.conversation_id for one in said if _is_deleted(after.chats.get(one.conversation_id, _UNKNOWN))}
     return sorted(gone | turned | hidden)
 
 

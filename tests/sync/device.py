@@ -28,9 +28,13 @@ _MOST = 5
 
 @dataclass(slots=True)
 class Device:
-    """`base` is what the server has told; the view is that with the outbox applied. `skew_ms`: its clock's error."""
+    """`base` is what the server has told; the view is that with the outbox applied. `skew_ms`: its clock's error.
+
+    `failed`: it wants failed messages, too.
+    """
 
     skew_ms: int = 0
+    failed: bool = False
     client: str = field(default_factory=lambda: uuid4().hex)
     base: State = field(default_factory=State)
     outbox: list[Mutation] = field(default_factory=list)
@@ -55,7 +59,7 @@ class Device:
         return seen
 
     def ask(self) -> Asked:
-        return Asked(self.client, self.cursor, self.outbox[:_MOST])
+        return Asked(self.client, self.cursor, self.outbox[:_MOST], self.failed)
 
     def take(self, answer: Answer) -> list[Op]:
         """What an exchange has brought; returns what it has acknowledged."""

@@ -3,13 +3,17 @@
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from random import Random
 from time import time
+from uuid import UUID, uuid4
 
 import asyncpg
 
-from app.chats import store
+from app.chats import head, store, usage
+from app.chats.chat import MessageStatus
+from app.chats.usage import Entry
 from app.conversations import index, recount
 from app.errors import Conflict
 from app.postgres import Connection, open_pool, retry_conflicts
@@ -27,8 +31,13 @@ select c.id as chat, m.id, m.content from chats c left join messages m on m.user
 where c.user_id = $1 and c.is_deleted
 """
 _PURGED = "select id from chats where user_id = $1 and is_purged"
+_FAILED = "select id, content from messages where user_id = $1 and status = 'failed' and not is_deleted"
+_SPENT = """
+select stream_id, sum(prompt_tokens + completion_tokens)::int as tokens from usage_ledger
+where user_id = $1 group by stream_id
+"""
 # So few messages at once that it often stops half way.
-_COMPACTION = compaction.DeletedChats(0, piece=3)
+_COMPACTION, _CLEANING = compaction.DeletedChats(0, piece=3), compaction.FailedMessages(0)
 # Exchanges until everybody must have everything.
 _ENOUGH = 40
 
@@ -97,15 +106,18 @@ class User:
     acknowledged: list[Op] = field(default_factory=list)
     deleted: set[str] = field(default_factory=set)
     late: list[Asked] = field(default_factory=list)
+    # What answers have cost, by run.
+    spent: dict[UUID, int] = field(default_factory=dict)
     # What went with its chat: words, and ids of what was deleted before.
     compacted: set[str] = field(default_factory=set)
     words: int = 0
 
     async def live(self, rounds: int) -> None:
         skews = (0, -_HOUR_MS, 6 * _HOUR_MS, 30_000)
-        self.devices = [Device(skew_ms=self.chance.choice(skews)) for _ in range(3)]
+        self.devices = [Device(skew_ms=self.chance.choice(skews), failed=n == 2) for n in range(3)]
         for _ in range(rounds):
             await asyncio.gather(*(self._act(device) for device in self.devices), self._serve(), self._compact())
+        self.chance.shuffle(self.late)
         for asked in self.late:
             await self._send(asked)
         for _ in range(_ENOUGH):
@@ -136,6 +148,8 @@ class User:
             return
         if self.late and self.chance.random() < 0.3:
             await self._send(self.chance.choice(self.late))
+        if self.chance.random() < 0.1:  # what is sent now comes another time, much later
+            self.late.append(device.ask())
         await self._exchange(device)
 
     def _ops(self, device: Device) -> list[Op]:
@@ -146,7 +160,9 @@ class User:
         if kind < 0.55:
             # Ids are drawn from few, so that several devices say different things under one.
             message = f"m{chance.randrange(10_000) if chance.random() < 0.8 else chance.randrange(10)}"
-            return [AddMessage(message, chat, "user", f"{self.name} {self.words}", device.stamp(now))]
+            status: MessageStatus = "failed" if device.failed and chance.random() < 0.3 else "complete"
+            text = f"{self.name} {self.words}"
+            return [AddMessage(message, chat, "user", text, device.stamp(now), status=status)]
         if kind < 0.75:
             return [PutChat(chat, f"{self.name} {self.words}", device.stamp(now), chance.choice([None, "c0"]))]
         if kind < 0.85:
@@ -179,24 +195,37 @@ class User:
         return answer.more or bool(device.outbox)
 
     async def _serve(self) -> None:
-        """A run saves a question and an answer; each of them twice."""
+        """A run saves a question, an answer and what it has cost; each of them twice."""
         if self.chance.random() < 0.5:
             return
         self.words += 1
         chat, name, text = f"c{self.chance.randrange(4)}", f"run-{self.words}", f"{self.name} {self.words}"
-        for _ in range(2):
-            await retry_conflicts(lambda: self._run(chat, name, text))
+        status: MessageStatus = "failed" if self.chance.random() < 0.2 else "complete"
+        cost = Entry(
+            *(uuid4(), "main", 1, self.name, "bot", "demo", "small", "completed", None),
+            *(self.words, 1, 1, 1, datetime.now(UTC), chat),
+        )
+        self.spent[cost.stream_id] = self.words + 1
+        await retry_conflicts(lambda: self._run(name, text, status, cost, first=True))
+        await retry_conflicts(lambda: self._run(name, text, status, cost, first=False))
 
-    async def _run(self, chat: str, name: str, text: str) -> None:
+    async def _run(self, name: str, text: str, status: MessageStatus, cost: Entry, *, first: bool) -> None:
+        chat = cost.chat_id
         async with self.storm.database.acquire() as connection:
             with suppress(Conflict):
                 async with connection.transaction():
                     await _ask(connection, self.name, chat, f"{name}-q", text)
             async with connection.transaction():
-                await _answer(connection, self.name, chat, f"{name}-a", text)
+                await _answer(connection, self.name, chat, f"{name}-a", text, status)
+            async with connection.transaction():
+                await head.advance(connection, self.name)
+                await usage.record(connection, [cost])
+                if first:  # as the end of a run is written once
+                    shares = {"small": index.Share(tokens=cost.prompt_tokens + cost.completion_tokens)}
+                    await index.ended(connection, index.Chat(self.name, chat, "bot"), shares)
 
     async def _compact(self) -> None:
-        """Chats that were deleted a moment ago become empty."""
+        """Chats that were deleted a moment ago become empty, messages that failed go."""
         if self.chance.random() < 0.6:
             return
         async with self.storm.database.acquire() as connection, connection.transaction():
@@ -206,16 +235,20 @@ class User:
             await _COMPACTION.compact(connection, self.name, [row["chat"] for row in deleted])
             purged = {row["id"] for row in await connection.fetch(_PURGED, self.name)}
             self.compacted |= {row["content"] or row["id"] for row in deleted if row["chat"] in purged}
+            failed = await connection.fetch(_FAILED, self.name)
+            await _CLEANING.remove(connection, self.name, [row["id"] for row in failed])
 
     async def wrong(self) -> list[str]:
         """What does not hold; nothing, where everything does."""
         server = await self._stored()
         found = [f"an outbox of {self.name} is not empty" for device in self.devices if device.outbox]
         found += [
-            f"{self.name}: a device differs: {_difference(shown(device.view()), shown(server))}"
+            f"{self.name}: a device differs: {_difference(shown(device.view()), shown(_for(device, server)))}"
             for device in self.devices
-            if shown(device.view()) != shown(server)
+            if shown(device.view()) != shown(_for(device, server))
         ]
+        spent = {row["stream_id"]: row["tokens"] for row in await self.storm.database.fetch(_SPENT, self.name)}
+        found += [f"{self.name} has spent {spent}, not {self.spent}"] if spent != self.spent else []
         found += [f"{self.name}: lost {op}" for op in self.acknowledged if self._is_lost(op, server)]
         texts = [message.content for device in self.devices for message in device.base.messages.values()]
         found += [f"{self.name} sees {text}" for text in texts if text and not text.startswith(f"{self.name} ")]
@@ -223,6 +256,8 @@ class User:
 
     def _is_lost(self, op: Op, server: State) -> bool:
         if not isinstance(op, AddMessage) or self.compacted & {op.content, op.id, fork(op)}:
+            return False
+        if op.status == "failed":  # whatever comes of it is more than that
             return False
         stored = [server.messages.get(op.id), server.messages.get(fork(op))]
         if any(one is not None and one.content == op.content for one in stored):
@@ -238,6 +273,12 @@ class User:
         )
 
 
+def _for(device: Device, server: State) -> State:
+    """What a device is to have of it."""
+    wanted = {name: one for name, one in server.messages.items() if device.failed or one.status != "failed"}
+    return replace(server, messages=wanted)
+
+
 async def _ask(connection: Connection, user: str, chat: str, message: str, text: str) -> None:
     named = index.Chat(user, chat, "bot")
     saved = await store.save_question(
@@ -250,11 +291,11 @@ async def _ask(connection: Connection, user: str, chat: str, message: str, text:
         await recount.count_within(connection, [(user, chat)])
 
 
-async def _answer(connection: Connection, user: str, chat: str, message: str, text: str) -> None:
+async def _answer(connection: Connection, user: str, chat: str, message: str, text: str, status: MessageStatus) -> None:
     new = await store.save_answer(
-        connection, user_id=user, chat_id=chat, message_id=message, content=text, status="complete"
+        connection, user_id=user, chat_id=chat, message_id=message, content=text, status=status
     )
-    if new:
+    if new and status != "failed":
         await index.answered(connection, index.Chat(user, chat, "bot"), model="small")
         await index.ended(connection, index.Chat(user, chat, "bot"), {})
 

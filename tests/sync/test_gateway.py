@@ -354,3 +354,17 @@ async def test_ids_that_are_derived_from_each_other_are_looked_for_once(house: O
         answer = await asyncio.wait_for(sync(home.client, "phone", ops), 10)
         assert [op["status"] for op in answer["results"][0]["ops"]] == ["forked"]
         assert len(_ids(answer)[1] | {"a"}) == 2
+
+
+async def test_a_retry_that_names_another_chat_is_one_of_the_message_that_failed(house: Open) -> None:
+    async with house() as home:
+        await sync(home.client, "phone", [put("c"), add("m", content="", status="failed")], failed=True)
+        for chat, counted in (("c", []), ("d", [("c", 1)])):
+            if chat == "d":
+                await sync(home.client, "phone", [add("m", "d", at=1)], first=2, failed=True)
+            assert [(row["conversation_id"], row["count"]) for row in await agreed(home.database)] == counted
+        await sync(
+            home.client, "phone", [add("n", content="", status="failed")], [delete("c", 9)], first=3, failed=True
+        )
+        await sync(home.client, "phone", [add("n", "d", at=1)], first=5)
+        assert await agreed(home.database) == []

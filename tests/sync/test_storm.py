@@ -18,7 +18,6 @@ async def test_all_agree_after_a_storm(database: str) -> None:
     connection = await asyncpg.connect(database)
     try:
         await agreed(connection)
-        assert await connection.fetchval("select count(*) from usage_ledger") == 0
     finally:
         await connection.close()
 
