@@ -1,7 +1,8 @@
 """The differential synchronisation of chats: validation at the edge, and rows as devices read them."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal
+from uuid import UUID
 
 import orjson
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -152,10 +153,12 @@ class MutationResult(BaseModel):
 
 
 class ActiveStream(BaseModel):
-    """An answer in the making, which any device can follow from its first event on."""
+    """An answer in the making, which any device can follow from its first event on; its URL is that of
+    `POST /api/process-message`."""
 
     chat_id: str
     streaming_session_id: str
+    streaming_url: str
     last_event_id: int
 
 
@@ -210,7 +213,7 @@ async def _push(request: Request[Needs], one: Exchange) -> Response:
 async def _exchange(request: Request[Needs], one: Exchange, asked: Asked) -> Response:
     assert one.user_id is not None
     one.answer = await request.state["changes"].exchange(one.user_id, asked)
-    response = private_json(told_of(one.answer))
+    response = private_json(told_of(one.answer, request.state["links"].url))
     one.down = len(response.body)
     return response
 
@@ -276,8 +279,8 @@ def _is_altered(op: merge.Op) -> bool:
             return False
 
 
-def told_of(answer: Answer) -> dict[str, Any]:
-    """An answer as devices read it."""
+def told_of(answer: Answer, url_of: Callable[[UUID], str]) -> dict[str, Any]:
+    """An answer as devices read it, with the URLs of streams."""
     told: dict[str, Any] = {
         "acked": answer.acked,
         "cursor": None if answer.cursor is None else str(answer.cursor),
@@ -289,7 +292,10 @@ def told_of(answer: Answer) -> dict[str, Any]:
     told |= {"bootstrap": True} if answer.bootstrap else {}
     told |= {"resync": answer.resync} if answer.resync else {}
     told |= {"results": answer.results} if answer.results else {}
-    return told | ({"active_streams": answer.active_streams} if answer.active_streams else {})
+    streams = [
+        {**stream, "streaming_url": url_of(UUID(stream["streaming_session_id"]))} for stream in answer.active_streams
+    ]
+    return told | ({"active_streams": streams} if streams else {})
 
 
 def _chat(chat: Chat) -> Mapping[str, Any]:

@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from app.access.guard import principal_of
+from app.access.links import Links
 from app.answers import private_json, time_of
 from app.chats.allowance import Allowance
 from app.download import Download
@@ -37,6 +38,7 @@ class Needs(TypedDict):
     settings: Settings
     wall: Wall
     figures: Figures
+    links: Links
     # Large bodies that are in memory at once.
     histories: Allowance
 

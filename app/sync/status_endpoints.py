@@ -93,7 +93,8 @@ async def _exchange(request: Request[Needs], one: Exchange) -> Response:
     state = await _of(request, user_id, device)
     if asked.pull:
         state["cursor"] = str(answer.cursor)
-    response = private_json({"message": _DONE[given.direction], "status": state, "result": told_of(answer)})
+    result = told_of(answer, request.state["links"].url)
+    response = private_json({"message": _DONE[given.direction], "status": state, "result": result})
     one.down = len(response.body)
     return response
 

@@ -86,7 +86,7 @@ class Phone:
         asked = endpoints._asked(validated(endpoints.SyncChats, parse_object(body)))
         with within(Reach(self.user)):
             answer = await self.changes.exchange(self.user, asked)
-        told = orjson.dumps(endpoints.told_of(answer))
+        told = orjson.dumps(endpoints.told_of(answer, str))
         self.mid, self.cursor = answer.acked, str(answer.cursor)
         return body, told
 

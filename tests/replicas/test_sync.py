@@ -36,8 +36,8 @@ async def test_a_second_device_follows_an_answer_from_its_first_token_on(databas
         assert [message["id"] for message in seen["messages"]] == ["q1"], "the answer is not there yet"
         (stream,) = seen["active_streams"]
         assert (stream["chat_id"], stream["streaming_session_id"]) == ("trip", accepted["streaming_session_id"])
-        cursor, url = stream["last_event_id"], f"/api/stream-events/{stream['streaming_session_id']}"
-        assert cursor >= 1
+        cursor, url = stream["last_event_id"], stream["streaming_url"]
+        assert (cursor >= 1, url) == (True, accepted["streaming_url"])
         async with reading(watching.client, url, after=cursor) as live, reading(asked.client, url) as own:
             await live.has(20)
             later = await sync(watching.client, "desk", cursor=seen["cursor"])

@@ -8,12 +8,13 @@ import asyncpg
 import pytest
 
 from app.access import keys
+from app.demo.server import demo_provider
 from app.server import gateway
 from app.settings import load
 from tests.access.issuer import token
 from tests.access.users import as_user, serving_users
 from tests.house import Open
-from tests.serving import UNLIMITED, client_of, serving, until_ready
+from tests.serving import UNLIMITED, apply_demo, client_of, serving, until_ready
 from tests.sync.nudged import nudged
 from tests.sync.test_gateway import add, put, sync
 
@@ -130,3 +131,16 @@ async def test_a_user_has_so_many_connections_and_no_more(house: Open) -> None:
         async with nudged(home.client) as second:
             await second.closed()
             assert (second.cursors, second.retry_ms >= 1000) == ([], True)
+
+
+async def test_a_device_needs_no_header_to_follow_an_answer_that_an_exchange_names(database: str) -> None:
+    async with demo_provider() as demo, serving_users(database) as client:
+        await apply_demo(database, demo, {"slow": "demo?delay_ms=20&tokens=100000"})
+        said = {"chatbot_id": "slow", "message_text": "Hello"}
+        await client.post("/api/process-message", json=said, headers=as_user("ann"))
+        seen = (await client.get("/api/chat/sync", headers=as_user("ann"))).json()
+        (stream,) = seen["active_streams"]
+        page = await client.get(stream["streaming_url"])
+        assert page.json()["events"][0]["event"] == "stream_start"
+        assert (await client.get(stream["streaming_url"].partition("?")[0])).status_code == 401
+        assert "active_streams" not in (await client.get("/api/chat/sync", headers=as_user("bob"))).json()
