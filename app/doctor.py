@@ -15,7 +15,7 @@ from app.errors import Misconfigured, ParleyError
 from app.flows import chatbots
 from app.flows.rotation import holdings
 from app.jobs import runs
-from app.jobs.schedule import SCHEDULE, discovery_cron
+from app.jobs.schedule import OPTIONAL, SCHEDULE, crons, misread
 from app.jobs.scheduler import complaint
 from app.postgres import AWAY, OLDEST, Connection, open_connection, refuse_pooler, why
 from app.providers.provider import Deadlines, Endpoint
@@ -152,15 +152,15 @@ async def _examine_row_security(settings: Settings, connection: Connection) -> F
 async def _examine_jobs(settings: Settings, connection: Connection) -> AsyncGenerator[Finding, None]:
     now, known = await runs.now(connection), await runs.all_runs(connection)
     since = await runs.serving_since(connection)
-    crons = {**SCHEDULE, "discovery": discovery_cron(settings)}
-    if not settings.enable_background_jobs:
-        del crons["discovery"]
-    elif crons["discovery"] != settings.discovery_cron:
-        used = crons["discovery"]
-        yield Finding("schedule", False, f"CONVERSATION_DISCOVERY_CRON cannot be read, and {used} is used; correct it")
+    when = {**SCHEDULE, **crons(settings)}
+    if settings.enable_background_jobs:
+        for variable, used in misread(settings).items():
+            yield Finding("schedule", False, f"{variable} cannot be read, and {used} is used; correct it")
+    else:
+        when = {name: cron for name, cron in when.items() if name not in OPTIONAL}
     wrong = [
         (name, said)
-        for name, cron in crons.items()
+        for name, cron in when.items()
         if (said := complaint(name, known.get(name), now, since=since, cron=cron))
     ]
     for name, said in wrong:

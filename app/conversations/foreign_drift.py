@@ -222,14 +222,15 @@ class ForeignDrift:
     # -- the table beside the index
 
     async def _along_keys(self, place: Place, until: float) -> Piece:
-        """Up to where every id was settled when the walk began."""
+        """Up to the last id that was counted when the walk began; of what is above the watermark, what was counted."""
         state = await source_state.load(self._pool, self._source)
-        after, to = place.get("after", LEAST), min(place.get("to", state.settled), state.settled)
+        last = state.seen.last(state.settled)
+        after, to = place.get("after", LEAST), min(place.get("to", last), last)
         rows, drift, suspects = 0, 0, set[Name]()
         async with aclosing(self._foreign.pages([(after, to + 1)])) as pages:
             async for page in pages:
                 after, rows = page.position, rows + len(page.rows)
-                drift += await self._missing(page.rows, suspects)
+                drift += await self._missing([row for row in page.rows if state.has(row[0])], suspects)
                 if len(suspects) >= _SUSPECTS or monotonic() > until:
                     break
             else:

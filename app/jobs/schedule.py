@@ -47,6 +47,8 @@ SCHEDULE = {
     "discovery": "*/5 * * * *",  # CONVERSATION_DISCOVERY_CRON; seconds per source, and sources at once
     "reconcile": "*/5 1-4 * * *",  # PARLEY_RECONCILE_CRON; seconds per source and pass
 }
+# What ENABLE_BACKGROUND_JOBS=false stops; the others keep tables from growing, or promises.
+OPTIONAL = frozenset({"usage", "discovery", "reconcile"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +57,6 @@ class Job:
 
     name: str
     run_once: Callable[[], Awaitable[object]]
-    # Whether ENABLE_BACKGROUND_JOBS=false leaves it running: what keeps tables from growing does.
-    always: bool = True
     # When, instead of what the schedule says.
     cron: str | None = None
 
@@ -67,11 +67,25 @@ class Job:
 
 def discovery_cron(settings: Settings) -> str:
     """When discovery runs: as the setting says, or as the schedule does where nobody can read that."""
-    return _cron("discovery", settings.discovery_cron)
+    return crons(settings)["discovery"]
 
 
-def _cron(name: str, given: str) -> str:
-    return given if is_cron(given) else SCHEDULE[name]
+def crons(settings: Settings) -> dict[str, str]:
+    """When those jobs run that settings say it of."""
+    return {name: cron if is_cron(cron) else SCHEDULE[name] for name, (_, cron) in _given(settings).items()}
+
+
+def misread(settings: Settings) -> dict[str, str]:
+    """The variables that cannot be read, with what is used instead."""
+    used = crons(settings)
+    return {variable: used[name] for name, (variable, cron) in _given(settings).items() if used[name] != cron}
+
+
+def _given(settings: Settings) -> dict[str, tuple[str, str]]:
+    return {
+        "discovery": ("CONVERSATION_DISCOVERY_CRON", settings.discovery_cron),
+        "reconcile": ("PARLEY_RECONCILE_CRON", settings.reconcile_cron),
+    }
 
 
 def is_cron(expression: str) -> bool:
@@ -103,24 +117,21 @@ def jobs(
     settings: Settings,
 ) -> list[Job]:
     """What runs here: everything, or what always does."""
-    cron, enabled = discovery_cron(settings), settings.enable_background_jobs
-    if cron != settings.discovery_cron:
-        log.warning("cron_invalid", variable="CONVERSATION_DISCOVERY_CRON", used=cron)
-    nightly = _cron("reconcile", settings.reconcile_cron)
-    if nightly != settings.reconcile_cron:
-        log.warning("cron_invalid", variable="PARLEY_RECONCILE_CRON", used=nightly)
-    log.info("discovery_scheduled", cron=cron, enabled=enabled)
+    when, enabled = crons(settings), settings.enable_background_jobs
+    for variable, used in misread(settings).items():
+        log.warning("cron_invalid", variable=variable, used=used)
+    log.info("discovery_scheduled", cron=when["discovery"], enabled=enabled)
     every = [
         Job("partitions", partitions.run_once),
         Job("retention", retention.run_once),
         Job("index", upkeep.run_once),
         Job("replicas", replica.forget_dead),
-        Job("usage", usage_days.run_once, always=False),
+        Job("usage", usage_days.run_once),
         Job("erasure", erasure.run_once),
-        Job("discovery", passes.run_once, always=False, cron=cron),
-        Job("reconcile", reconcile.run_once, always=False, cron=nightly),
+        Job("discovery", passes.run_once, cron=when["discovery"]),
+        Job("reconcile", reconcile.run_once, cron=when["reconcile"]),
     ]
-    return [job for job in every if enabled or job.always]
+    return [job for job in every if enabled or job.name not in OPTIONAL]
 
 
 def expiring(settings: Settings, *, chatbots: Chatbots, turns: Turns | None = None) -> Sequence[Expiring]:

@@ -217,6 +217,21 @@ async def test_rows_that_discovery_has_yet_to_read_are_no_drift(database: str, e
             await site.pool.execute("delete from conversation_counts")
 
 
+@pytest.mark.parametrize("kind", ["keys", "sessions"])
+async def test_what_is_above_the_watermark_is_compared_too(database: str, empty_database: str, kind: str) -> None:
+    async with site_of(database, empty_database, SHAPES[kind]) as site:
+        late = await asyncpg.connect(empty_database)
+        await late.execute("begin; insert into chat (session, text) values ('late', 'I')")
+        await site.theirs.execute("insert into chat (session, text) select 's' || n, n from generate_series(1, 9) n")
+        assert await site.discover() == 9
+        await site.pool.execute("delete from conversations where conversation_id = 's1'")
+        await late.execute("commit")
+        await late.close()
+        assert (await site.compared()).drift == 1, "and the late one is discovery's"
+        assert await site.discover() == 1
+        assert await site.pool.fetchval("select sum(message_count) from conversations") == 10
+
+
 async def test_a_conversation_of_more_rows_than_keys_are_kept_is_compared(database: str, empty_database: str) -> None:
     async with site_of(database, empty_database, SCANNED) as site:
         await site.theirs.execute("insert into chat (session, text) select 'long', n from generate_series(1, 3000) n")
