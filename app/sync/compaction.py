@@ -24,9 +24,9 @@ _CHATS, _FAILED = "is_deleted and not is_emptied", "status = 'failed' and not is
 _DUE_CHATS = _DUE.format(table="chats", only=_CHATS, old=_OLD.format("$1"))
 _DUE_FAILED = _DUE.format(table="messages", only=_FAILED, old=_OLD.format("$1"))
 
-# Nobody's chats have no such row.
-_MAKE = "insert into sync_head (user_id) select $1 where $1 <> '' on conflict do nothing"
+# Nobody's chats have no such row, nor does it come back for a user who is being erased.
 _LOCK = "select from sync_head where user_id = $1 for update skip locked"
+_IS_THERE = "select exists (select from sync_head where user_id = $1)"
 # Final from here on, whatever is left of it: nothing comes back to half of a chat.
 _PURGE = f"""
 with due as materialized (
@@ -122,7 +122,6 @@ async def _each_user(pool: Pool, due: str, keep_s: float, most: int, work: _Work
 
 async def held(connection: Connection, user_id: str) -> bool:
     """Lock the user's chats until the transaction ends; whether nobody else has them locked."""
-    if not user_id:
+    if await connection.fetchrow(_LOCK, user_id) is not None:
         return True
-    await connection.execute(_MAKE, user_id)
-    return await connection.fetchrow(_LOCK, user_id) is not None
+    return not await connection.fetchval(_IS_THERE, user_id)

@@ -1,6 +1,7 @@
 """Deleted chats become empty after their time, and failed messages go: what devices are told, and what stays."""
 
 import asyncio
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
@@ -96,6 +97,18 @@ async def test_it_goes_a_piece_at_a_time_and_waits_for_nobody(house: Open, datab
         assert done == 26 + 4 + 36, "each row once, whoever does it"
         assert await home.count("messages") == 0
         assert await home.database.fetchval("select count(*) from chats where is_purged and is_emptied") == 8
+
+
+async def test_a_user_without_a_counter_gets_none_by_it(house: Open, database: str) -> None:
+    async with house(**_LATER) as home:
+        for user in ("", "erin"):
+            await home.database.execute(
+                "insert into chats (user_id, id, title, is_deleted, updated_at) values ($1, 'c', 'Secret', true, $2)",
+                *(user, datetime(2020, 1, 1, tzinfo=UTC)),
+            )
+        assert await _clean(database) == 2
+        assert await home.database.fetchval("select count(*) from chats where is_emptied and title = ''") == 2
+        assert await home.count("sync_head") == 0
 
 
 async def test_failed_messages_go_and_may_still_become_complete(house: Open, database: str) -> None:
