@@ -71,7 +71,7 @@ _EXCHANGE = Operation(
     "something else of them; `results` says so: `lost` against a later word, `forked` under another id, `moved` to "
     "another chat. docs/sync.md has the rules.\n\n"
     "Front ends that keep no cursor send whole histories instead: `conversations`. They are compared with what is "
-    "stored, and what is not new writes nothing; such a body may have `PARLEY_SYNC_HISTORY_LIMIT` bytes and 50,000 "
+    "stored, and what is not new writes nothing; such a body may have `PARLEY_SYNC_HISTORY_LIMIT` bytes and 20,000 "
     "messages. The answer then counts what was compared.",
     answers=_answer(ExchangedOrTaken),
     parameters=[_USER_ID],

@@ -1,5 +1,6 @@
 """Whole histories at the edge: what front ends without a cursor send, and what they read."""
 
+from asyncio import sleep
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
@@ -26,7 +27,7 @@ from app.wall import Wall
 # A body up to here is read by anybody; of larger ones so many at once are in memory as there are of `histories`.
 SMALL = 1 << 20
 # Of a body: conversations, and messages of all of them.
-_MOST_CONVERSATIONS, _MOST_MESSAGES = 10_000, 50_000
+_MOST_CONVERSATIONS, _MOST_MESSAGES = 10_000, 20_000
 # The end of the year 9999.
 _LAST_MS = 253_402_300_799_999
 
@@ -147,7 +148,10 @@ async def body_of(request: Request[Needs]) -> AsyncGenerator[bytes, None]:
 
 async def take(request: Request[Needs], given: SyncHistory, user_id: str) -> Response:
     """Compare, and merge what is new."""
-    conversations = [_conversation(one, failed=given.includeFailed) for one in given.conversations]
+    conversations = []
+    for one in given.conversations:
+        conversations.append(_conversation(one, failed=given.includeFailed))
+        await sleep(0)  # others' tokens do not wait for all of it
     histories = Histories(request.state["changes"], request.state["wall"], user_id)
     await histories.take(conversations, failed=given.includeFailed)
     taken = sum(len(one.messages) for one in conversations)
