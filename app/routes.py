@@ -13,6 +13,7 @@ from app.flows import configuration, user_endpoints
 from app.flows import endpoints as flow_endpoints
 from app.openapi import Reference
 from app.operations import HEADERS, OPERATIONS
+from app.problems import Pace
 from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
 from app.sync import chat_endpoints as own_chat_endpoints
@@ -56,7 +57,7 @@ def routes(settings: Settings) -> list[Route]:
 def _bodies(settings: Settings, most: int | None = None) -> list[Middleware]:
     """Bodies of at most so many bytes, or as many as any may have, that are whole in time."""
     limit = settings.body_limit if most is None else min(settings.body_limit, most)
-    return [Middleware(problems.BodyLimit, limit, within_s=settings.body_timeout_s)]
+    return [Middleware(problems.BodyLimit, limit, Pace(settings.body_timeout_s))]
 
 
 def _processing(settings: Settings) -> list[Route]:
@@ -67,7 +68,13 @@ def _processing(settings: Settings) -> list[Route]:
             "/api/upload-image",
             chat_endpoints.upload_image,
             methods=["POST"],
-            middleware=[Middleware(problems.BodyLimit, settings.upload_limit)],  # it has a time limit of its own
+            middleware=[
+                Middleware(
+                    problems.BodyLimit,
+                    settings.upload_limit,
+                    Pace(settings.upload_timeout_s, settings.upload_stall_s, upload=True),
+                )
+            ],
         ),
         Route(
             "/api/conversation-config/{chatbot_id}",
@@ -138,7 +145,11 @@ def _chats(settings: Settings) -> list[Route]:
             "/api/chats/import",
             file_endpoints.import_chats,
             methods=["POST"],
-            middleware=[Middleware(problems.BodyLimit, settings.import_limit, within_s=settings.import_timeout_s)],
+            middleware=[
+                Middleware(
+                    problems.BodyLimit, settings.import_limit, Pace(settings.import_timeout_s, settings.upload_stall_s)
+                )
+            ],
         ),
         Route("/api/chats/{chat_id}", own_chat_endpoints.chat, methods=["GET", "PATCH", "DELETE"], middleware=bodies),
         Route("/api/chats/{chat_id}/export", file_endpoints.export_chat),

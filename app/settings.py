@@ -124,7 +124,7 @@ class Settings(BaseSettings):
     upload_limit: int = Field(10 * MIB, ge=KIB, description="Largest body of upload-image, in bytes.")
     upload_timeout_s: float = Field(30, gt=0, description="How long the body of an upload may take, in seconds.")
     upload_stall_s: float = Field(
-        5, gt=0, description="How long an upload may take for the next 64 KiB of its body, or for its end, in seconds."
+        5, gt=0, description="How long the next 64 KiB of an upload or an import may take, or its end, in seconds."
     )
     sync_history_limit: int = Field(
         16 * MIB, ge=KIB, description="Largest body of a front end that sends whole histories, in bytes."

@@ -15,7 +15,7 @@ from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from app.connection import HEAD_LIMIT
-from app.problems import BodyLimit
+from app.problems import BodyLimit, Pace
 from app.server import serving
 from tests.house import Open
 
@@ -161,8 +161,9 @@ async def test_a_refusal_is_counted_and_safe_like_every_answer(house: Open) -> N
 
 
 async def test_a_body_that_dribbles_is_refused_in_time(house: Open) -> None:
-    async with house(body_timeout_s=0.3) as home:
-        for path, method in (("process-message", "POST"), ("conversation-config/x", "PUT")):
+    async with house(body_timeout_s=0.3, upload_stall_s=0.3) as home:
+        paths = ("process-message", "POST"), ("conversation-config/x", "PUT"), ("chats/import?user_id=ann", "POST")
+        for path, method in paths:
             async with _connected(str(home.client.base_url)) as (reader, writer):
                 writer.write(
                     f"{method} /api/{path} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Length: 1000\r\n\r\n".encode()
@@ -192,4 +193,4 @@ async def test_the_time_of_a_body_ends_with_it() -> None:
     async def send(_: Any) -> None:
         raise AssertionError
 
-    await BodyLimit(app, 10, within_s=0.05)({"type": "http", "headers": []}, receive, send)
+    await BodyLimit(app, 10, Pace(0.05))({"type": "http", "headers": []}, receive, send)

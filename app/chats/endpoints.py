@@ -1,6 +1,5 @@
 """POST /api/upload-image: a picture is checked and stored, and where a question comes with it, a flow looks at it."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypedDict
@@ -17,15 +16,13 @@ from app.access.principal import Principal
 from app.chats.allowance import Allowance
 from app.chats.images import Images, StoredImage
 from app.chats.uploads import ImageData, upload_of
-from app.errors import BadRequest, Invalid, TooSlow
+from app.errors import BadRequest, Invalid
 from app.settings import Settings
 from app.telemetry import request_id
 from app.text import clean, parse_object, validated
 
 Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f\ufffd]+$")]
 
-# What has to arrive of a body within PARLEY_UPLOAD_STALL_S, unless it ends: 13 KiB/s by default.
-_STEP = 64 << 10
 # An upload is one long text and little around it. Without this bound, ten megabytes of "[],[],[]" would be parsed into
 # hundreds of megabytes of lists.
 _MOST_PARTS = 50_000
@@ -140,36 +137,20 @@ def _size(request: Request[Needs]) -> int:
 
 async def _received(request: Request[Needs]) -> UploadImage:
     settings = request.state["settings"]
-    upload = validated(UploadImage, parse_object(await _body(request, settings)))
+    upload = validated(UploadImage, parse_object(await _body(request)))
     if len((upload.message_text or "").encode(errors="replace")) > settings.message_limit:
         raise Invalid("message_too_long", f"message_text is longer than {settings.message_limit} bytes.")
     return upload
 
 
-async def _body(request: Request[Needs], settings: Settings) -> bytearray:
-    """Whole in time, and on the move: whoever sends nothing keeps a place from others."""
+async def _body(request: Request[Needs]) -> bytearray:
     # Not request.body(), which keeps ten megabytes for as long as the request lives.
-    body, clock = bytearray(), asyncio.get_running_loop().time
-    due, step = clock() + settings.upload_timeout_s, _STEP
-    try:
-        async with asyncio.timeout_at(min(due, clock() + settings.upload_stall_s)) as timeout:
-            async for chunk in request.stream():
-                body += chunk
-                if len(body) >= step:
-                    step = len(body) + _STEP
-                    timeout.reschedule(min(due, clock() + settings.upload_stall_s))
-    except TimeoutError:
-        raise TooSlow("upload_too_slow", _too_slow(settings)) from None
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
     if sum(map(body.count, (b",", b"[", b"{"))) > _MOST_PARTS:
         raise BadRequest("invalid_json", "The body has too many members for an upload.")
     return body
-
-
-def _too_slow(settings: Settings) -> str:
-    return (
-        f"The body did not arrive within {settings.upload_timeout_s:g} seconds, "
-        f"or {_STEP >> 10} KiB of it did not within {settings.upload_stall_s:g}."
-    )
 
 
 async def _analysis(
