@@ -125,7 +125,7 @@ def _index(settings: Settings) -> list[Route]:
 
 
 def _sync(settings: Settings) -> list[Route]:
-    histories = [Middleware(problems.BodyLimit, settings.sync_history_limit, within_s=settings.body_timeout_s)]
+    histories = [Middleware(problems.BodyLimit, settings.sync_history_limit, Pace(settings.body_timeout_s))]
     bodies = _bodies(settings, sync_endpoints.BODY_LIMIT)
     return [
         Route("/api/chat/sync", sync_endpoints.sync_chats, methods=["GET", "POST"], middleware=histories),
