@@ -1,5 +1,6 @@
 """What exchanges come to: a line in the log for each, metrics without users, and a row for each user and hour."""
 
+import asyncio
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from time import perf_counter
 from typing import Any
 
 import structlog
+from starlette.requests import ClientDisconnect
 
 from app.errors import ParleyError
 from app.expiry import Rows
@@ -89,6 +91,9 @@ class Figures:
             raise
         except AWAY:
             outcome = "database_unavailable"
+            raise
+        except (ClientDisconnect, asyncio.CancelledError):
+            outcome = "disconnected"
             raise
         finally:
             self._note(one, outcome, perf_counter() - began)
