@@ -118,6 +118,10 @@ worded as (
     select {words.WRITTEN} from conversation join given on chat = conversation_id
     where is_new or first_rank is not null),
 words as ({words.saved("worded")}),
+said as (
+    update conversation_words w set said_at = c.last_message_at
+    from conversation c join given on given.chat = c.conversation_id
+    where w.conversation = c.id and not c.is_new and first_rank is null),
 counted as (
     insert into conversation_counts as n (source, slot, conversations)
     select '{OWN}', floor(random() * {_SLOTS}), count(*) from conversation where is_new having count(*) > 0

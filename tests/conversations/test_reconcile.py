@@ -39,6 +39,8 @@ from tests.conversations.plain import (
 )
 from tests.conversations.savers import Saver
 from tests.conversations.storm import Kind, Storm
+from tests.house import Open
+from tests.sync.test_gateway import add, delete, put, sync
 
 _CHATS = [Chat(user, f"{user}{number}", "shop") for user in ("ann", "bob") for number in range(3)]
 
@@ -118,6 +120,24 @@ async def test_messages_that_are_saved_meanwhile_are_no_drift(database: str) -> 
             done.set()
         assert max(piece.compared for piece in found) == 6
         assert {(piece.drift, piece.unsure) for piece in found} == {(0, 0)}
+
+
+async def test_whatever_devices_do_is_no_drift(house: Open, database: str) -> None:
+    async with house(enable_background_jobs=False) as home, pool_of(database) as pool:
+        pushes = [
+            [put("c"), add("m1", "c", "Where?")],
+            [add("m2", "c", "There.", role="assistant")],
+            [add("m3", "d", "Only an answer.", role="assistant")],
+            [add("m4", "c", "No.", status="failed")],
+            [add("m4", "c", "No.", status="complete"), delete("d", 5)],
+            [{"op": "msg.del", "id": "m1"}, put("e"), delete("e", 9)],
+        ]
+        for number, ops in enumerate(pushes, 1):
+            await sync(home.client, "phone", ops, first=number, failed=True)
+            assert (await own_round(pool)).drift == 0, ops
+        await home.ask(session_id="c")
+        await home.ask(session_id="f")
+        assert (await own_round(pool)).drift == 0
 
 
 # -- tables of others
