@@ -33,6 +33,8 @@ Name = tuple[str, str]
 # Conversations of the index that are compared at once, and how many that look wrong are gathered before they are read
 # whole: where sessions have no index, each reading is of the whole table.
 _BATCH, _SUSPECTS = 200, 500
+# Keys of a conversation are up to 200; where rows are found by them, those of so many conversations are asked for.
+_BY_KEYS = 25
 # How often something is tried again that a pass of discovery has overtaken.
 _TRIES = 5
 
@@ -119,7 +121,9 @@ class ForeignDrift:
         if self._session is not None and self._session.is_indexed:
             return _names(await self._differing(state, names, by_keys=False))
         few = {name: keys for name, keys in names.items() if 0 < len(keys) < KEYS}
-        suspects = _names(await self._differing(state, few, by_keys=True)) if few else set()
+        suspects: set[Name] = set()
+        for some in _pieces(list(few), _BY_KEYS):
+            suspects |= _names(await self._differing(state, {name: few[name] for name in some}, by_keys=True))
         if self._session is None:
             # Nothing finds the older rows of those with more.
             self._unsure += len(names) - len(few)
@@ -128,10 +132,13 @@ class ForeignDrift:
 
     async def _put_right(self, names: Collection[Name]) -> int:
         """Read these whole, and write what the index says wrongly; returns how many that were."""
-        drift, left = 0, sorted(names)
-        while left:
-            some, left = left[:_SUSPECTS], left[_SUSPECTS:]
-            drift += await self._replaced(some)
+        drift = 0
+        for some in _pieces(sorted(names), _SUSPECTS if self._session else _BY_KEYS):
+            try:
+                drift += await self._replaced(some)
+            except asyncpg.QueryCanceledError:
+                # Of a table that takes too long to be read through nothing else is held up.
+                self._unsure += len(some)
         return drift
 
     async def _replaced(self, names: Sequence[Name]) -> int:
@@ -306,6 +313,10 @@ def _is_of(type_: str, text: str) -> bool:
     if type_ in ("int2", "int4", "int8"):
         return text.lstrip("-").isdecimal() and text.isascii() and abs(int(text[:20])) < 1 << (8 * int(type_[3:]) - 1)
     return True
+
+
+def _pieces(names: Sequence[Name], most: int) -> list[Sequence[Name]]:
+    return [names[start : start + most] for start in range(0, len(names), most)]
 
 
 def _columns(names: Iterable[Name]) -> tuple[list[str], list[str]]:

@@ -13,6 +13,7 @@ from app.conversations import index, rounds
 from app.conversations.foreign import Foreign
 from app.conversations.foreign_drift import ForeignDrift
 from app.conversations.index import OWN
+from app.conversations.listing import require_index
 from app.conversations.own_drift import own_piece
 from app.conversations.passes import Passes, what_of
 from app.conversations.rounds import Piece, Place, Round
@@ -71,9 +72,11 @@ class Reconcile:
         async with self.passes.turn(name, alone=True) as is_mine:
             if not is_mine:
                 return None
-            await rounds.begin(self.pool, name)
-            place = (await rounds.rounds(self.pool))[name].place or {}
             try:
+                async with self.pool.acquire() as connection:
+                    await require_index(connection)
+                await rounds.begin(self.pool, name)
+                place = (await rounds.rounds(self.pool))[name].place or {}
                 piece = await (
                     own_piece(self.pool, place, until=until) if source is None else self._foreign(source, place, until)
                 )

@@ -386,6 +386,9 @@ async def test_a_deleted_index_is_left_alone(database: str) -> None:
         await job.pool.execute("update conversation_index set is_there = false")
         assert await job.run_once() == 0
         assert await rounds.rounds(job.pool) == {}
+        # Nor where it is deleted between two pieces, or by hand.
+        assert await job.run(OWN, None, until=monotonic()) is None
+        assert (await rounds.rounds(job.pool))[OWN].error_code == "index_missing"
 
 
 async def test_the_command_runs_whole_rounds(database: str, theirs: asyncpg.Connection) -> None:
