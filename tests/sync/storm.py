@@ -11,7 +11,7 @@ from uuid import UUID, uuid4
 
 import asyncpg
 
-from app.chats import head, store, usage
+from app.chats import store, usage
 from app.chats.chat import MessageStatus
 from app.chats.usage import Entry
 from app.conversations import index, recount
@@ -203,26 +203,20 @@ class User:
         status: MessageStatus = "failed" if self.chance.random() < 0.2 else "complete"
         cost = Entry(
             *(uuid4(), "main", 1, self.name, "bot", "demo", "small", "completed", None),
-            *(self.words, 1, 1, 1, datetime.now(UTC), chat),
+            *(self.words, 1, 1, 1, datetime.now(UTC), ""),
         )
         self.spent[cost.stream_id] = self.words + 1
-        await retry_conflicts(lambda: self._run(name, text, status, cost, first=True))
-        await retry_conflicts(lambda: self._run(name, text, status, cost, first=False))
+        for _ in range(2):
+            await retry_conflicts(lambda: self._run(chat, name, text, status, cost))
 
-    async def _run(self, name: str, text: str, status: MessageStatus, cost: Entry, *, first: bool) -> None:
-        chat = cost.chat_id
+    async def _run(self, chat: str, name: str, text: str, status: MessageStatus, cost: Entry) -> None:
         async with self.storm.database.acquire() as connection:
             with suppress(Conflict):
                 async with connection.transaction():
                     await _ask(connection, self.name, chat, f"{name}-q", text)
             async with connection.transaction():
                 await _answer(connection, self.name, chat, f"{name}-a", text, status)
-            async with connection.transaction():
-                await head.advance(connection, self.name)
-                await usage.record(connection, [cost])
-                if first:  # as the end of a run is written once
-                    shares = {"small": index.Share(tokens=cost.prompt_tokens + cost.completion_tokens)}
-                    await index.ended(connection, index.Chat(self.name, chat, "bot"), shares)
+            await usage.record(connection, [cost])
 
     async def _compact(self) -> None:
         """Chats that were deleted a moment ago become empty, messages that failed go."""
