@@ -13,7 +13,7 @@ from app.problems import _MethodNotAllowed
 from app.providers.provider import ErrorKind, ProviderError
 
 ROOT = Path(__file__).parent.parent
-# Codes any route may answer with, which the entries in operations.py therefore leave out.
+# Codes any route may answer with, which the entries in app/operations therefore leave out.
 _EVERYWHERE = {"route_unknown", "method_not_allowed", "internal_error"}
 _EVERYWHERE |= {"credentials_missing", "credentials_invalid", "scope_missing", "user_mismatch", "issuer_unavailable"}
 _EVERYWHERE |= {"token_invalid", "token_expired", "origin_unknown", "host_unknown", "head_too_large", "head_too_slow"}

@@ -177,7 +177,7 @@ _EVENTS = Operation(
     problems={400: ["bad_cursor"], 403: ["sync_disabled"], 422: ["invalid_request"]},
 )
 
-SYNC_OPERATIONS: Mapping[tuple[str, str], Operation] = {
+SYNC: Mapping[tuple[str, str], Operation] = {
     ("POST", "/api/chat/sync"): _EXCHANGE,
     ("GET", "/api/chat/sync"): _PULL,
     ("GET", "/api/sync"): _STATUS,

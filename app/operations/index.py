@@ -325,7 +325,7 @@ _RESET = Operation(
     problems={409: ["sync_running", "index_held"], 503: [*_PROBLEMS[503], "index_busy"]},
 )
 
-INDEX_OPERATIONS: Mapping[tuple[str, str], Operation] = {
+INDEX: Mapping[tuple[str, str], Operation] = {
     ("GET", "/api/messages/conversations"): _LIST,
     ("GET", "/conversations"): _LIST,
     ("GET", "/api/messages/conversations/events"): _EVENTS,

@@ -287,7 +287,7 @@ _CLAIM = Operation(
     },
 )
 
-CHAT_OPERATIONS: Mapping[tuple[str, str], Operation] = {
+CHATS: Mapping[tuple[str, str], Operation] = {
     ("DELETE", "/api/users/{user_id}"): _ERASE,
     ("GET", "/api/chats"): _LIST,
     ("GET", "/api/chats/{chat_id}"): _GET,
