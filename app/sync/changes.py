@@ -562,7 +562,7 @@ async def _answer(connection: Connection, user_id: str, asked: Asked, head: _Hea
         cursor=page.cursor if asked.pull else asked.cursor,
         server_time=head.now_ms,
         chats=list(chats.values()),
-        messages=[one for one in messages.values() if asked.failed or one.status != "failed"],
+        messages=[one for one in messages.values() if asked.failed or one.status != "failed" or one.is_deleted],
         more=page.more,
         bootstrap=until == 0,
         resync=resync,

@@ -368,3 +368,12 @@ async def test_a_retry_that_names_another_chat_is_one_of_the_message_that_failed
         )
         await sync(home.client, "phone", [add("n", "d", at=1)], first=5)
         assert await agreed(home.database) == []
+
+
+async def test_who_says_again_what_failed_and_was_deleted_is_told_that_it_was(house: Open) -> None:
+    async with house() as home:
+        failed = [put("c"), add("m", content="", status="failed")]
+        await sync(home.client, "phone", failed, [{"op": "msg.del", "id": "m"}], failed=True)
+        desk = await sync(home.client, "desk")
+        told = await sync(home.client, "desk", [add("m", content="At last", at=1)], cursor=desk["cursor"])
+        assert [(one["id"], one["is_deleted"]) for one in told["messages"]] == [("m", True)]
