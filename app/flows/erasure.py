@@ -105,8 +105,9 @@ _NAMED = """
 (exists (select from unnest($4::text[]) n(name) where strpos(context, n.name) > 0) or exists (
     select from streaming_sessions s where s.id = e.stream_id and s.user_id = $1))
 """
+_ERRORS = f"delete from error_logs e where {_HERE} and {_NAMED}"
 _WALKS: Sequence[tuple[str, str]] = (
-    ("error_logs", f"delete from error_logs e where {_HERE} and {_NAMED}"),
+    ("error_logs", _ERRORS),
     (
         "idempotency_keys",
         f"""

@@ -32,7 +32,7 @@ def nested(depth: int) -> Any:
 
 async def test_what_a_front_end_sees_holds_no_secret(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHOP_KEY", "sk-canary-1234567890")
-    async with house() as home:
+    async with house(allowed_hosts=NO_ADMIN["Host"]) as home:
         wanted = body(home.demo, top_k=5, system="The secret prompt.", images=True)
         wanted["chatbot"] |= {"language": "en", "allow": {"temperature": [0, 1], "languages": ["en", "de"]}}
         wanted["chatbot"]["flows"]["side"] = flow("x")
@@ -171,7 +171,7 @@ async def test_an_admin_sees_a_definition_that_put_takes_back_unchanged(
     house: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHOP_KEY", "sk-canary-1234567890")
-    async with house() as home:
+    async with house(allowed_hosts=NO_ADMIN["Host"]) as home:
         wanted = body(home.demo, template="brief", max_tokens=50)
         wanted["templates"] = {"brief": "Answer {{message}} in one sentence."}
         wanted["chatbot"]["allow"] = {"languages": ["en", "de"]}
@@ -194,4 +194,4 @@ async def test_a_page_that_was_pointed_at_this_machine_replaces_nothing(house: O
     async with house() as home:
         for host in ("rebound.example", "127.0.0.1.rebound.example", "", "[::1", "10.0.0.1:8080"):
             response = await home.client.put(URL, json=body(home.demo), headers={"Host": host})
-            assert (response.status_code, response.json()["code"]) == (403, "scope_missing")
+            assert (response.status_code, response.json()["code"]) == (403, "host_unknown")
