@@ -27,14 +27,18 @@ _DUE_FAILED = _DUE.format(table="messages", only=_FAILED, old=_OLD.format("$1"))
 # Nobody's chats have no such row, nor does it come back for a user who is being erased.
 _LOCK = "select from sync_head where user_id = $1 for update skip locked"
 _IS_THERE = "select exists (select from sync_head where user_id = $1)"
-# Final from here on, whatever is left of it: nothing comes back to half of a chat.
+# Final from here on, whatever is left of it: nothing comes back to half of a chat. A failed message would, by a retry.
 _PURGE = f"""
 with due as materialized (
     select id, seq from chats where user_id = $1 and id = any($2::text[]) and is_deleted and not is_purged
         and {_OLD.format("$3")} for update),
 versions as (delete from chat_versions v using due where v.user_id = $1 and v.chat_id = due.id),
+failed as (
+    delete from messages m using due where m.user_id = $1 and m.chat_id = due.id and m.status = 'failed'
+    returning m.seq),
 head as (
-    update sync_head set seq = seq + 1, gc_seq = greatest(gc_seq, (select max(seq) from due))
+    update sync_head set seq = seq + 1,
+        gc_seq = greatest(gc_seq, (select max(seq) from due), (select max(seq) from failed))
     where user_id = $1 and exists (select from due) returning seq),
 purged as (
     update chats c set is_purged = true, title = '', parent_chat_id = null, branch_from_message_id = null, origin = '',

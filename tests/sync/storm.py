@@ -30,6 +30,11 @@ _DELETED = """
 select c.id as chat, m.id, m.content from chats c left join messages m on m.user_id = c.user_id and m.chat_id = c.id
 where c.user_id = $1 and c.is_deleted
 """
+# Whose ids are still taken: what is said under one that is deleted now is not heard.
+_LEFT = """
+select m.id from messages m join chats c on c.user_id = m.user_id and c.id = m.chat_id
+where c.user_id = $1 and c.is_purged and m.is_deleted
+"""
 _PURGED = "select id from chats where user_id = $1 and is_purged"
 _FAILED = "select id, content from messages where user_id = $1 and status = 'failed' and not is_deleted"
 _SPENT = """
@@ -229,6 +234,7 @@ class User:
             await _COMPACTION.compact(connection, self.name, [row["chat"] for row in deleted])
             purged = {row["id"] for row in await connection.fetch(_PURGED, self.name)}
             self.compacted |= {row["content"] or row["id"] for row in deleted if row["chat"] in purged}
+            self.compacted |= {row["id"] for row in await connection.fetch(_LEFT, self.name)}
             failed = await connection.fetch(_FAILED, self.name)
             await _CLEANING.remove(connection, self.name, [row["id"] for row in failed])
 
