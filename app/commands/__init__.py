@@ -1,0 +1,1 @@
+"""Groups of the `parley` command, and what all its commands share."""
