@@ -103,11 +103,11 @@ _UPLOADS = 3
 # Conversations of other programs that are read at once.
 _READINGS = 4
 # Chats that are exported at once: each holds a connection and a snapshot.
-_EXPORTS = 2
+_EXPORTS = 3
 # Files that are imported at once: of each some megabytes are in memory, twice.
-_IMPORTS = 2
+_IMPORTS = 3
 # Bodies of more than a megabyte that are compared at once: their parts are in memory, some ten times as large.
-_HISTORIES = 2
+_HISTORIES = 3
 # How long a stopping server waits for accepts that were under way, in seconds; longer than one waits for locks.
 _ACCEPTS_S = 5
 # How long the loops of a server that has drained may take to end, in seconds.

@@ -46,7 +46,7 @@ class Decoders:
 
         Raises Invalid for what is no picture or too large a one, Unavailable where no process can take it.
         """
-        async with self._turns.take(who=user_id):
+        async with self._turns.take(user=user_id):
             decoder = await self._take()
             try:
                 async with asyncio.timeout(self._limits.seconds):

@@ -13,7 +13,7 @@ from app.access.guard import acting_for, principal_of
 from app.access.limits import Limits
 from app.access.links import Links
 from app.access.principal import Principal
-from app.chats.allowance import Allowance
+from app.chats.allowance import Allowance, shares_of
 from app.chats.images import Images, StoredImage
 from app.chats.uploads import ImageData, upload_of
 from app.errors import BadRequest, Invalid
@@ -101,7 +101,7 @@ async def upload_image(request: Request[Needs]) -> Response:
     request.state["admit_upload"]()
     # Before the body is read: what waits here waits at its sender.
     principal = principal_of(request)
-    async with request.state["uploads"].take(_size(request), who=principal.id, many=principal.user_id is None):
+    async with request.state["uploads"].take(_size(request), **shares_of(principal)):
         upload = await _received(request)
         user_id = acting_for(request, upload.user_id)
         request.state["limits"].count_named(request.scope, "uploads", user_id)

@@ -12,7 +12,7 @@ from starlette.responses import Response
 
 from app.access.guard import principal_of
 from app.answers import private_json, time_of
-from app.chats.allowance import Allowance
+from app.chats.allowance import Allowance, shares_of
 from app.conversations import listing, transcript
 from app.conversations.foreign_transcript import find_source, foreign_messages
 from app.conversations.listing import FAR, Place, Wanted
@@ -191,8 +191,7 @@ async def conversation(request: Request[Needs]) -> Response:
         if named.is_own:
             page = await transcript.own_messages(connection, named, after=after, size=size)
             return _transcript(named, [_message(row) for row in page.rows], page.behind)
-    principal = principal_of(request)
-    async with request.state["readings"].take(who=principal.id, many=principal.user_id is None):
+    async with request.state["readings"].take(**shares_of(principal_of(request))):
         told = await foreign_messages(
             await find_source(request.state["pool"], named.source), named, after=after, size=size
         )

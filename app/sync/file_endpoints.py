@@ -8,9 +8,9 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from app.access.guard import user_of
+from app.access.guard import principal_of, user_of
 from app.answers import private_json
-from app.chats.allowance import Allowance
+from app.chats.allowance import Allowance, Shares, shares_of
 from app.chats.chat import MessageStatus, Role
 from app.conversations.parameters import one_of
 from app.download import Download
@@ -104,7 +104,7 @@ async def import_chats(request: Request[Needs]) -> Response:
     """Chats from a file, as the body."""
     user_id = user_of(request)
     file = Import(request.state["changes"], user_id)
-    async with request.state["imports"].take(who=user_id):
+    async with request.state["imports"].take(**shares_of(principal_of(request), user_id)):
         await file.read(request.stream())
     return private_json(
         {
@@ -135,7 +135,7 @@ def _download(request: Request[Needs], user_id: str, chat_id: str | None, *, nam
     export = Export(request.state["wall"], user_id, chat_id, written)
     ending, media_type = _FILES[written]
     return Download(
-        _one_of_few(request.state["exports"], export.parts(), user_id=user_id),
+        _one_of_few(request.state["exports"], export.parts(), shares_of(principal_of(request), user_id)),
         name=f"{name}.{ending}",
         media_type=media_type,
         send_timeout_s=request.state["settings"].sse_send_timeout_s,
@@ -143,8 +143,8 @@ def _download(request: Request[Needs], user_id: str, chat_id: str | None, *, nam
 
 
 async def _one_of_few(
-    exports: Allowance, parts: AsyncGenerator[bytes, None], *, user_id: str
+    exports: Allowance, parts: AsyncGenerator[bytes, None], shares: Shares
 ) -> AsyncGenerator[bytes, None]:
-    async with exports.take(who=user_id), aclosing(parts):
+    async with exports.take(**shares), aclosing(parts):
         async for part in parts:
             yield part

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from app.access.guard import principal_of
 from app.access.links import Links
 from app.answers import private_json, time_of
-from app.chats.allowance import Allowance
+from app.chats.allowance import Allowance, shares_of
 from app.download import Download
 from app.errors import BadRequest, TooLarge
 from app.settings import Settings
@@ -139,7 +139,7 @@ async def body_of(request: Request[Needs]) -> AsyncGenerator[bytes, None]:
         body = bytearray()
         async for chunk in request.stream():
             if len(body) <= SMALL < len(body) + len(chunk):
-                await stack.enter_async_context(request.state["histories"].take(who=principal_of(request).id))
+                await stack.enter_async_context(request.state["histories"].take(**shares_of(principal_of(request))))
             body += chunk
         if len(body) > SMALL and b'"conversations"' not in body:
             raise TooLarge("body_too_large", f"The request body is larger than {SMALL} bytes.")

@@ -36,21 +36,28 @@ async def test_whoever_waits_gets_what_others_return() -> None:
 
 async def test_one_holds_its_share_and_whoever_acts_for_many_leaves_one() -> None:
     allowance = Allowance(30, of="uploads", each=10, wait_s=0.01)
-    async with allowance.take(6, who="ann"):
+    async with allowance.take(6, user="ann"):
         with pytest.raises(Unavailable):
-            async with allowance.take(5, who="ann"):
+            async with allowance.take(5, user="ann"):
                 raise AssertionError
-        async with allowance.take(4, who="ann"), allowance.take(10, who="shop", many=True):
+        async with allowance.take(4, user="ann"), allowance.take(10, agent="shop"):
             with pytest.raises(Unavailable):
-                async with allowance.take(11, who="shop", many=True):
+                async with allowance.take(11, agent="shop"):
                     raise AssertionError
-            async with allowance.take(10, who="bob"):
+            async with allowance.take(10, user="bob"):
                 pass
-    async with allowance.take(20, who="shop", many=True), allowance.take(10, who="ann"):
+    async with allowance.take(20, agent="shop"), allowance.take(10, user="ann"):
         pass
+    async with allowance.take(10, agent="shop", user="ann"), allowance.take(10, agent="shop", user="bob"):
+        for others in ({"agent": "shop", "user": "eve"}, {"user": "ann"}, {"agent": "other", "user": "bob"}):
+            with pytest.raises(Unavailable):
+                async with allowance.take(1, **others):
+                    raise AssertionError
+        async with allowance.take(10, agent="other", user="eve"):
+            pass
     async with allowance.take(30):
-        assert not allowance._held.keys() - {""}, "of those who hold nothing nothing is remembered"
-    async with Allowance(1, of="pictures", each=1).take(who="shop", many=True):
+        assert not allowance._held, "of those who hold nothing nothing is remembered"
+    async with Allowance(1, of="pictures", each=1).take(agent="shop"):
         pass
 
 
