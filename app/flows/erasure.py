@@ -21,6 +21,8 @@ from app.errors import NotFound
 from app.flows.stopping import Stopping
 from app.flows.turns import Turns
 from app.postgres import Pool, retry_conflicts
+from app.streams.replicas import Fenced
+from app.wall import Reach, within
 
 log = structlog.get_logger(__name__)
 
@@ -197,9 +199,10 @@ class Erasure:
     async def _go_on(self, user_id: str, until: float) -> bool:
         try:
             while await self._pass(user_id, until):
-                if await self.pool.fetchval(_PASSED, user_id) >= _PASSES:
+                passes = await self.pool.fetchval(_PASSED, user_id)
+                if passes is None or passes >= _PASSES:  # None: somebody else has come to the end meanwhile
                     break
-        except _OutOfTime:
+        except (_OutOfTime, Fenced):  # another replica, or this one when it is back, goes on
             return False
         await self.pool.execute(_END, user_id)
         log.info("user_erased", user=fingerprint(user_id))
@@ -207,7 +210,7 @@ class Erasure:
 
     async def _pass(self, user_id: str, until: float) -> int:
         """Through all tables once; returns how much there was. Raises _OutOfTime."""
-        await self._stop(user_id)
+        await self._stop(user_id, until)
         done = 0
         # First of all: later nobody knows whose stream an error was about.
         for table, statement in _WALKS:
@@ -219,15 +222,19 @@ class Erasure:
                 _require(until)
         return done
 
-    async def _stop(self, user_id: str) -> None:
+    async def _stop(self, user_id: str, until: float) -> None:
         """What waits, and what runs. Raises _OutOfTime where a run has not ended yet."""
-        while waiting := await self.pool.fetch(_WAITING, user_id, _PIECE):
-            for row in waiting:
-                with suppress(NotFound):  # its turn has come
-                    await self.turns.remove(user_id=user_id, session_id=row[0], message_id=row[1])
-        for row in await self.pool.fetch(_RUNNING, user_id):
-            with suppress(NotFound):
-                await self.stopping.stop(row["streaming_session_id"], owner=user_id)
+        # Behind the wall as the user, whoever it is that asks.
+        with within(Reach(user_id)):
+            while waiting := await self.pool.fetch(_WAITING, user_id, _PIECE):
+                for row in waiting:
+                    _require(until)
+                    with suppress(NotFound):  # its turn has come
+                        await self.turns.remove(user_id=user_id, session_id=row[0], message_id=row[1])
+            for row in await self.pool.fetch(_RUNNING, user_id):
+                _require(until)
+                with suppress(NotFound):
+                    await self.stopping.stop(row["streaming_session_id"], owner=user_id)
         if await self.pool.fetch(_RUNNING, user_id):
             raise _OutOfTime
 

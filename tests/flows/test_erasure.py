@@ -14,6 +14,7 @@ from app.chats.usage import UsageDays
 from app.demo.server import demo_provider
 from app.flows import chatbots, erasure, file, user_endpoints
 from app.postgres import open_pool
+from tests.access.issuer import token
 from tests.access.users import as_user, serving_users
 from tests.chats.pictures import base64_of, picture
 from tests.house import Open
@@ -43,7 +44,11 @@ async def _rows_with(database: asyncpg.Connection, *needles: str) -> dict[str, l
 
 
 async def _bots(connection: asyncpg.Connection, demo: str) -> None:
-    models = {"slow": "demo?delay_ms=20&tokens=100000", "quick": "demo?delay_ms=0&tokens=3"}
+    models = {
+        "slow": "demo?delay_ms=20&tokens=100000",
+        "slowest": "demo?delay_ms=2000&tokens=100000",
+        "quick": "demo?delay_ms=0&tokens=3",
+    }
     flows: dict[str, Any] = {
         name: {"provider": "demo", "model": model, "images": True} for name, model in models.items()
     }
@@ -180,6 +185,43 @@ async def test_only_oneself_or_an_administrator(database: str) -> None:
         actors = await connection.fetch("select actor, target from audit order by id")
         assert [row["target"] for row in actors] == [fingerprint("ann"), fingerprint("eve")]
         assert actors[1]["actor"].startswith("key:")
+    await connection.close()
+
+
+async def test_an_administrator_with_a_users_token_stops_what_waits_and_runs_of_somebody_else(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def nothing(self: erasure.Erasure) -> int:
+        return 0
+
+    # The job would do it in their stead.
+    monkeypatch.setattr(erasure.Erasure, "run_once", nothing)
+    connection = await asyncpg.connect(database)
+    async with demo_provider() as demo, serving_users(database) as client:
+        await _bots(connection, demo)
+        said = {"chatbot_id": "slowest", "session_id": "s", "message_text": "What?"}
+        for _ in range(3):
+            posted = await client.post("/api/process-message", json=said, headers=as_user("bob"))
+            assert posted.status_code == 200, posted.text
+        admin = {"Authorization": f"Bearer {token('two', 'ES256', sub='root', scope='parley:admin')}"}
+        async with asyncio.timeout(20):
+            answer = await client.delete("/api/users/bob", headers=admin)
+        assert (answer.status_code, answer.json()["erased"]) == (200, True)
+        assert set(await _rows_with(connection, "bob")) == set()
+    await connection.close()
+
+
+async def test_two_at_once_end_well(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    async with serving_users(database) as client:
+        push = {"client": "phone", "push": [{"mid": 1, "ops": [put("c")]}]}
+        assert (await client.post("/api/chat/sync", json=push, headers=as_user("ann"))).status_code == 200
+        # Whoever counts this pass finds that another has come to the end.
+        await connection.execute(
+            "create function nothing() returns trigger language plpgsql as 'begin return null; end';"
+            "create trigger gone before update on erasures for each row execute function nothing()"
+        )
+        assert (await client.delete("/api/users/ann", headers=as_user("ann"))).status_code == 200
     await connection.close()
 
 
