@@ -27,18 +27,6 @@ def title_from(text: str) -> str:
     return (cut.rsplit(" ", 1)[0] if " " in cut[_TITLE_LENGTH // 2 :] else cut) + "…"
 
 
-def most_recent(messages: list[Message], *, limit: int, max_bytes: int) -> list[Message]:
-    """The longest tail of `messages` (oldest first) within both bounds."""
-    kept: list[Message] = []
-    room = max_bytes
-    for message in reversed(messages[-limit:] if limit else []):
-        room -= len(message.content.encode())
-        if room < 0:
-            break
-        kept.append(message)
-    return kept[::-1]
-
-
 def estimated_tokens(text: str) -> int:
     """How many tokens a message with this text may cost, rather too many than too few: no vendor's tokenizer is asked.
 

@@ -74,10 +74,15 @@ returning not coalesce((select is_deleted from chat), false)
 """
 _HAS_CHAT = "select exists (select from chats where user_id = $1 and id = $2)"
 _QUESTION = "select content, position from messages where user_id = $1 and id = $2 and role = 'user' and not is_deleted"
+# No text is read but what is told: messages of devices and of files may be longer than all of that together.
 _HISTORY = """
-select role, content from messages
-where user_id = $1 and chat_id = $2 and not is_deleted and status <> 'failed' and role <> 'system' and position < $4
-order by position desc limit $3
+select role, content from (
+    select role, content, position, sum(octet_length(content)) over (order by position desc) as so_far from (
+        select role, content, position from messages
+        where user_id = $1 and chat_id = $2 and not is_deleted and status <> 'failed' and role <> 'system'
+            and position < $4
+        order by position desc limit $3) newest) sized
+where so_far <= $5 order by position desc
 """
 
 
@@ -163,8 +168,15 @@ async def question(connection: Connection | Pool, *, user_id: str, message_id: s
 
 
 async def history(
-    connection: Connection | Pool, *, user_id: str, chat_id: str, limit: int, before: int | None = None
+    connection: Connection | Pool,
+    *,
+    user_id: str,
+    chat_id: str,
+    limit: int,
+    max_bytes: int,
+    before: int | None = None,
 ) -> list[Message]:
-    """The last `limit` messages of a chat, or of what stands before a position of it, oldest first."""
-    rows = await connection.fetch(_HISTORY, user_id, chat_id, limit, _NO_POSITION if before is None else before)
+    """The last messages of a chat within both bounds, or of what stands before a position of it, oldest first."""
+    start = _NO_POSITION if before is None else before
+    rows = await connection.fetch(_HISTORY, user_id, chat_id, limit, start, max_bytes)
     return [Message(row["role"], row["content"]) for row in reversed(rows)]

@@ -17,9 +17,18 @@ select source, username, message_count, message_ids from conversations
 where conversation_id = $1 and ($2::text is null or username = $2) and ($3::text is null or source = $3)
 order by source, username limit $4
 """
-_MESSAGES = """
-select id, role, content, status, attachments, position, created_at from messages
-where user_id = $1 and chat_id = $2 and not is_deleted and position > $3 order by position limit $4
+# Texts and attachments of a page, in bytes; one message more than that, so that there is always one.
+_BYTES = 4 << 20
+_MESSAGES = f"""
+select id, role, case when before < {_BYTES} then content end as content, status,
+    case when before < {_BYTES} then attachments end as attachments, position, created_at, before < {_BYTES} as fits
+from (
+    select *, coalesce(sum(octet_length(content) + octet_length(attachments)) over (
+        order by position rows between unbounded preceding and 1 preceding), 0) as before
+    from (
+        select id, role, content, status, attachments, position, created_at from messages
+        where user_id = $1 and chat_id = $2 and not is_deleted and position > $3 order by position limit $4) next) sized
+order by position
 """
 
 
@@ -64,6 +73,6 @@ async def find(
 async def own_messages(connection: Connection, named: Named, *, after: int, size: int) -> Messages:
     """Messages of a conversation of ours behind a position."""
     assert named.is_own
-    rows = await connection.fetch(_MESSAGES, named.username, named.id, after, size + 1)
-    behind = rows[size - 1]["position"] if len(rows) > size else None
-    return Messages(rows[:size], behind)
+    found = await connection.fetch(_MESSAGES, named.username, named.id, after, size + 1)
+    rows = [row for row in found[:size] if row["fits"]]
+    return Messages(rows, rows[-1]["position"] if len(rows) < len(found) else None)

@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from app.chats import store
-from app.chats.chat import Message, most_recent
+from app.chats.chat import Message
 from app.chats.images import Images
 from app.chats.picture import Picture
 from app.conversations import index, recount
@@ -178,9 +178,8 @@ class Beginning:
     async def _stored(
         self, connection: Connection | Pool, user_id: str, chat_id: str, *, before: int | None = None
     ) -> list[Message]:
-        names = {"user_id": user_id, "chat_id": chat_id}
-        stored = await store.history(connection, **names, limit=self._memory.messages, before=before)
-        return most_recent(stored, limit=self._memory.messages, max_bytes=self._memory.bytes)
+        bounds = {"limit": self._memory.messages, "max_bytes": self._memory.bytes}
+        return await store.history(connection, user_id=user_id, chat_id=chat_id, **bounds, before=before)
 
 
 def _inputs(prepared: Prepared, history: Sequence[Message]) -> Inputs:

@@ -21,7 +21,7 @@ from app.sync.rows import CHAT
 _PREVIEW, _BRANCHES = 200, 100
 # Rows that a page looks at, where most are none of its own: other programs' conversations, deleted chats.
 _FAR = 1_000
-# Of a page of messages, in bytes; one message more than that, so that there is always one.
+# Of a page of messages, texts and attachments in bytes; one message more than that, so that there is always one.
 _BYTES = 4 << 20
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -79,9 +79,11 @@ with page as materialized (
 """
 _CHAT = f"select {CHAT} from chats where user_id = $1 and id = $2 and not is_deleted"
 _MESSAGES = """
-select id, role, content, status, attachments, parent_id, position, "timestamp", before < {bytes} as fits
+select id, role, case when before < {bytes} then content end as content, status,
+    case when before < {bytes} then attachments end as attachments, parent_id, position, "timestamp",
+    before < {bytes} as fits
 from (
-    select *, coalesce(sum(octet_length(content)) over (
+    select *, coalesce(sum(octet_length(content) + octet_length(attachments)) over (
         order by position {way} rows between unbounded preceding and 1 preceding), 0) as before
     from (
         select id, role, content, status, attachments, parent_id, position, "timestamp" from messages

@@ -46,7 +46,7 @@ _MESSAGES = f"""
 select {MESSAGE.replace("stamp", "told as stamp")}, position from (
     select *, case when stamp > '{LEAST}' then stamp
             else lpad(to_hex((extract(epoch from created_at) * 1000)::bigint), 12, '0') || '-0000' end as told,
-        coalesce(sum(octet_length(content)) over (
+        coalesce(sum(octet_length(content) + octet_length(attachments)) over (
             order by position rows between unbounded preceding and 1 preceding), 0) as before
     from (select * from messages
         where user_id = $1 and chat_id = $2 and position > $3 and not is_deleted and status <> 'failed'

@@ -11,7 +11,7 @@ from app.sync.changes import Changes
 from app.sync.merge import LEAST, AddMessage, Chat, DeleteChat, Message, Op, PutChat, behind, stamp_at
 from app.sync.rows import CHAT, MESSAGE, message_of
 
-# Of a branch: messages in all, messages and bytes of text in a transaction, where there may be one message more.
+# Of a branch: messages in all, messages and bytes in a transaction, where there may be one message more.
 MOST_COPIED = 10_000
 _PIECE, _BYTES = 500, 4 << 20
 _COPIES = UUID("0e2b6d0c-3c0c-5a0e-8f0a-5d5c7f5b9a31")
@@ -24,7 +24,7 @@ select count(*) from (
 _TAKEN = f"select {CHAT} from chats where user_id = $1 and id = $2"
 _PAST = f"""
 select {MESSAGE}, position from (
-    select *, coalesce(sum(octet_length(content)) over (
+    select *, coalesce(sum(octet_length(content) + octet_length(attachments)) over (
         order by position rows between unbounded preceding and 1 preceding), 0) as before
     from (select {MESSAGE}, position from messages
         where user_id = $1 and chat_id = $2 and position > $3 and position <= $4

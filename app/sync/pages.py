@@ -9,7 +9,7 @@ from app.sync.merge import Chat, Message
 from app.sync.rows import CHAT, MESSAGE, message_of
 
 ROWS = 500
-# Text of messages; one more change than that, so that there is always one.
+# Texts and attachments of messages; one more change than that, so that there is always one.
 BYTES = 4 << 20
 # No device is called so.
 NO_CLIENT = " "
@@ -18,11 +18,13 @@ NO_CLIENT = " "
 _UNSEEN = "user_id = $1 and seq > 0 and seq > $2 and seq <= $3 and (origin <> $4 or seq <= $5)"
 _CHATS = f"select seq, {CHAT} from chats where {_UNSEEN} order by seq limit {ROWS + 1}"
 # Text beyond the bound is not read; a row without it ends the page.
-_TEXT = f"case when before < {BYTES} then content end as content"
+_FIT = MESSAGE
+for _name in ("content", "attachments"):
+    _FIT = _FIT.replace(_name, f"case when before < {BYTES} then {_name} end as {_name}")
 _MESSAGES = f"""
-select seq, before < {BYTES} as fits, {MESSAGE.replace("content", _TEXT)}
+select seq, before < {BYTES} as fits, {_FIT}
 from (
-    select *, coalesce(sum(octet_length(content)) over (
+    select *, coalesce(sum(octet_length(content) + octet_length(attachments)) over (
         order by seq groups between unbounded preceding and 1 preceding), 0) as before
     from (select seq, {MESSAGE} from messages where {_UNSEEN} and ($6 or status <> 'failed' or is_deleted)
         order by seq limit {ROWS + 1}) unseen) sized

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.chats.chat import Message, Role, estimated_tokens, fitting, most_recent
+from app.chats.chat import Message, Role, estimated_tokens, fitting
 
 roles: st.SearchStrategy[Role] = st.sampled_from(["user", "assistant", "system"])
 texts = st.one_of(st.text(max_size=30), st.integers(0, 200).map(lambda size: "x" * size))
@@ -34,16 +34,3 @@ def test_a_longer_text_never_counts_less(first: str, second: str) -> None:
     assert estimated_tokens(first + second) >= max(estimated_tokens(first), estimated_tokens(second))
     whole = estimated_tokens(first) + estimated_tokens(second) - estimated_tokens("")
     assert abs(estimated_tokens(first + second) - whole) <= 2
-
-
-@given(histories, st.integers(0, 14), st.integers(0, 12), st.integers(-1, 1))
-def test_the_most_recent_are_the_longest_tail_within_both_bounds(
-    messages: list[Message], limit: int, wanted: int, slack: int
-) -> None:
-    def size(tail: list[Message]) -> int:
-        return sum(len(message.content.encode()) for message in tail)
-
-    tails = [messages[start:] for start in range(len(messages) + 1)]
-    max_bytes = size(tails[max(len(messages) - wanted, 0)]) + slack  # at the edge, where mistakes are made
-    fits = (tail for tail in tails if len(tail) <= limit and size(tail) <= max_bytes)
-    assert most_recent(messages, limit=limit, max_bytes=max_bytes) == next(fits, [])

@@ -3,8 +3,9 @@
 import asyncpg
 import pytest
 
+from app.conversations import transcript
 from app.postgres import open_pool
-from app.sync import pages, rows
+from app.sync import chats, claim, edits, pages, rows
 from app.sync.cursor import Cursor, read
 from app.wall import Reach, Wall, within
 
@@ -50,7 +51,7 @@ async def test_what_a_push_names_is_found_by_its_key_whatever_is_known_of_users(
 
 async def test_a_page_ends_where_its_text_is_enough_but_has_one_change_at_least(database: str) -> None:
     connection = await asyncpg.connect(database)
-    text = "x" * (pages.BYTES - 1)
+    text = "x" * (pages.BYTES - 1 - len("[]"))
     for seq in (1, 2, 3):
         await connection.execute(
             "insert into messages (user_id, id, chat_id, content, role, position, seq) "
@@ -66,6 +67,31 @@ async def test_a_page_ends_where_its_text_is_enough_but_has_one_change_at_least(
             break
     await connection.close()
     assert seen == [["m1", "m2"], ["m3"]]
+
+
+@pytest.mark.parametrize(
+    ("query", "values", "most"),
+    [
+        (pages._MESSAGES, (0, 9, "phone", 0, False), pages.BYTES),
+        (chats._FORWARD, ("c", 0, 9, False), chats._BYTES),
+        (chats._BACKWARD, ("c", 9, 9, False), chats._BYTES),
+        (edits._PAST, ("c", 0, 9), edits._BYTES),
+        (claim._MESSAGES, ("c", 0), claim._BYTES),
+        (transcript._MESSAGES, ("c", 0, 9), transcript._BYTES),
+    ],
+)
+async def test_texts_and_attachments_together_are_bounded_wherever_messages_are_read(
+    database: str, query: str, values: tuple[object, ...], most: int
+) -> None:
+    connection = await asyncpg.connect(database)
+    await connection.execute(
+        "insert into messages (user_id, id, chat_id, content, role, position, seq, attachments) "
+        "select 'ann', n::text, 'c', repeat('x', $1), 'user', n, n, repeat(' ', $1) from generate_series(1, 4) n",
+        most // 4,
+    )
+    read = [row for row in await connection.fetch(query, "ann", *values) if row["content"] or row["attachments"]]
+    await connection.close()
+    assert len(read) == 2
 
 
 def test_cursors_are_read_as_they_were_told() -> None:
