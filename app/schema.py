@@ -1,7 +1,10 @@
 """The schema's version: which one this build wants, which one a database has, and the way from one to the other."""
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic
 
 import asyncpg
 
@@ -14,6 +17,10 @@ MIGRATIONS = _PACKAGED if _PACKAGED.is_dir() else Path(__file__).parent.parent /
 
 # Any constant will do, as long as no other advisory lock of ours uses it.
 _MIGRATION_LOCK = 0x7061_726C_6579_0001
+# How long a migration waits for a table, and then leaves it to others; how long it comes again, and how soon.
+_LOCK_TIMEOUT, _PATIENCE_S, _PAUSE_S = "2s", 60, 1
+# Errors of PostgreSQL: a lock that could not be had, a deadlock that was lost.
+_LOST = {"55P03", "40P01"}
 
 
 def wanted() -> list[str]:
@@ -88,10 +95,36 @@ async def _upgrade(dsn: str) -> None:
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
-    engine = create_async_engine(
-        "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(dsn), poolclass=NullPool
-    )
-    async with engine.connect() as connection:
-        await connection.run_sync(upgrade)
-        await connection.commit()
-    await engine.dispose()
+    async def connect() -> "asyncpg.Connection[asyncpg.Record]":
+        return await asyncpg.connect(dsn, server_settings={"lock_timeout": _LOCK_TIMEOUT})
+
+    async def run() -> None:
+        async with engine.connect() as connection:
+            await connection.run_sync(upgrade)
+            await connection.commit()
+
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=connect, poolclass=NullPool)
+    try:
+        await _patiently(run)
+    finally:
+        await engine.dispose()
+
+
+async def _patiently(work: Callable[[], Awaitable[None]]) -> None:
+    """Again where somebody holds a table for long: whoever waits for all of a table has all others wait behind it."""
+    from sqlalchemy.exc import DBAPIError
+
+    until = monotonic() + _PATIENCE_S
+    while True:
+        try:
+            return await work()
+        except DBAPIError as error:
+            if getattr(error.orig, "sqlstate", None) not in _LOST:
+                raise
+            if monotonic() > until:
+                raise Misconfigured(
+                    "schema_locked",
+                    "Somebody holds a table that a migration changes (a backup, or a long query?): `parley migrate` "
+                    "goes on where it stopped; run it again when that has ended.",
+                ) from error
+        await asyncio.sleep(_PAUSE_S)

@@ -198,8 +198,11 @@ class News:
                 continue
             mine = of_users.get(reader.username, [])
             reader.tell(mine)
-            if before.heads.get(reader.username) != now.heads.get(reader.username) and (is_stirred or not mine):
+            moved = before.heads.get(reader.username) != now.heads.get(reader.username)
+            # What stirs comes after the commit, so perhaps after a look that has seen it.
+            if (moved and not mine) or (is_stirred and (moved or reader.has_moved)):
                 reader.tell_all()
+            reader.has_moved = moved
 
     def close(self) -> None:
         """Have everybody leave."""
@@ -211,13 +214,15 @@ class News:
 class _Reader:
     """One connection, and what it has not been told yet."""
 
-    __slots__ = ("_changed", "_is_all", "_poked", "is_behind", "is_informed", "username")
+    __slots__ = ("_changed", "_is_all", "_poked", "has_moved", "is_behind", "is_informed", "username")
 
     def __init__(self, username: str | None) -> None:
         self.username = username
         self.is_informed = False
         # Whether "all" is to be told, when it is time for that.
         self.is_behind = False
+        # Whether the last look found that the user's chats had changed.
+        self.has_moved = False
         self._changed: dict[Conversation, None] = {}
         self._is_all = False
         self._poked = asyncio.Event()

@@ -43,6 +43,8 @@ class Scheduler:
     metrics: Metrics
     failing: set[str]
     limit_s: float = _LIMIT_S
+    # When this replica first looked, by the database's clock.
+    _began: datetime | None = None
     # Whether each of the last passes failed, by job.
     _outcomes: defaultdict[str, deque[bool]] = field(
         default_factory=lambda: defaultdict(lambda: deque(maxlen=_PASSES[1]))
@@ -95,6 +97,9 @@ class Scheduler:
             log.warning("job_unreliable", job=name, error_rate=round(rate, 2), passes=len(outcomes))
 
     def _watch(self, known: Mapping[str, JobRun], now: datetime, since: datetime | None) -> None:
+        # A job that the version before does not know runs once a replica of this one leads.
+        self._began = self._began or now
+        since = since and max(since, self._began)
         for job in self.jobs:
             name, run = job.name, known.get(job.name)
             wrong = complaint(name, run, now, since=since, cron=job.cron) is not None

@@ -54,7 +54,8 @@ chat as (
     order by id
     on conflict (user_id, id) do update set title = excluded.title, parent_chat_id = excluded.parent_chat_id,
         branch_from_message_id = excluded.branch_from_message_id, stamp = excluded.stamp, client = excluded.client,
-        is_deleted = excluded.is_deleted, seq = excluded.seq, origin = excluded.origin, updated_at = now()),
+        is_deleted = excluded.is_deleted, is_emptied = chats.is_emptied and chats.is_purged, seq = excluded.seq,
+        origin = excluded.origin, updated_at = now()),
 message as (
     insert into messages (user_id, id, chat_id, role, content, parent_id, attachments, status, stamp, is_deleted,
         position, "timestamp", seq, origin, is_asked, created_at)

@@ -6,10 +6,11 @@ revision = "0022"
 down_revision = "0021"
 
 STATEMENTS = [
+    # What the clean-up of failed messages has reached; only devices that ask for those are concerned. Locked before
+    # `chats`, as whoever writes chats does.
+    "alter table sync_head add column gc_failed bigint not null default 0",
     # A purged chat whose messages are all gone, too.
     "alter table chats add column is_emptied boolean not null default false",
-    # What the clean-up of failed messages has reached; only devices that ask for those are concerned.
-    "alter table sync_head add column gc_failed bigint not null default 0",
     "create index chats_deleted on chats (updated_at) where is_deleted and not is_emptied",
     "create index messages_failed on messages (updated_at) where status = 'failed' and not is_deleted",
 ]

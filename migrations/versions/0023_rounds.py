@@ -19,9 +19,8 @@ ROUNDS = [
         error text
     )
     """,
-    "drop view crew_discovery_state",
     """
-    create view crew_discovery_state as
+    create or replace view crew_discovery_state as
     select c.code as crew_code, c.id as source, c.client, c.is_enabled, s.last_discovered_at,
         coalesce(s.last_session_count, 0) as last_session_count, coalesce(s.last_rows, 0) as last_rows,
         coalesce(s.last_seconds, 0) as last_seconds, s.last_complete_at,

@@ -274,3 +274,21 @@ async def test_a_look_walks_the_end_of_the_list_only(database: str) -> None:
     lines = await connection.fetch("explain execute look (1700000000, 100)")
     assert any("conversations_recent" in line[0] for line in lines), lines
     await connection.close()
+
+
+async def test_a_deletion_is_told_that_is_heard_of_after_the_look_that_saw_it(database: str) -> None:
+    """One exchange deletes a chat and adds to another: what is heard comes after the commit, a look perhaps before."""
+    pool = await open_pool(database, 1)
+    one, reader = News(pool, Topics()), news._Reader("ann")
+    one._readers.add(reader)
+    reader.is_informed = True
+    row = news.Conversation("y", "parley", "ann")
+    before = news._Seen(0, "", {"ann": "e.1"}, {}, {})
+    after = news._Seen(1, "", {"ann": "e.2"}, {1: 1}, {1: row})
+    one._tell(before, after, is_stirred=False)
+    assert reader.take() == news.Told([row])
+    one._tell(after, after, is_stirred=True)
+    assert reader.take() == news.Told([], is_all=True)
+    one._tell(after, after, is_stirred=True)
+    assert reader.take() is None
+    await pool.close()
