@@ -144,7 +144,8 @@ class Claim:
             if have is None or have.is_deleted:
                 stamp = stamp_at(now_ms) if have is None else later(have, now_ms)
                 made = [PutChat(target, chat.title, stamp, chat.parent_chat_id, chat.branch_from_message_id)]
-            return [*made, *(self._added(one, stamp, target) for one, stamp in messages)]
+            made += [self._added(one, stamp, target) for one, stamp in messages]
+            return await arrivals.apart(connection, self.user_id, made)
 
         with within(Reach(self.user_id)):
             written = await self.changes.write(self.user_id, ops, dated=True)

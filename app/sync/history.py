@@ -6,7 +6,6 @@ from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any
-from uuid import UUID, uuid5
 
 import asyncpg
 import orjson
@@ -14,6 +13,7 @@ import orjson
 from app.answers import time_of
 from app.postgres import Connection
 from app.sync import chats, merge, rows
+from app.sync.arrivals import own_id
 from app.sync.changes import Changes
 from app.sync.merge import LEAST, AddMessage, Chat, Op, PutChat, State
 from app.sync.rows import CHAT
@@ -25,8 +25,6 @@ _MOST, _MOST_TEXT = 500, 2 << 20
 _CHATS, _MESSAGES = 200, 500
 # Whoever writes has the time of when its transaction began, and none takes that long.
 _OVERLAP = timedelta(minutes=1)
-# Ids that front ends count anew in each conversation become their chat's own by this.
-_IDS = UUID("c8d2b2d7-4d3e-5a7c-8f58-6a0a0f7b7f43")
 
 _NOW = "select parley_now() as at, (extract(epoch from parley_now()) * 1000)::bigint as ms"
 _KNOWN = f"select {CHAT} from chats where user_id = $1 and id = any($2::text[])"
@@ -210,7 +208,7 @@ def _own(message: AddMessage, have: Chat | None, homes: dict[str, str]) -> AddMe
     """The message, under an id of its chat's own where another chat's has it."""
     if homes.setdefault(message.id, message.chat_id) == message.chat_id or (have is not None and have.is_purged):
         return message
-    return replace(message, id=str(uuid5(_IDS, f"{message.chat_id}\n{message.id}")))
+    return replace(message, id=own_id(message.chat_id, message.id))
 
 
 def _opened(chat: asyncpg.Record) -> bytes:

@@ -128,6 +128,26 @@ async def test_ids_that_both_have_lose_nothing(house: Open) -> None:
         assert (chat["title"], contents) == ("Mine", ["Hello", "Mine", "Theirs"])
 
 
+async def test_ids_that_another_chat_has_lose_nothing(house: Open) -> None:
+    async with house() as home:
+        theirs = [add("1", content="Theirs"), add("2", at=1, parent_id="1"), add("3", at=2, parent_id="2")]
+        await sync(home.client, "old", [put("c"), *theirs], user="anon")
+        await sync(home.client, "phone", [add("1", "mine", content="Mine"), add("2", "mine", at=1)])
+        await sync(home.client, "phone", [{"op": "msg.del", "id": "2"}], first=2)
+        assert await _claim(home) == (200, {"success": True, "chats": 1, "messages": 3})
+        assert await _chats(home, "anon") == {}
+        chats = await _chats(home, "ann")
+        assert [one["content"] for one in chats["mine"]["messages"]] == ["Mine"]
+        messages = chats["c"]["messages"]
+        assert [one["content"] for one in messages] == ["Theirs", "Hello", "Hello"]
+        assert [one.get("parentId") for one in messages] == [None, *(one["id"] for one in messages[:-1])]
+        # What is there is not copied again, though the other of that id has gone.
+        await home.database.execute("delete from messages where id = '2'")
+        await home.database.execute("update chats set is_deleted = false where user_id = 'anon'")
+        await home.database.execute("update messages set is_deleted = false where user_id = 'anon'")
+        assert (await _claim(home))[1]["messages"] == 0
+
+
 async def test_pictures_come_along_and_an_answer_under_way_is_waited_for(house: Open) -> None:
     async with house({"slow": "demo?delay_ms=20&tokens=100000"}) as home:
         ids = {}

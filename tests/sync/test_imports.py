@@ -128,6 +128,19 @@ async def test_what_was_deleted_comes_back_but_not_what_was_deleted_by_itself(ho
         assert (after["title"], after["id"] != "c", len(after["messages"])) == ("Trip", True, 2)
 
 
+async def test_ids_that_another_chat_has_lose_nothing(house: Open) -> None:
+    async with house() as home:
+        await sync(home.client, "phone", [add("1", "mine", content="Mine"), add("2", "mine", at=1)])
+        await sync(home.client, "phone", [{"op": "msg.del", "id": "2"}], first=2)
+        said = [{"id": str(n), "role": "user", "content": f"Theirs {n}"} for n in (1, 2, 3)]
+        chats = [{"id": name, "title": name, "messages": said} for name in "ab"]
+        told = await _twice(home, orjson.dumps({"format": "parley", "version": 1, "chats": chats}))
+        assert told["added"] == {"chats": 2, "messages": 6}
+        contents = {chat["id"]: [one["content"] for one in chat["messages"]] for chat in await _exported(home)}
+        theirs = ["Theirs 1", "Theirs 2", "Theirs 3"]
+        assert contents == {"a": theirs, "b": theirs, "mine": ["Mine"]}
+
+
 async def test_instructions_strange_ids_times_and_characters_do_no_harm(house: Open) -> None:
     async with house() as home:
         said = {"role": "user", "timestamp": "2024-01-01T00:00:00Z"}

@@ -142,7 +142,7 @@ class Import:
                 there[piece.of.id] = (name, Chat(name, put.title, stamp=put.stamp))
                 ops.append(put)
             ops += [_message(said, stamp, name) for said, stamp in piece.messages]
-        return ops
+        return await arrivals.apart(connection, self.user_id, ops)
 
 
 async def _parsed(element: bytes) -> dict[str, Any]:
