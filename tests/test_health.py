@@ -44,7 +44,7 @@ class Absent:
         if self._server is not None:
             self._server.close()
         self._listener.close()
-        self._wire.cut()
+        self._wire.end()
 
 
 @pytest.fixture
@@ -116,7 +116,7 @@ async def test_the_database_goes_away(absent: Absent) -> None:
     async with _starting(absent.dsn) as client:
         await until_ready(client)
         absent.vanish()
-        async with asyncio.timeout(10):  # what is on its way may still arrive
+        async with asyncio.timeout(10):
             while (await client.get("/api/conversation-health")).json()["database"] == "connected":
                 await asyncio.sleep(0.02)
         await _check_away(client)

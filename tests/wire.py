@@ -17,11 +17,14 @@ class Wire:
         self.answers.set()
         self.forwarded = 0
         self.returned = 0
+        self._is_over = False
 
     async def accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         far_reader, far_writer = await self._dial()
         pair = (writer, far_writer)
         self._pairs.add(pair)
+        if self._is_over:
+            self.cut()
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(self._copy(reader, far_writer, back=False))
@@ -43,6 +46,11 @@ class Wire:
                 writer.write(data)
                 await writer.drain()
             writer.close()
+
+    def end(self) -> None:
+        """Cut, and also those that are just coming."""
+        self._is_over = True
+        self.cut()
 
     def cut(self) -> None:
         for pair in self._pairs:

@@ -183,8 +183,8 @@ async def test_a_job_that_has_never_run_is_told_of(database: str) -> None:
     """As when another process holds the lock and does nothing."""
     async with scheduler(database, counted([])) as one, scheduler(database) as holder:
         assert await holder.leadership.held()
-        await at(one, database, NOON)
         await one.replica.register()
+        await at(one, database, NOON)
         # An older replica, which has led until now, may be of a version without this job.
         await one.pool.execute("update replicas set started_at = $1", NOON - timedelta(days=9))
         await one.run_once()
