@@ -40,8 +40,7 @@ _DEMANDS: Demands = {
     ("POST", "/api/webhooks/conversation-complete"): "public",
     ("POST", "/api/chat/sync"): "sync",
     ("GET", "/api/chat/sync"): "sync",
-    # Of anybody else than oneself: only for an admin.
-    ("DELETE", "/api/users/{user_id}"): "sync",
+    ("DELETE", "/api/users/{user_id}"): "admin",
     ("GET", "/api/sync"): "sync",
     ("POST", "/api/sync"): "sync",
     ("GET", "/api/chats"): "sync",
@@ -65,6 +64,8 @@ _DEMANDS: Demands = {
     ("GET", "/openapi.json"): "public",
     ("GET", "/docs"): "public",
 }
+# What is enough of a user's token, which reaches nobody else.
+OF_USERS: Mapping[tuple[str, str], Scope] = {("DELETE", "/api/users/{user_id}"): "sync"}
 # Where the token of a streaming URL is enough. Both may name no other streams than those of the tokens.
 BY_TOKEN = frozenset({("GET", "/api/stream-events/{stream_id}"), ("GET", "/api/stream")})
 # What a request that is no GET counts as, where it is not one of `changes`.

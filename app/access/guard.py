@@ -1,6 +1,6 @@
 """The door of every route: nobody gets behind it whom the table of demands does not let in."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import inf
 from time import time
 from typing import Any, TypedDict
@@ -13,9 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
 from app.access.credentials import Credentials
-from app.access.demands import ACTIVITIES, BY_TOKEN, Demand, Demands, check, demands_of
+from app.access.demands import ACTIVITIES, BY_TOKEN, OF_USERS, Demand, Demands, check, demands_of
 from app.access.limits import Limits, headers_of
 from app.access.principal import Principal
+from app.access.principal import Scope as Right
 from app.access.rates import Activity
 from app.errors import Invalid, Unauthorized
 from app.text import clean
@@ -35,14 +36,24 @@ def guard(routes: Sequence[Route], table: Demands) -> None:
     check(routes, table)
     for route in routes:
         by_token, writes = ("GET", route.path) in BY_TOKEN, ACTIVITIES.get(route.path, "changes")
-        route.app = _Door(route.app, demands_of(route, table), by_token=by_token, writes=writes)
+        of_users = {method: scope for (method, path), scope in OF_USERS.items() if path == route.path}
+        route.app = _Door(route.app, demands_of(route, table), of_users, by_token=by_token, writes=writes)
 
 
 class _Door:
     """ASGI. Asked before anything of the body is read."""
 
-    def __init__(self, app: ASGIApp, demands: dict[str, Demand], *, by_token: bool, writes: Activity) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        demands: dict[str, Demand],
+        of_users: Mapping[str, Right],
+        *,
+        by_token: bool,
+        writes: Activity,
+    ) -> None:
         self._app = app
+        self._of_users = of_users
         self._writes: Activity = writes
         self._by_token = by_token
         self._demands = demands
@@ -54,7 +65,7 @@ class _Door:
             await self._app(scope, receive, send)
             return
         principal = scope["principal"] = await self._principal(scope)
-        principal.require(demand)
+        principal.require(self._of_users.get(scope["method"], demand) if principal.kind == "user" else demand)
         limits: Limits = scope["state"]["limits"]
         limits.count(scope, self._activity(scope), principal)
         reach = Reach(principal.user_id, principal.streams)

@@ -249,8 +249,8 @@ _RESTORE = Operation(
 _ERASE = Operation(
     "Erase a user",
     "Everything of a user goes: chats, messages, pictures, streams, what waits, what devices have synchronised, error "
-    "rows. Answers under way are stopped. What was used stays in the totals, and is nobody's. Oneself, or as an "
-    "administrator anybody.\n\n"
+    "rows. Answers under way are stopped. What was used stays in the totals, and is nobody's. An "
+    "administrator erases anybody; a user's token with the scope `sync` is enough to erase oneself.\n\n"
     "It goes in small pieces. After ten seconds the answer is 202: the server goes on by itself, and the same request "
     "again helps.",
     answers={
@@ -259,7 +259,7 @@ _ERASE = Operation(
     },
     parameters=[
         Parameter("user_id", "path", "The user.", required=True),
-        Parameter("user_id", "query", "Of an API key: for whom it asks, who may be the user alone."),
+        Parameter("user_id", "query", "Whoever is signed in, or left out."),
     ],
     problems={
         404: ["user_unknown"],

@@ -60,8 +60,7 @@ async def client(database: str) -> AsyncGenerator[httpx2.AsyncClient, None]:
 
 
 def _url(path: str) -> str:
-    # Whoever acts for a user erases this one only.
-    return path.format_map(_PATHS) + (f"?user_id={_PATHS['user_id']}" if path.startswith("/api/users") else "")
+    return path.format_map(_PATHS)
 
 
 def _routes() -> list[Route]:
