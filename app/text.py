@@ -50,6 +50,11 @@ def clean(text: str) -> str:
     return _UNSTORABLE.sub("\ufffd", text)
 
 
+def stored_size(text: str) -> int:
+    """Its bytes once it is clean."""
+    return len(clean(text).encode())
+
+
 def parse_object(body: bytes | bytearray) -> dict[str, Any]:
     """A JSON object from a request body. Raises BadRequest for anything else, whatever it holds."""
     if (nested := body.count(b"[") + body.count(b"{")) + body.count(b",") > _MOST_PARTS:

@@ -7,6 +7,9 @@ from typing import Literal
 Role = Literal["user", "assistant", "system"]
 MessageStatus = Literal["complete", "partial", "failed"]
 
+# Of a message, whoever brings it, in bytes as they are stored: its text, and its attachments as JSON.
+LONGEST, MOST_ATTACHED = 1 << 20, 1 << 20
+
 _TITLE_LENGTH = 80
 # What models count for the role of a message and what stands around it.
 _MESSAGE_TOKENS = 4

@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from app.access.guard import acting_for, owner_of, principal_of
 from app.answers import private_json
-from app.chats.chat import MessageStatus, Role
+from app.chats.chat import MOST_ATTACHED, MessageStatus, Role
 from app.errors import Forbidden, Invalid
 from app.settings import Settings
 from app.sync import cursor, history_endpoints, merge
@@ -261,11 +261,19 @@ def _op(given: PutChat | DeleteChat | AddMessage | DeleteMessage) -> merge.Op:
                 clean(given.content),
                 given.stamp,
                 given.parent_id,
-                orjson.dumps(given.attachments).decode(),
+                _attached(given),
                 given.status,
             )
         case DeleteMessage():
             return merge.DeleteMessage(given.id)
+
+
+def _attached(given: AddMessage) -> str:
+    """Numbers may be longer than they were in the body."""
+    kept = orjson.dumps(given.attachments)
+    if len(kept) > MOST_ATTACHED:
+        raise Invalid("invalid_request", f"The attachments of {given.id} have more than {MOST_ATTACHED} bytes.")
+    return kept.decode()
 
 
 def _is_altered(op: merge.Op) -> bool:

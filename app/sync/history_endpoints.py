@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, TypedDict
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -14,6 +14,7 @@ from app.access.guard import principal_of
 from app.access.links import Links
 from app.answers import private_json, time_of
 from app.chats.allowance import Allowance, shares_of
+from app.chats.chat import LONGEST
 from app.download import Download
 from app.errors import BadRequest, TooLarge
 from app.settings import Settings
@@ -21,7 +22,7 @@ from app.sync.changes import Changes
 from app.sync.figures import Figures
 from app.sync.history import Conversation, Histories, now_of
 from app.sync.merge import LEAST, AddMessage, behind, stamp_at
-from app.text import clean
+from app.text import clean, stored_size
 from app.wall import Wall
 
 # A body up to here is read by anybody; of larger ones so many at once are in memory as there are of `histories`.
@@ -54,6 +55,12 @@ def _ms(given: Any) -> int:
     return round(given)
 
 
+def _bounded(text: str) -> str:
+    if stored_size(text) > LONGEST:
+        raise ValueError(f"at most {LONGEST} bytes")
+    return text
+
+
 Time = Annotated[int, BeforeValidator(_ms, json_schema_input_type=str)]
 
 
@@ -64,7 +71,7 @@ class HistoryMessage(BaseModel):
 
     id: Id
     role: Literal["user", "assistant"]
-    content: str
+    content: Annotated[str, AfterValidator(_bounded)]
     timestamp: Time
     error: bool | None = None
 

@@ -1,6 +1,7 @@
 """Synchronising through a real gateway: what is answered, and what the gateway's own writes have to do with it."""
 
 import asyncio
+import json
 from typing import Any
 
 import asyncpg
@@ -124,6 +125,11 @@ async def test_bad_exchanges_are_refused_and_change_nothing(house: Open) -> None
             assert (response.status_code, response.json()["code"]) == (status, code), body
             if code == "gap":
                 assert response.json()["expected"] == 2
+        # Written as JSON again these are longer than they were.
+        ops = [{**add("m"), "attachments": [{"n": ["short"] * 100_000}]}]
+        body = {"client": "new", "user_id": "ann", "push": [{"mid": 1, "ops": ops}]}
+        longer = await home.client.post("/api/chat/sync", content=json.dumps(body).replace('"short"', "1e15"))
+        assert (longer.status_code, longer.json()["code"]) == (422, "invalid_request")
         other = await home.client.post(
             "/api/chat/sync", params={"user_id": "ann"}, json={"client": "new", "user_id": "bob"}
         )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from app.errors import Invalid
 from app.sync.imports import elements as elements_module
+from app.sync.imports import importing
 from app.sync.imports.elements import Elements
 from tests.access.users import as_user, serving_users
 from tests.conversations.counted import agreed
@@ -260,17 +261,42 @@ async def test_what_cannot_be_read_of_a_file_is_named_and_the_rest_is_imported(h
                 {"id": "e", "messages": [7]},
                 {"id": "f", "messages": [{**said, "status": "odd"}]},
                 {"id": "g", "messages": [{**said, "attachments": [1]}]},
+                {"id": "h", "messages": [{**said, "content": "é" * (1 << 19) + "x"}]},
+                {"id": "i", "messages": [{**said, "attachments": [{"x": "é" * (1 << 19)}]}]},
                 webui,
                 {"title": "Nothing"},
                 {"title": "Odd", "mapping": {"a": 3}},
             ],
         )
-        assert (told["chats"], told["messages"], told["failures"]) == (1, 1, 8)
+        assert (told["chats"], told["messages"], told["failures"]) == (1, 1, 10)
         reasons = {one["number"]: one["reason"] for one in told["failed"]}
         assert reasons[2].startswith("mapping.")
         assert "ancestor" in reasons[2]
         assert reasons[3].startswith("messages[0].content")
-        assert (told["failed"][0]["title"], set(reasons)) == ("Loop", {2, 3, 4, 5, 6, 7, 8, 9})
+        assert (told["failed"][0]["title"], set(reasons)) == ("Loop", {2, 3, 4, 5, 6, 7, 8, 9, 10, 11})
+
+
+async def test_what_waits_to_be_written_is_bounded_with_titles_and_attachments(
+    house: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the bound everything waits for the next transaction; nothing is cut or lost but the end of a long title."""
+    monkeypatch.setattr(importing, "_MOST_TEXT", 1_000)
+    written: list[int] = []
+    write = importing.Import._write
+
+    async def counted(file: importing.Import) -> None:
+        written.append(file._lines)
+        await write(file)
+
+    monkeypatch.setattr(importing.Import, "_write", counted)
+    attached = [{"type": "note", "text": "x" * 1_000}]
+    messages = [{"id": f"m{n}", "role": "user", "content": "", "attachments": attached} for n in range(3)]
+    async with house() as home:
+        body: list[Json] = [{"id": "c", "title": "", "messages": messages}]
+        body += [{"id": f"t{n}", "title": "T" * 2_000, "messages": []} for n in range(3)]
+        assert (await _import(home.client, body))["added"] == {"chats": 4, "messages": 3}
+        assert written == [2, 1, 1, 2, 1]
+        assert {chat["title"] for chat in await _exported(home)} == {"", "T" * 500}
 
 
 async def test_a_conversation_that_is_too_large_ends_the_import(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -143,6 +143,7 @@ _BAD: list[tuple[Any, int, str]] = [
     ({"conversations": [talk("c", title="x" * 501)]}, 422, "invalid_request"),
     ({"conversations": [talk("c", said("m", role="system"))]}, 422, "invalid_request"),
     ({"conversations": [talk("c", {**said("m"), "content": 7})]}, 422, "invalid_request"),
+    ({"conversations": [talk("c", said("m", "é" * (1 << 19) + "x"))]}, 422, "invalid_request"),
     ({"conversations": [talk("c", said("m", timestamp="soon"))]}, 422, "invalid_request"),
     ({"conversations": [talk("c", said("m", timestamp=-1))]}, 422, "invalid_request"),
     ({"conversations": [talk("c", said("m", timestamp=10**30))]}, 422, "invalid_request"),

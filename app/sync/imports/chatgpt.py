@@ -3,7 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.sync.imports.conversation import Conversation, Said, Unreadable, derived, member, ms_of_seconds, text_of
+from app.sync.imports.conversation import (
+    Conversation,
+    Said,
+    Unreadable,
+    derived,
+    member,
+    ms_of_seconds,
+    text_of,
+    title_of,
+)
 
 NAME = "chatgpt"
 # Of contents, those that people see; the others are calls of tools, thoughts and the like.
@@ -25,7 +34,7 @@ def read(given: Mapping[str, Any]) -> Conversation:
         message = _said(nodes[node], name, node, said[-1].id if said else None)
         said += [message] if message else []
     every = sum(isinstance(node, dict) and _speaks(node.get("message")) for node in nodes.values())
-    title, at = text_of(given.get("title")), ms_of_seconds(given.get("create_time"))
+    title, at = title_of(given.get("title")), ms_of_seconds(given.get("create_time"))
     return Conversation(NAME, derived(NAME, name), title, at, said, left_out=every - len(said))
 
 

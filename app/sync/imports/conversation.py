@@ -7,10 +7,12 @@ from math import isfinite
 from typing import Any, Literal
 from uuid import UUID, uuid5
 
-from app.chats.chat import MessageStatus
+from app.chats.chat import LONGEST, MOST_ATTACHED, MessageStatus
+from app.text import stored_size
 
 # Ids that cannot be kept are derived from these: the same file gives the same ids.
 _IMPORTED = UUID("a4c1c1f5-9f0d-5b53-9d0e-3f1d8d6b7c11")
+_TITLE = 500
 # Milliseconds that a time may have: to the end of the year 9999.
 _LAST_MS = 253_402_300_799_999
 
@@ -23,7 +25,10 @@ class Unreadable(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Said:
-    """A message; `ms` is when, in milliseconds since 1970, where the file says it."""
+    """A message; `ms` is when, in milliseconds since 1970, where the file says it. `attachments` are JSON.
+
+    Raises Unreadable where it is larger than any may be.
+    """
 
     id: str
     role: Speaker
@@ -31,7 +36,11 @@ class Said:
     ms: int | None = None
     parent_id: str | None = None
     status: MessageStatus = "complete"
-    attachments: Sequence[Mapping[str, Any]] = ()
+    attachments: str = "[]"
+
+    def __post_init__(self) -> None:
+        if stored_size(self.content) > LONGEST or stored_size(self.attachments) > MOST_ATTACHED:
+            raise Unreadable(f"message {self.id} is larger than {LONGEST >> 20} MiB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +71,10 @@ def member(given: Mapping[str, Any], name: str, kind: type, where: str) -> Any:
 
 def text_of(value: Any) -> str:
     return value if isinstance(value, str) else ""
+
+
+def title_of(value: Any) -> str:
+    return text_of(value)[:_TITLE]
 
 
 def ms_of_seconds(value: Any) -> int | None:

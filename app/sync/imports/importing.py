@@ -22,11 +22,11 @@ from app.sync.imports.elements import Elements
 from app.sync.merge import LEAST, AddMessage, Chat, Op, PutChat, behind, stamp_at
 from app.text import clean, parse_object
 
-# Of a transaction: messages and chats, and characters of text, of which there may be one message more.
+# Of a transaction: messages and chats, and characters of texts, attachments and titles, of
+# which there may be one message more.
 _MOST, _MOST_TEXT = 500, 2 << 20
 # Conversations that could not be read, as far as they are named.
 _MOST_FAILED = 100
-_TITLE = 500
 # From so many bytes on a conversation is read aside.
 _LARGE = 256 << 10
 T = TypeVar("T")
@@ -111,13 +111,14 @@ class Import:
         await self._write_much()
         self._waiting.append(_Piece(conversation, ms, piece))
         self._lines += 1
+        self._text += len(conversation.title)
         for said in _stamped(conversation, ms):
             if await self._write_much():
                 piece = []
                 self._waiting.append(_Piece(conversation, ms, piece))
             piece.append(said)
             self._lines += 1
-            self._text += len(said[0].content)
+            self._text += len(said[0].content) + len(said[0].attachments)
 
     async def _write_much(self) -> bool:
         """Write what waits, where that is enough for a transaction."""
@@ -181,9 +182,9 @@ def _chat(piece: _Piece, name: str, have: Chat | None, now_ms: int) -> PutChat:
     of = piece.of
     stamp = stamp_at(min(piece.ms, now_ms)) if have is None else later(have, now_ms)
     title = of.title or title_from(next((said.content for said in of.messages if said.role == "user"), ""))
-    return PutChat(name, clean(title)[:_TITLE], stamp, of.parent_chat_id, of.branch_from_message_id)
+    return PutChat(name, clean(title), stamp, of.parent_chat_id, of.branch_from_message_id)
 
 
 def _message(said: Said, stamp: str, chat_id: str) -> AddMessage:
-    attachments = orjson.dumps(said.attachments).decode() if said.attachments else "[]"
-    return AddMessage(said.id, chat_id, said.role, clean(said.content), stamp, said.parent_id, attachments, said.status)
+    rest = (said.parent_id, said.attachments, said.status)
+    return AddMessage(said.id, chat_id, said.role, clean(said.content), stamp, *rest)

@@ -3,7 +3,16 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.sync.imports.conversation import Conversation, Said, Unreadable, derived, member, ms_of_seconds, text_of
+from app.sync.imports.conversation import (
+    Conversation,
+    Said,
+    Unreadable,
+    derived,
+    member,
+    ms_of_seconds,
+    text_of,
+    title_of,
+)
 
 NAME = "open_webui"
 
@@ -23,7 +32,7 @@ def read(given: Mapping[str, Any]) -> Conversation:
     for one in branch:
         message = _said(one, name, said[-1].id if said else None, len(said))
         said += [message] if message else []
-    title = text_of(given.get("title")) or text_of(chat.get("title"))
+    title = title_of(given.get("title")) or title_of(chat.get("title"))
     return Conversation(NAME, derived(NAME, name), title, at, said, left_out=every - len(said))
 
 

@@ -4,8 +4,10 @@ import re
 from collections.abc import Mapping
 from typing import Any, get_args
 
+import orjson
+
 from app.chats.chat import MessageStatus
-from app.sync.imports.conversation import Conversation, Said, Unreadable, derived, member, ms_of_text, text_of
+from app.sync.imports.conversation import Conversation, Said, Unreadable, derived, member, ms_of_text, title_of
 
 NAME = "parley"
 _ID = re.compile(r"[A-Za-z0-9._~:-]{1,128}", re.ASCII)
@@ -26,7 +28,7 @@ def read(given: Mapping[str, Any]) -> Conversation:
     return Conversation(
         NAME,
         _id(given["id"]),
-        text_of(given.get("title")),
+        title_of(given.get("title")),
         ms_of_text(given.get("createdAt")),
         said,
         _named(given.get("parentChatId")),
@@ -52,7 +54,8 @@ def _said(given: Any, where: str) -> Said | None:
     ):
         raise Unreadable(f"{where}attachments are no list of at most {_MOST} objects")
     at = ms_of_text(given.get("timestamp"))
-    return Said(_id(name), role, content, at, _named(given.get("parentId")), status, attachments)
+    kept = orjson.dumps(attachments).decode()
+    return Said(_id(name), role, content, at, _named(given.get("parentId")), status, kept)
 
 
 def _id(given: str) -> str:
