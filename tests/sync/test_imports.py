@@ -228,6 +228,8 @@ _BAD: list[tuple[bytes, str, str]] = [
         "deep",
     ),
     (b'{"format": "parley", "version": 2, "chats": [{"id": "c"}]}', "import_unknown", "later version"),
+    (b'{"x": "' + b"x" * (64 << 10) + b'", "chats": [{"id": "c"}]}', "import_invalid", "before the chats"),
+    (b'{"x": ' + b"[" * 200 + b"]" * 200 + b', "chats": [{"id": "c"}]}', "import_invalid", "before the chats"),
     (b'{"format": parley, "chats": [{"id": "c"}]}', "import_invalid", "before the chats"),
 ]
 

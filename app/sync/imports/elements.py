@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from app.errors import Invalid
 
-# The largest conversation, in bytes; of an object with a list of them, what stands before that as well.
-LARGEST = 16 << 20
+# The largest conversation, in bytes; of an object with a list of them, what stands before that.
+LARGEST, _LARGEST_HEAD = 16 << 20, 64 << 10
 
 _OUTSIDE = re.compile(rb'["{}\[\]]')
 _INSIDE = re.compile(rb'["\\]')
@@ -111,6 +111,8 @@ class Elements:
             return start
         self.head, self._list, self._holds = bytes(self._held) + chunk[start:mark], 2, False
         self._held.clear()
+        if len(self.head) > _LARGEST_HEAD:
+            raise self._refused(f"more than {_LARGEST_HEAD >> 10} KiB stand before the chats")
         return mark + 1
 
     def _close(self, before: bytes) -> bool:

@@ -7,8 +7,6 @@ from time import time
 from types import ModuleType
 from typing import Any, TypeVar
 
-import orjson
-
 from app.chats.chat import title_from
 from app.errors import BadRequest, Invalid
 from app.postgres import Connection
@@ -160,9 +158,9 @@ def _require_version(head: bytes) -> None:
     if not head:
         return
     try:
-        told = orjson.loads(head + b"[]}")
-    except orjson.JSONDecodeError:
-        raise Invalid("import_invalid", "What stands before the chats is not valid JSON.") from None
+        told = parse_object(head + b"[]}")
+    except BadRequest as error:
+        raise Invalid("import_invalid", f"What stands before the chats cannot be read: {error.detail}") from None
     version = told.get("version")
     if told.get("format") == NAME and not (isinstance(version, int) and version <= VERSION):
         raise Invalid("import_unknown", f"The file is of a later version; this server reads {VERSION}.")
