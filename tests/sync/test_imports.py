@@ -267,15 +267,19 @@ async def test_what_cannot_be_read_of_a_file_is_named_and_the_rest_is_imported(h
                 {"id": "i", "messages": [{**said, "attachments": [{"x": "é" * (1 << 19)}]}]},
                 webui,
                 {"title": "Nothing"},
+                {"id": "x" * 257, "mapping": {}},
+                {"id": ["x"], "mapping": {}},
+                {"mapping": {"x" * 257: {"message": None}}},
+                {"id": "x" * 257, "chat": {"title": "W", "messages": []}},
                 {"title": "Odd", "mapping": {"a": 3}},
             ],
         )
-        assert (told["chats"], told["messages"], told["failures"]) == (1, 1, 10)
+        assert (told["chats"], told["messages"], told["failures"]) == (1, 1, 14)
         reasons = {one["number"]: one["reason"] for one in told["failed"]}
         assert reasons[2].startswith("mapping.")
         assert "ancestor" in reasons[2]
         assert reasons[3].startswith("messages[0].content")
-        assert (told["failed"][0]["title"], set(reasons)) == ("Loop", {2, 3, 4, 5, 6, 7, 8, 9, 10, 11})
+        assert (told["failed"][0]["title"], set(reasons)) == ("Loop", set(range(2, 16)))
 
 
 async def test_what_waits_to_be_written_is_bounded_with_titles_and_attachments(

@@ -10,6 +10,7 @@ from app.sync.imports.conversation import (
     derived,
     member,
     ms_of_seconds,
+    name_of,
     text_of,
     title_of,
 )
@@ -27,7 +28,7 @@ def read(given: Mapping[str, Any]) -> Conversation:
     """The branch that was shown last; the others are left out. Raises Unreadable."""
     nodes = member(given, "mapping", dict, "")
     names = (given.get("conversation_id"), given.get("id"), given.get("create_time"))
-    name = next((str(one) for one in names if one), None) or ",".join(sorted(nodes)[:1])
+    name = name_of(*names, min(nodes, default=""))
     branch = _branch(nodes, given.get("current_node"))
     said: list[Said] = []
     for node in branch:

@@ -13,6 +13,8 @@ from app.text import stored_size
 # Ids that cannot be kept are derived from these: the same file gives the same ids.
 _IMPORTED = UUID("a4c1c1f5-9f0d-5b53-9d0e-3f1d8d6b7c11")
 _TITLE = 500
+# Of another program's id of a conversation, in characters: the id of each of its messages is derived from all of it.
+_LONGEST_NAME = 256
 # Milliseconds that a time may have: to the end of the year 9999.
 _LAST_MS = 253_402_300_799_999
 
@@ -59,6 +61,14 @@ class Conversation:
 
 def derived(*names: str) -> str:
     return str(uuid5(_IMPORTED, "\n".join(names)))
+
+
+def name_of(*names: Any) -> str:
+    """The first of these that says something, as another program's id. Raises Unreadable."""
+    name = next((one for one in names if one), "")
+    if not isinstance(name, str | int | float) or len(str(name)) > _LONGEST_NAME:
+        raise Unreadable(f"its id is no text of at most {_LONGEST_NAME} characters")
+    return str(name)
 
 
 def member(given: Mapping[str, Any], name: str, kind: type, where: str) -> Any:

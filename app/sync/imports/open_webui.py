@@ -10,6 +10,7 @@ from app.sync.imports.conversation import (
     derived,
     member,
     ms_of_seconds,
+    name_of,
     text_of,
     title_of,
 )
@@ -27,7 +28,7 @@ def read(given: Mapping[str, Any]) -> Conversation:
     chat = member(given, "chat", dict, "") if "chat" in given else given
     branch, every = _messages(chat)
     at = ms_of_seconds(given.get("created_at")) or ms_of_seconds(chat.get("timestamp"))
-    name = next((str(one) for one in (given.get("id"), chat.get("id"), at) if one), "")
+    name = name_of(given.get("id"), chat.get("id"), at)
     said: list[Said] = []
     for one in branch:
         message = _said(one, name, said[-1].id if said else None, len(said))
