@@ -201,7 +201,8 @@ def _noted(request: Request[Any], error: ParleyError, *, cause: Exception) -> st
         return journal.count(error.code)
     who = principal.id if principal else ""
     rows: Rate = request.state["error_rows"]
-    if rows.take(who).wait_s:
+    # Bugs apart, so that no number of other errors keeps one from being told.
+    if rows.take(f"bug {who}" if error.status == 500 else who).wait_s:
         return journal.drop(error.code)
     context = {
         "method": request.method,

@@ -390,7 +390,7 @@ async def test_a_drain_while_the_database_hangs_ends_in_time_all_the_same(databa
             async with reading(leaving.client, accepted["streaming_url"]) as reader:
                 await reader.has(10)
                 proxy.stall()
-                done = await leaving.command.stop(within_s=5.2)
+                done = await leaving.command.stop(within_s=15)
         proxy.open()
     assert done.code == 0
     assert any("goodbye_failed" in line for line in done.err)
