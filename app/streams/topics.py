@@ -45,10 +45,13 @@ class Topics:
         del self._followers[topic]
 
     def change(self, changes: Mapping[UUID, int]) -> None:
-        """After the commit of changes that were made here."""
-        if changes:
-            self._changed.update(changes)
-            self.wanted.set()
+        """After the commit of changes that were made here. What nobody follows is remembered, and wakes nobody."""
+        for topic, position in changes.items():
+            if topic in self._followers or topic in self.abroad:
+                self._changed[topic] = position
+                self.wanted.set()
+            else:
+                self._remember(topic, position)
 
     async def tell_once(self) -> None:
         """Tell of everything that was changed since the last time; not to be called sooner than this returns."""
