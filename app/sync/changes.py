@@ -47,7 +47,7 @@ _COUNTER = """
 _HEAD = f"select {_COUNTER}, {_ACTIVE} from sync_head where user_id = $1"
 _LOCK = f"select {_COUNTER} from sync_head where user_id = $1 for update"
 # A statement of its own, after the lock: the one that waits for it sees of other tables what was before.
-_LOOK = f"select {_ACTIVE}, {pages.UNSEEN}, {rows.FOUND}"
+_LOOK = f"select {_ACTIVE}, {pages.UNSEEN}, {rows.found('$6::text[]')}"
 _MAKE = "insert into sync_head (user_id) values ($1) on conflict do nothing"
 _NOTE = "update sync_head set clients = $2 where user_id = $1"
 _MOVE = "update sync_head set seq = $2 where user_id = $1"
@@ -275,7 +275,11 @@ async def _look(connection: Connection, user_id: str, asked: Asked, head: _Head)
     ops = [op for mutation in asked.push for op in mutation.ops]
     chats, messages = rows.named(ops)
     seen = asked.cursor.seq if asked.cursor else 0
-    values = (list(chats), list(messages), seen, asked.client or pages.NO_CLIENT)
+    # What is repeated is told as it is now, so with its text.
+    acked = _known_mid(head, asked)
+    repeated = {op.id for mutation in asked.push if mutation.mid <= acked for op in mutation.ops}
+    gone = rows.deleted(ops) - repeated
+    values = (list(chats), list(messages), seen, asked.client or pages.NO_CLIENT, list(gone))
     row = await connection.fetchrow(_LOOK, user_id, *values)
     assert row is not None
     head.active = orjson.loads(row["active"] or b"[]")
@@ -342,8 +346,7 @@ async def _push(connection: Connection, user_id: str, asked: Asked, head: _Head,
 
 def _acked(head: _Head, asked: Asked) -> int:
     """The last mutation of this device that is here. Raises Conflict where those sent do not follow on it."""
-    known = head.clients.get(asked.client)
-    acked: int = known["mid"] if known else 0
+    known, acked = head.clients.get(asked.client), _known_mid(head, asked)
     first = asked.push[0].mid
     if known is None and first != 1:
         detail = "The server does not know this device; take a new client id and count from 1."
@@ -351,6 +354,11 @@ def _acked(head: _Head, asked: Asked) -> int:
     if first > acked + 1:
         raise Conflict("gap", f"Mutation {acked + 1} comes next.", expected=acked + 1)
     return acked
+
+
+def _known_mid(head: _Head, asked: Asked) -> int:
+    known = head.clients.get(asked.client)
+    return known["mid"] if known else 0
 
 
 def _remember(head: _Head, asked: Asked, results: Sequence[Mapping[str, Any]]) -> None:

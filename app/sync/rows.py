@@ -8,6 +8,7 @@ import asyncpg
 import orjson
 
 from app.conversations import index
+from app.errors import TooLarge
 from app.postgres import Connection
 from app.sync.merge import (
     AddMessage,
@@ -27,9 +28,19 @@ _VERSIONS = 20
 CHAT = "id, title, parent_chat_id, branch_from_message_id, stamp, client, is_deleted, is_purged"
 MESSAGE = "id, chat_id, role, content, parent_id, attachments, status, stamp, is_deleted"
 
+# Stored text that one push may have read, with attachments: what it names may be much larger than itself.
+_MOST_BYTES = 64 << 20
+_WITHIN = f"sum(octet_length(content) + octet_length(attachments)) over (order by id) <= {_MOST_BYTES}"
+_BOUNDED = MESSAGE.replace("content,", f"case when {_WITHIN} then content end as content,").replace(
+    "attachments,", f"case when {_WITHIN} then attachments end as attachments,"
+)
+_EMPTIED = MESSAGE.replace("content,", "case when id = any({gone}) then '' else content end as content,").replace(
+    "attachments,", "case when id = any({gone}) then '[]' else attachments end as attachments,"
+)
 # Each by its key, whatever the planner thinks of how many rows a user has: some have a thousand times as many as
-# others. With chats the last position in them, also where there is no such chat.
-FOUND = f"""
+# others. With chats the last position in them, also where there is no such chat. `{gone}`: messages whose text nobody
+# needs, as they are going to be deleted.
+_FOUND = f"""
     (select json_agg(found) from (
         select k.id as name, last.position, c.*
         from unnest($2::text[]) as k(id)
@@ -37,10 +48,18 @@ FOUND = f"""
         cross join lateral (
             select coalesce(max(position), 0) as position from messages where user_id = $1 and chat_id = k.id) last
     ) found) as chats,
-    (select json_agg(m) from unnest($3::text[]) as k(id) cross join lateral (
-        select {MESSAGE}, position from messages where user_id = $1 and id = k.id offset 0) m) as messages
+    (select json_agg(m) from (
+        select {_BOUNDED}, position from (select m.* from unnest($3::text[]) as k(id) cross join lateral (
+            select {_EMPTIED}, position from messages where user_id = $1 and id = k.id offset 0) m) m) m) as messages
 """
-_FIND = f"select {FOUND}"
+
+
+def found(gone: str) -> str:
+    """SQL: what the chats $2 and the messages $3 of the user $1 are; `gone`: those that are going to be deleted."""
+    return _FOUND.format(gone=gone)
+
+
+_FIND = "select " + found("'{}'::text[]")
 _WRITTEN = """
 with head as (
     update sync_head set seq = $2, clients = $3 where user_id = $1),
@@ -99,13 +118,19 @@ class Found:
     last: dict[str, int] = field(default_factory=dict)
 
     def add(self, row: asyncpg.Record) -> None:
-        """What a statement with FOUND has found."""
+        """What a statement with `found` has found. Raises TooLarge where that is too much at once."""
         for given in orjson.loads(row["chats"] or b"[]"):
             self.last[given["name"]] = given["position"]
             if given["id"] is not None:
                 self.state.chats[given["id"]] = Chat(*map(given.__getitem__, _CHAT))
                 self.seqs[given["id"]] = given["seq"]
         for given in orjson.loads(row["messages"] or b"[]"):
+            if given["content"] is None:
+                raise TooLarge(
+                    "body_too_large",
+                    f"What is stored under the ids of these messages is larger than {_MOST_BYTES >> 20} MiB; "
+                    "push fewer mutations at once.",
+                )
             self.state.messages[given["id"]] = message_of(given)
             self.positions[given["id"]] = given["position"]
 
@@ -132,6 +157,13 @@ def named(ops: Iterable[Op]) -> tuple[set[str], set[str]]:
     """The chats and the messages that these name."""
     chats = {op.chat_id if isinstance(op, AddMessage) else op.id for op in ops if not isinstance(op, DeleteMessage)}
     return chats, {op.id for op in ops if isinstance(op, AddMessage | DeleteMessage)}
+
+
+def deleted(ops: Iterable[Op]) -> set[str]:
+    """The messages that these delete and do nothing else with."""
+    ops = list(ops)
+    added = {op.id for op in ops if isinstance(op, AddMessage)}
+    return {op.id for op in ops if isinstance(op, DeleteMessage)} - added
 
 
 async def load(connection: Connection, user_id: str, ops: Sequence[Op]) -> Found:

@@ -4,9 +4,11 @@ import asyncpg
 import pytest
 
 from app.conversations import transcript
+from app.errors import TooLarge
 from app.postgres import open_pool
 from app.sync import chats, claim, edits, pages, rows
 from app.sync.cursor import Cursor, read
+from app.sync.merge import AddMessage, DeleteMessage, stamp_at
 from app.wall import Reach, Wall, within
 
 
@@ -97,3 +99,24 @@ async def test_texts_and_attachments_together_are_bounded_wherever_messages_are_
 def test_cursors_are_read_as_they_were_told() -> None:
     for cursor in (Cursor("0a" * 6, 5), Cursor("0a" * 6, 5, 9, 3), Cursor("0a" * 6, 5, failed=True)):
         assert read(str(cursor)) == cursor
+
+
+async def test_what_a_push_names_is_read_within_bounds_and_what_it_deletes_without_its_text(database: str) -> None:
+    connection = await asyncpg.connect(database)
+    try:
+        await connection.execute(
+            "insert into messages (user_id, id, chat_id, content, role, position)"
+            " select 'ann', n::text, 'c', repeat('x', 1 << 20), 'user', n from generate_series(1, 65) n"
+        )
+        adds = [AddMessage(str(n), "c", "user", "y", stamp_at(1)) for n in range(1, 66)]
+        assert len((await rows.load(connection, "ann", adds[:63])).state.messages) == 63
+        with pytest.raises(TooLarge, match="fewer"):
+            await rows.load(connection, "ann", adds)
+        deletes = [DeleteMessage(str(n)) for n in range(1, 66)]
+        assert rows.deleted([*adds[:1], *deletes]) == {str(n) for n in range(2, 66)}
+        names = [op.id for op in deletes]
+        row = await connection.fetchrow(f"select {rows.found('$4::text[]')}", "ann", [], names, names)
+        assert row is not None
+        assert len(row["messages"]) < 20_000
+    finally:
+        await connection.close()
