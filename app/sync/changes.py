@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
+from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
 import asyncpg
@@ -32,6 +33,8 @@ _UNKNOWN = Chat("", is_deleted=True)
 ChatOp = merge.PutChat | merge.DeleteChat
 # Devices known per user, those that pushed last.
 MOST_CLIENTS = 100
+# Those of them that are told again what became of their last push, and of how many operations.
+_TOLD_CLIENTS, _TOLD_OPS = 10, 100
 # A device that hears nothing new is noted as seldom, in milliseconds.
 _NOTED_MS = 60_000
 # Operations under one number: a page ends between two numbers, so all rows of one have to fit into it.
@@ -362,13 +365,20 @@ def _known_mid(head: _Head, asked: Asked) -> int:
 
 
 def _remember(head: _Head, asked: Asked, results: Sequence[Mapping[str, Any]]) -> None:
-    """How far this device is now; the one that was silent for longest is forgotten where there are too many."""
+    """How far this device is now, and for when it repeats itself what became of its push: of the first operations, as
+    each exchange of the user reads it.
+    """
     known = head.clients.get(asked.client, {})
     noted = {name: known[name] for name in ("told", "has") if name in known}
     head.clients[asked.client] = noted | {"mid": asked.push[-1].mid, "at": head.now_ms}
-    if results:
-        head.clients[asked.client]["results"] = results
+    if few := _few(results):
+        head.clients[asked.client]["results"] = few
     _forget(head)
+
+
+def _few(results: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    many = accumulate(len(result["ops"]) for result in results)
+    return [result for result, so_many in zip(results, many, strict=True) if so_many <= _TOLD_OPS]
 
 
 def _noted(head: _Head, client: str, given: Mapping[str, int]) -> bool:
@@ -382,8 +392,13 @@ def _noted(head: _Head, client: str, given: Mapping[str, int]) -> bool:
 
 
 def _forget(head: _Head) -> None:
-    while len(head.clients) > MOST_CLIENTS:
-        del head.clients[min(head.clients, key=lambda client: head.clients[client]["at"])]
+    """Those that were silent for longest, or what became of their pushes."""
+    if len(head.clients) > _TOLD_CLIENTS:
+        latest = sorted(head.clients, key=lambda client: head.clients[client]["at"], reverse=True)
+        for client in latest[_TOLD_CLIENTS:]:
+            head.clients[client].pop("results", None)
+        for client in latest[MOST_CLIENTS:]:
+            del head.clients[client]
 
 
 @dataclass(slots=True)

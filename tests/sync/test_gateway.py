@@ -2,12 +2,14 @@
 
 import asyncio
 import json
+from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 import httpx2
 
 from app.access import keys
+from app.sync import changes
 from app.sync.merge import AddMessage, fork, stamp_at
 from tests.access.users import as_user, serving_users
 from tests.conversations.counted import agreed
@@ -383,3 +385,17 @@ async def test_who_says_again_what_failed_and_was_deleted_is_told_that_it_was(ho
         desk = await sync(home.client, "desk")
         told = await sync(home.client, "desk", [add("m", content="At last", at=1)], cursor=desk["cursor"])
         assert [(one["id"], one["is_deleted"]) for one in told["messages"]] == [("m", True)]
+
+
+def test_what_is_remembered_of_devices_is_bounded() -> None:
+    """All of it is read by each exchange of the user."""
+    head = changes._Head("e", 0, 0, 0, {}, datetime.now(UTC), 0)
+    lost = [{"mid": mid, "ops": [{"id": "x" * 128, "status": "lost"}] * 60} for mid in (1, 2)]
+    for number in range(changes.MOST_CLIENTS + 20):
+        head.now_ms = number
+        changes._remember(head, changes.Asked(f"d{number}", push=[changes.Mutation(2, [])]), lost)
+    assert len(head.clients) == changes.MOST_CLIENTS
+    assert "d19" not in head.clients
+    told = [client for client in head.clients if "results" in head.clients[client]]
+    assert told == [f"d{number}" for number in range(110, 120)]
+    assert head.clients["d119"] == {"mid": 2, "at": 119, "results": lost[:1]}
