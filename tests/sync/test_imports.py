@@ -1,9 +1,10 @@
 """Importing files of chats through a real gateway: once or twice, whole or broken, of whichever program."""
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import httpx2
 import orjson
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app.errors import Invalid
+from app.sync.changes import Changes
 from app.sync.imports import elements as elements_module
 from app.sync.imports import importing
 from app.sync.imports.elements import Elements
@@ -312,6 +314,35 @@ async def test_a_conversation_that_is_too_large_ends_the_import(house: Open, mon
         answer = await home.client.post("/api/chats/import", params=_ANN, json=body)
         assert (answer.json()["code"], "1 MiB" in answer.json()["detail"]) == ("import_invalid", True)
         assert [chat["id"] for chat in await _exported(home)] == ["c"]
+
+
+async def test_others_have_their_turn_while_a_chunk_is_looked_through() -> None:
+    ended, turns = asyncio.Event(), 0
+
+    async def other() -> None:
+        nonlocal turns
+        while not ended.is_set():
+            turns += 1
+            await asyncio.sleep(0)
+
+    async def body() -> AsyncGenerator[bytes, None]:
+        yield b"[" + b" " * (64 << 10) + b"]"
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(other())
+        # Nothing is written.
+        await importing.Import(cast(Changes, None), "ann").read(body())
+        ended.set()
+    assert turns > 10
+
+
+def test_more_signs_than_a_conversation_may_have_are_refused_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(elements_module, "_MOST_SIGNS", 100)
+    one = b'{"a":' + b"[" * 48 + b"]" * 48 + b"}"
+    assert list(Elements().feed(b"[" + one + b"," + one + b"]")) == [one, one]
+    for more in (b'{"a":' + b"[]" * 49, b'{"a":' + b'""' * 49, b'{"a":["' + b'\\"' * 200 + b'"' + b"[]" * 48):
+        with pytest.raises(Invalid, match="too many members"):
+            _read(Elements(), more)
 
 
 _NAMES = st.text(alphabet='"\\[{a', max_size=3)

@@ -7,11 +7,15 @@ from app.errors import Invalid
 
 # The largest conversation, in bytes; of an object with a list of them, what stands before that.
 LARGEST, _LARGEST_HEAD = 16 << 20, 64 << 10
+# Quotes and brackets of a conversation: what has more has more members than a body may have (`parse_object`), each of
+# which has four at most.
+_MOST_SIGNS = 4 * 500_000 + 2
 
 _OUTSIDE = re.compile(rb'["{}\[\]]')
-_INSIDE = re.compile(rb'["\\]')
+# Up to what ends a text, or up to a backslash that ends the chunk.
+_INSIDE = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _LIST = re.compile(rb'"chats"\s*:\s*$')
-_QUOTE, _BACKSLASH = b'"\\'
+_QUOTE = ord('"')
 _OPENING = b"{["
 # How far back a list's name is looked for.
 _TAIL = 64
@@ -33,7 +37,7 @@ class Elements:
         self._held = bytearray()
         self._holds = self._in_text = self._escaped = self._is_over = False
         self._first: bytes = b""
-        self._seen = 0
+        self._seen = self._signs = 0
 
     def feed(self, chunk: bytes) -> Iterator[bytes]:
         """The elements that end in this chunk. Raises Invalid for what cannot be a file of conversations."""
@@ -43,6 +47,7 @@ class Elements:
         at = start = self._begin(chunk)
         while not self._is_over and (mark := self._next(chunk, at)) is not None:
             at, sign = mark + 1, chunk[mark]
+            self._count()
             if sign == _QUOTE:
                 self._in_text = not self._in_text
                 if not self._holds:
@@ -81,18 +86,12 @@ class Elements:
 
     def _next(self, chunk: bytes, at: int) -> int | None:
         """Where the next sign is that means something here."""
-        while self._in_text:
-            at += self._escaped
-            self._escaped = False
-            if (found := _INSIDE.search(chunk, at)) is None:
-                return None
-            if chunk[found.start()] == _QUOTE:
-                return found.start()
-            at = found.end()
-            if at == len(chunk):
-                self._escaped = True
-                return None
-            at += 1
+        if self._in_text:
+            inside = _INSIDE.match(chunk, at + self._escaped)
+            assert inside is not None
+            rest = chunk[inside.end() : inside.end() + 1]
+            self._escaped = rest == b"\\"
+            return inside.end() if rest == b'"' else None
         found = _OUTSIDE.search(chunk, at)
         return None if found is None else found.start()
 
@@ -110,7 +109,7 @@ class Elements:
         if chunk[mark : mark + 1] != b"[" or not _LIST.search(tail):
             return start
         self.head, self._list, self._holds = bytes(self._held) + chunk[start:mark], 2, False
-        self._held.clear()
+        self._forget()
         if len(self.head) > _LARGEST_HEAD:
             raise self._refused(f"more than {_LARGEST_HEAD >> 10} KiB stand before the chats")
         return mark + 1
@@ -127,7 +126,7 @@ class Elements:
     def _whole(self, rest: bytes) -> bytes:
         self._hold(rest)
         whole, self._holds = bytes(self._held), False
-        self._held.clear()
+        self._forget()
         self.count += 1
         return whole
 
@@ -135,6 +134,15 @@ class Elements:
         self._held += part
         if len(self._held) > LARGEST:
             raise self._refused(f"a conversation is larger than {LARGEST >> 20} MiB")
+
+    def _count(self) -> None:
+        self._signs += 1
+        if self._signs > _MOST_SIGNS:
+            raise self._refused("a conversation has too many members")
+
+    def _forget(self) -> None:
+        self._held.clear()
+        self._signs = 0
 
     def _require_nothing(self, between: bytes) -> None:
         if between.strip(_BETWEEN):
