@@ -4,10 +4,12 @@ from time import perf_counter
 
 import orjson
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from app.errors import BadRequest
 from app.providers.refusal import Refusals
-from app.text import parse_object, redacted
+from app.text import clean, parse_object, redacted, stored_size
 
 SECRETS = {
     "key sk-ab***yz.": "key [key].",
@@ -74,3 +76,8 @@ def test_a_body_may_be_100_deep(lone: str) -> None:
         else:
             with pytest.raises(BadRequest, match="nested"):
                 parse_object(body)
+
+
+@given(st.text(st.sampled_from("aé🌿\0\ud83d\ude00\uffff")))
+def test_the_size_of_a_text_is_that_of_what_is_stored(text: str) -> None:
+    assert stored_size(text) == len(clean(text).encode())
