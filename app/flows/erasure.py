@@ -4,9 +4,10 @@ The one place that deletes from tables of other modules: what belongs to a user 
 it goes. Whoever is killed on the way leaves the row in `erasures`, and the next pass goes on.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from time import monotonic
 from urllib.parse import quote
@@ -32,30 +33,44 @@ _PIECE, _PICTURES, _BLOCKS = 1_000, 20, 1_000
 _PASSES = 5
 # Users of one pass of the job, and seconds.
 _USERS, _JOB_S = 20, 60.0
+# Of a pass, for stopping what runs: the rest goes on beside it.
+_STOPPING_S = 5.0
 
 _BEGIN = "insert into erasures (user_id) values ($1) on conflict do nothing returning 1"
-_OPEN = "select user_id from erasures order by created_at limit $1"
-_PASSED = "update erasures set passes = passes + 1 where user_id = $1 returning passes"
-_END = "delete from erasures where user_id = $1"
+_OPEN = "select user_id from erasures order by tried_at limit $1"
+# What still runs after so long began after it was asked for: it is a new user's.
+_TRY = """
+update erasures set tried_at = parley_now() where user_id = $1
+returning tried_at, passes, walk, block, found, created_at < parley_now() - interval '10 minutes'
+"""
+_RAN = "update erasures set passes = 0, found = found + 1 where user_id = $1"
+_PLACE = "update erasures set found = found + $3, walk = $4, block = $5 where user_id = $1 and passes = $2"
+_PASSED = """
+update erasures set passes = passes + 1, walk = '', block = 0, found = 0 where user_id = $1 and passes = $2
+"""
+# Who was the last to try comes to the end: it knows of everything that was there when it was asked.
+_END = "delete from erasures where user_id = $1 and tried_at = $2"
 _RUNNING = "select streaming_session_id from conversation_sessions where user_id = $1 and status = 'active'"
 _WAITING = "select session_id, message_id from queued_messages where user_id = $1 limit $2"
 
 # By an index that begins with the user: again until nothing is left. Statements return how many rows they were about.
 _ROWS = """
 with piece as (select ctid from {table} where user_id = $1 and {only} limit {most}),
-gone as (delete from {table} where ctid = any(array(select ctid from piece)) returning 1)
+gone as (delete from {table} where user_id = $1 and {only} and ctid = any(array(select ctid from piece)) returning 1)
 select count(*) from gone
 """
 # What it has cost stays known, and of nobody.
 _LEDGER = f"""
 with piece as (select ctid from usage_ledger where user_id = $1 limit {_PIECE}),
 gone as (
-    update usage_ledger set user_id = '', chat_id = '' where ctid = any(array(select ctid from piece)) returning 1)
+    update usage_ledger set user_id = '', chat_id = ''
+    where user_id = $1 and ctid = any(array(select ctid from piece)) returning 1)
 select count(*) from gone
 """
 _DAILY = f"""
 with piece as (select ctid from user_usage_daily where user_id = $1 limit {_PIECE}),
-gone as (delete from user_usage_daily where ctid = any(array(select ctid from piece)) returning *),
+gone as (
+    delete from user_usage_daily where user_id = $1 and ctid = any(array(select ctid from piece)) returning *),
 kept as (
     insert into user_usage_daily as d (user_id, day, chatbot_id, model, calls, failed, prompt_tokens,
         completion_tokens, duration_ms)
@@ -108,29 +123,22 @@ _NAMED = """
     select from streaming_sessions s where s.id = e.stream_id and s.user_id = $1))
 """
 _ERRORS = f"delete from error_logs e where {_HERE} and {_NAMED}"
-_WALKS: Sequence[tuple[str, str]] = (
-    ("error_logs", _ERRORS),
-    (
-        "idempotency_keys",
-        f"""
+_WALKS: Mapping[str, str] = {
+    # First of all: later nobody knows whose stream an error was about.
+    "error_logs": _ERRORS,
+    "idempotency_keys": f"""
         delete from idempotency_keys where {_HERE} and $4::text[] is not null
             and (principal = 'user:' || $1 || ' ' || $1
                 or principal not like 'user:%' and substr(principal, strpos(principal, ' ') + 1) = $1)
         """,
-    ),
-    ("quota_usage", f"delete from quota_usage where {_HERE} and subject = 'user:' || $1 and $4::text[] is not null"),
+    "quota_usage": f"delete from quota_usage where {_HERE} and subject = 'user:' || $1 and $4::text[] is not null",
     # Where a comparison of the index stands just now: it begins anew.
-    (
-        "conversation_rounds",
-        f"""
+    "conversation_rounds": f"""
         update conversation_rounds set place = '{{}}' where {_HERE} and source = '{OWN}' and $4::text[] is not null
             and strpos(place::text, to_json($1::text)::text) > 0
         """,
-    ),
     # How much was said on a day stays known.
-    (
-        "conversation_days",
-        f"""
+    "conversation_days": f"""
         with gone as (
             delete from conversation_days
             where {_HERE} and username = $1 and source = '{OWN}' and $4::text[] is not null returning *)
@@ -141,18 +149,16 @@ _WALKS: Sequence[tuple[str, str]] = (
             messages = d.messages + excluded.messages, questions = d.questions + excluded.questions,
             tokens = d.tokens + excluded.tokens, duration_ms = d.duration_ms + excluded.duration_ms
         """,
-    ),
     # What administrators did is kept, under a fingerprint of the name.
-    (
-        "audit",
-        f"""
+    "audit": f"""
         update audit set actor = case when actor = 'user:' || $1 then ($4::text[])[1] else actor end,
             target = case when target = $1 then ($4::text[])[1] else target end,
             detail = case when action = 'chat.delete' and target = $1 then '' else detail end
         where {_HERE} and (actor = 'user:' || $1 or target = $1)
         """,
-    ),
-)
+}
+_LAST = "streaming_sessions"
+_PLACES = (*_WALKS, _LAST)
 _STREAMS = """
 select id from streaming_sessions where ctid >= $2::tid and ctid < $3::tid and user_id = $1
     and status not in ('queued', 'active')
@@ -169,6 +175,23 @@ _FORGET = "delete from streaming_sessions where id = any($1::uuid[]) and status 
 
 class _OutOfTime(Exception):
     """The rest is for the next pass."""
+
+
+@dataclass(slots=True)
+class _Pass:
+    """A pass through all tables: which one, where it stands in which table, and how much it has found so far.
+
+    `old`: the erasure was asked for long ago.
+    """
+
+    user_id: str
+    until: float
+    tried_at: datetime
+    number: int
+    walk: str
+    block: int
+    found: int
+    old: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,63 +221,75 @@ class Erasure:
 
     async def _go_on(self, user_id: str, until: float) -> bool:
         try:
-            while await self._pass(user_id, until):
-                passes = await self.pool.fetchval(_PASSED, user_id)
-                if passes is None or passes >= _PASSES:  # None: somebody else has come to the end meanwhile
+            # Without the row somebody else has come to the end meanwhile.
+            while (row := await self.pool.fetchrow(_TRY, user_id)) is not None:
+                one = _Pass(user_id, until, *row)
+                if await self._pass(one):
+                    await self.pool.execute(_END, user_id, one.tried_at)
                     break
         except (_OutOfTime, Fenced):  # another replica, or this one when it is back, goes on
             return False
-        await self.pool.execute(_END, user_id)
         log.info("user_erased", user=fingerprint(user_id))
         return True
 
-    async def _pass(self, user_id: str, until: float) -> int:
-        """Through all tables once; returns how much there was. Raises _OutOfTime."""
-        await self._stop(user_id, until)
-        done = 0
-        # First of all: later nobody knows whose stream an error was about.
-        for table, statement in _WALKS:
-            done += await self._walk(user_id, table, statement, until)
-        done += await self._streams(user_id, until)
+    async def _pass(self, one: _Pass) -> bool:
+        """Go on to the end of a pass; whether it was the last. Raises _OutOfTime."""
+        runs = await self._stop(one) and not one.old
+        if runs:
+            await self.pool.execute(_RAN, one.user_id)
+            one.number, one.found = 0, one.found + 1
         for statement in _INDEXED:
-            while piece := await retry_conflicts(partial(self.pool.fetchval, statement, user_id)):
-                done += piece
-                _require(until)
-        return done
+            while piece := await retry_conflicts(partial(self.pool.fetchval, statement, one.user_id)):
+                await self._note(one, piece)
+        await self._walks(one)
+        await self.pool.execute(_PASSED, one.user_id, one.number)
+        if runs:
+            raise _OutOfTime
+        return not one.found or one.number + 1 >= _PASSES
 
-    async def _stop(self, user_id: str, until: float) -> None:
-        """What waits, and what runs. Raises _OutOfTime where a run has not ended yet."""
+    async def _note(self, one: _Pass, found: int) -> None:
+        """Whoever goes on knows what there was, and where this one stood. Raises _OutOfTime."""
+        one.found += found
+        await self.pool.execute(_PLACE, one.user_id, one.number, found, one.walk, one.block)
+        if monotonic() > one.until:
+            raise _OutOfTime
+
+    async def _stop(self, one: _Pass) -> bool:
+        """What waits, and what runs; whether something still does."""
+        user_id, until = one.user_id, min(one.until, monotonic() + _STOPPING_S)
         # Behind the wall as the user, whoever it is that asks.
         with within(Reach(user_id)):
             while waiting := await self.pool.fetch(_WAITING, user_id, _PIECE):
                 for row in waiting:
-                    _require(until)
+                    if monotonic() > until:
+                        return True
                     with suppress(NotFound):  # its turn has come
                         await self.turns.remove(user_id=user_id, session_id=row[0], message_id=row[1])
             for row in await self.pool.fetch(_RUNNING, user_id):
-                _require(until)
+                if monotonic() > until:
+                    return True
                 with suppress(NotFound):
                     await self.stopping.stop(row["streaming_session_id"], owner=user_id)
-        if await self.pool.fetch(_RUNNING, user_id):
-            raise _OutOfTime
+        return bool(await self.pool.fetch(_RUNNING, user_id))
 
-    async def _walk(self, user_id: str, table: str, statement: str, until: float) -> int:
-        done = 0
-        for start in await self._blocks(table):
-            values = (user_id, (start, 0), (start + _BLOCKS, 0), _names(user_id))
-            told = await retry_conflicts(partial(self.pool.execute, statement, *values))
-            done += int(told.rpartition(" ")[2])
-            _require(until)
-        return done
+    async def _walks(self, one: _Pass) -> None:
+        """From where the pass stands through every table without an index. Raises _OutOfTime."""
+        for table in _PLACES[_PLACES.index(one.walk) if one.walk in _PLACES else 0 :]:
+            if table != one.walk:
+                one.walk, one.block = table, 0
+            for start in range(one.block, await self.pool.fetchval(_BLOCKS_OF, table), _BLOCKS):
+                found = await self._through(one, table, start)
+                one.block = start + _BLOCKS
+                await self._note(one, found)
 
-    async def _streams(self, user_id: str, until: float) -> int:
-        done = 0
-        for start in await self._blocks("streaming_sessions"):
-            rows = await self.pool.fetch(_STREAMS, user_id, (start, 0), (start + _BLOCKS, 0))
-            await self._forget([row["id"] for row in rows], until)
-            done += len(rows)
-            _require(until)
-        return done
+    async def _through(self, one: _Pass, table: str, start: int) -> int:
+        values = (one.user_id, (start, 0), (start + _BLOCKS, 0))
+        if table == _LAST:
+            rows = await self.pool.fetch(_STREAMS, *values)
+            await self._forget([row["id"] for row in rows], one.until)
+            return len(rows)
+        told = await retry_conflicts(partial(self.pool.execute, _WALKS[table], *values, _names(one.user_id)))
+        return int(told.rpartition(" ")[2])
 
     async def _forget(self, streams: Sequence[UUID], until: float) -> None:
         """Events first: without its row nobody would find what is left of a stream."""
@@ -263,9 +298,6 @@ class Erasure:
                 _require(until)
         await self.pool.execute(_FIGURES, streams)
         await self.pool.execute(_FORGET, streams)
-
-    async def _blocks(self, table: str) -> range:
-        return range(0, await self.pool.fetchval(_BLOCKS_OF, table), _BLOCKS)
 
 
 def _require(until: float) -> None:

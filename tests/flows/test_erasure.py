@@ -13,6 +13,7 @@ from app.access.audit import fingerprint
 from app.chats.usage import UsageDays
 from app.demo.server import demo_provider
 from app.flows import chatbots, erasure, file, user_endpoints
+from app.flows.stopping import Stopping
 from app.postgres import open_pool
 from tests.access.issuer import token
 from tests.access.users import as_user, serving_users
@@ -29,6 +30,11 @@ _HOURS = """
 insert into sync_hours (user_id, hour, exchanges, refused, mutations, rows_written, conflicts, resyncs, bytes_up,
     bytes_down, duration_ms)
 select u, now(), 1, 0, 0, 0, 0, 0, 0, 0, 0 from unnest($1::text[]) as u
+"""
+# Of nobody in particular, in several blocks.
+_ERROR_ROWS = """
+insert into error_logs (id, category, code, message)
+select gen_random_uuid(), 'internal', 'x', repeat('x', 500) from generate_series(1, 60)
 """
 _ANN, _BOB, _WORD = "ann 4711", "bob-0815", "xyzzy"
 
@@ -193,14 +199,19 @@ async def test_only_oneself_or_an_administrator(database: str) -> None:
     await connection.close()
 
 
-async def test_an_administrator_with_a_users_token_stops_what_waits_and_runs_of_somebody_else(
-    database: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def _without_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would do it in others' stead."""
+
     async def nothing(self: erasure.Erasure) -> int:
         return 0
 
-    # The job would do it in their stead.
     monkeypatch.setattr(erasure.Erasure, "run_once", nothing)
+
+
+async def test_an_administrator_with_a_users_token_stops_what_waits_and_runs_of_somebody_else(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _without_job(monkeypatch)
     connection = await asyncpg.connect(database)
     async with demo_provider() as demo, serving_users(database) as client:
         await _bots(connection, demo)
@@ -250,7 +261,63 @@ async def test_what_was_cut_short_goes_on_by_itself(house: Open, monkeypatch: py
         assert [tuple(row) for row in listed] == [("bob", "c")]
 
 
-@pytest.mark.parametrize(("table", "statement"), [*erasure._WALKS, ("streaming_sessions", erasure._STREAMS)])
+async def test_every_pass_goes_on_where_the_last_one_stood(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    _without_job(monkeypatch)
+    monkeypatch.setattr(user_endpoints, "_PATIENCE_S", -1.0)
+    monkeypatch.setattr(erasure, "_BLOCKS", 1)
+    async with house() as home:
+        await sync(home.client, "phone", [put("c"), add("m")], user="ann")
+        await home.database.execute(_ERROR_ROWS)
+        places = []
+        for _ in range(100):
+            answer = await home.client.delete("/api/users/ann")
+            if answer.json()["erased"]:
+                break
+            places.append(await home.database.fetchval("select walk || ' ' || block from erasures"))
+        assert answer.json()["erased"]
+        assert {"error_logs 1", "error_logs 2", "error_logs 3"} <= set(places)
+        assert await home.database.fetchval("select count(*) from messages") == 0
+
+
+async def test_a_run_that_does_not_end_keeps_nothing_else(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(self: Stopping, stream_id: Any, *, owner: str) -> None:
+        pass
+
+    _without_job(monkeypatch)
+    monkeypatch.setattr(Stopping, "stop", nothing)
+    async with house({"slowest": "demo?delay_ms=2000&tokens=100000"}) as home:
+        await sync(home.client, "phone", [put("c"), add("m")], user="ann")
+        accepted = (await home.post("slowest")).json()
+        answer = await home.client.delete("/api/users/ann")
+        assert (answer.status_code, answer.json()["erased"]) == (202, False)
+        assert await home.count("chats") == await home.count("messages") == 0
+        # What still runs long after began later.
+        await home.database.execute("update erasures set created_at = now() - interval '11 minutes'")
+        assert (await home.client.delete("/api/users/ann")).status_code == 200
+        monkeypatch.undo()
+        await home.client.post(f"/api/stream-events/{accepted['streaming_session_id']}/cancel")
+
+
+async def test_whom_nobody_tried_for_longest_is_tried_first(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    async def late(self: erasure.Erasure, one: Any) -> bool:
+        tried.append(one.user_id)
+        raise erasure._OutOfTime
+
+    monkeypatch.setattr(erasure.Erasure, "_pass", late)
+    monkeypatch.setattr(erasure, "_USERS", 1)
+    nobody: Any = None
+    pool = await open_pool(database, 1)
+    await pool.execute("insert into erasures (user_id) values ('a'), ('b')")
+    for _ in range(4):
+        await erasure.Erasure(pool, nobody, nobody).run_once()
+    pool.terminate()
+    assert sorted(tried[:2]) == ["a", "b"]
+    assert tried[:2] == tried[2:]
+
+
+@pytest.mark.parametrize(("table", "statement"), [*erasure._WALKS.items(), ("streaming_sessions", erasure._STREAMS)])
 async def test_tables_without_an_index_are_read_a_range_of_blocks_at_a_time(
     database: str, table: str, statement: str
 ) -> None:
