@@ -4,9 +4,10 @@ The one place that deletes from tables of other modules: what belongs to a user 
 it goes. Whoever is killed on the way leaves the row in `erasures`, and the next pass goes on.
 """
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from functools import partial
 from time import monotonic
@@ -196,11 +197,12 @@ class _Pass:
 
 @dataclass(frozen=True, slots=True)
 class Erasure:
-    """Of users, on one replica. Two at once do no harm: what is gone is gone."""
+    """Of users, on one replica. Two at once do no harm: what is gone is gone. Requests wait for one at a time."""
 
     pool: Pool
     stopping: Stopping
     turns: Turns
+    _asked: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def erase(self, user_id: str, actor: Actor, *, within_s: float) -> bool:
         """Whether nothing is left of the user; otherwise `run_once` or another call goes on."""
@@ -209,7 +211,10 @@ class Erasure:
             if await connection.fetchval(_BEGIN, user_id):
                 by = fingerprint(user_id) if actor.id == f"user:{user_id}" else actor.id
                 await note(connection, Actor(by, actor.request_id), "user.erase", target=fingerprint(user_id))
-        return await self._go_on(user_id, monotonic() + within_s)
+        if self._asked.locked():  # walks take connections and time: the job does this one
+            return False
+        async with self._asked:
+            return await self._go_on(user_id, monotonic() + within_s)
 
     async def run_once(self) -> int:
         """Go on with those that were begun; returns how many users are gone. Bounded in time and users."""

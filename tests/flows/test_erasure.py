@@ -298,6 +298,26 @@ async def test_a_run_that_does_not_end_keeps_nothing_else(house: Open, monkeypat
         await home.client.post(f"/api/stream-events/{accepted['streaming_session_id']}/cancel")
 
 
+async def test_one_at_a_time_is_waited_for(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def held(self: erasure.Erasure, one: Any) -> bool:
+        began.set()
+        await go_on.wait()
+        return True
+
+    _without_job(monkeypatch)
+    monkeypatch.setattr(erasure.Erasure, "_pass", held)
+    async with house() as home, asyncio.timeout(10):
+        first = asyncio.create_task(home.client.delete("/api/users/ann"))
+        await began.wait()
+        for user in ("bob", "ann"):
+            assert (await home.client.delete(f"/api/users/{user}")).status_code == 202
+        assert await home.count("erasures") == 2
+        go_on.set()
+        assert (await first).status_code == 200
+
+
 async def test_whom_nobody_tried_for_longest_is_tried_first(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tried = []
 
