@@ -1,11 +1,14 @@
 """Taking over the chats of another user, who proves to be one and the same person: once, and in bounded pieces."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 
+from asyncpg import UniqueViolationError
+
 from app.access.audit import Actor, fingerprint, note
-from app.errors import Conflict
+from app.errors import Conflict, Unavailable
 from app.postgres import Connection, Pool
 from app.sync import arrivals
 from app.sync.changes import Changes
@@ -31,7 +34,8 @@ _PICTURES_MOVED = f"""
 with piece as (
     select f.ctid from images f where f.user_id = $1
         and not exists (select from images t where t.user_id = $2 and t.sha256 = f.sha256) limit {_PICTURES}),
-moved as (update images set user_id = $2 where ctid = any(array(select ctid from piece)) returning 1)
+moved as (
+    update images set user_id = $2 where user_id = $1 and ctid = any(array(select ctid from piece)) returning 1)
 select count(*) from moved
 """
 _NEXT = f"select {CHAT} from chats where user_id = $1 and id > $2 and not is_deleted order by id limit 1"
@@ -86,10 +90,17 @@ class Claim:
             after = chat.id
 
     async def _pictures(self) -> None:
+        for _ in range(_TRIES):
+            # The same picture may come from elsewhere meanwhile: then it is one of both, and stays.
+            with suppress(UniqueViolationError):
+                while await self.pool.fetchval(_PICTURES_MOVED, self.from_user, self.user_id):
+                    pass
+                break
+        else:
+            raise Unavailable("database_busy", "The same pictures keep coming from elsewhere.", retry_after=1)
+        # Those that stayed.
         rows = await self.pool.fetch(_TWICE, self.from_user, self.user_id)
         self._twins = {str(theirs): str(ours) for theirs, ours in rows}
-        while await self.pool.fetchval(_PICTURES_MOVED, self.from_user, self.user_id):
-            pass
 
     async def _next(self, after: str) -> Chat | None:
         with within(Reach(self.from_user)):

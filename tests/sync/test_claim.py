@@ -1,5 +1,6 @@
 """Taking over another user's chats through a real gateway: with proof, once, and nothing is lost on the way."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,12 @@ from tests.house import House, Open
 from tests.sync.test_gateway import add, delete, put, sync
 
 Json = dict[str, Any]
+
+# The same picture for another user.
+_UPLOADED = """
+insert into images select (jsonb_populate_record(i, jsonb_build_object('id', gen_random_uuid(), 'user_id', 'ann'))).*
+from images i where user_id = 'anon' returning id::text
+"""
 
 
 async def _claim(home: House, user: str = "ann", of: str = "anon") -> tuple[int, Json]:
@@ -170,6 +177,21 @@ async def test_pictures_come_along_and_an_answer_under_way_is_waited_for(house: 
         assert attached == {"m4": ids["ann", 4], "m5": ids["anon", 5]}
         owners = await home.database.fetch("select id::text, user_id from images where user_id = 'ann'")
         assert {row["id"] for row in owners} == {ids["ann", 4], ids["anon", 5]}
+
+
+async def test_a_picture_that_comes_from_elsewhere_meanwhile_is_one(house: Open) -> None:
+    async with house() as home:
+        image = {"chatbot_id": "quick", "user_id": "anon", "image_data": {"data": base64_of(picture())}}
+        name = (await home.client.post("/api/upload-image", json=image)).json()["image"]["id"]
+        await sync(home.client, "old", [add("m", attachments=[{"type": "image", "id": name}])], user="anon")
+        async with asyncio.timeout(20), home.database.transaction():
+            own = await home.database.fetchval(_UPLOADED)
+            claiming = asyncio.create_task(_claim(home))
+            while not await home.database.fetchval("select count(*) from pg_locks where not granted"):
+                await asyncio.sleep(0.02)
+        assert (await claiming)[0] == 200
+        (message,) = (await _chats(home, "ann"))["c"]["messages"]
+        assert message["attachments"][0]["id"] == own
 
 
 async def test_only_with_proof(database: str) -> None:
