@@ -337,7 +337,7 @@ async def test_reads_keep_their_plans(
         tail._EVENTS: (stream, 0, 10),
         queue._LIST: ("bob", "s"),
         store._HAS_CHAT: ("bob", "s"),
-        store._HISTORY: ("bob", "s", 10, 1000),
+        store._HISTORY: ("bob", "s", 10, 1000, 1000),
     }[query]
     async with wall._pool.acquire() as before:
         await before.execute("set enable_seqscan = off")
