@@ -20,6 +20,15 @@ _SLOTS = 16
 # Counting all conversations of a source, in seconds.
 _LONG_S = 60
 
+# Our own positions: never two questions at one.
+_QUESTIONS = """
+        first_question = case when c.first_question_rank <= excluded.first_question_rank
+            or excluded.first_question_rank is null then c.first_question else excluded.first_question end,
+        first_question_rank = least(c.first_question_rank, excluded.first_question_rank),
+        last_question = case when c.last_question_rank > excluded.last_question_rank
+            or excluded.last_question_rank is null then c.last_question else excluded.last_question end,
+        last_question_rank = greatest(c.last_question_rank, excluded.last_question_rank)
+"""
 # `{said}` has the position of what was said, null for an answer.
 _SAID = f"""
 conversation as (
@@ -38,12 +47,7 @@ conversation as (
         last_message_at = case when excluded.message_count = 0 then c.last_message_at
             else greatest(c.last_message_at, excluded.last_message_at) end,
         message_count = c.message_count + excluded.message_count,
-        first_question = case when c.first_question_rank <= excluded.first_question_rank
-            or excluded.first_question_rank is null then c.first_question else excluded.first_question end,
-        first_question_rank = least(c.first_question_rank, excluded.first_question_rank),
-        last_question = case when c.last_question_rank > excluded.last_question_rank
-            or excluded.last_question_rank is null then c.last_question else excluded.last_question end,
-        last_question_rank = greatest(c.last_question_rank, excluded.last_question_rank),
+        {_QUESTIONS},
         updated_at = now()
     returning xmax = 0 as is_new),
 counted as (
@@ -106,12 +110,7 @@ conversation as (
         first_message_at = least(c.first_message_at, excluded.first_message_at),
         last_message_at = greatest(c.last_message_at, excluded.last_message_at),
         message_count = c.message_count + excluded.message_count,
-        first_question = case when c.first_question_rank <= excluded.first_question_rank
-            or excluded.first_question_rank is null then c.first_question else excluded.first_question end,
-        first_question_rank = least(c.first_question_rank, excluded.first_question_rank),
-        last_question = case when c.last_question_rank > excluded.last_question_rank
-            or excluded.last_question_rank is null then c.last_question else excluded.last_question end,
-        last_question_rank = greatest(c.last_question_rank, excluded.last_question_rank),
+        {_QUESTIONS},
         updated_at = now()
     returning xmax = 0 as is_new, conversation_id, {words.WRITTEN}),
 worded as (
