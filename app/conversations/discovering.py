@@ -80,25 +80,31 @@ class Discovering:
         )
 
 
-@asynccontextmanager
-async def discover_all(
-    settings: Settings, source_id: str | None, client: str | None
-) -> AsyncGenerator[Sequence[Discovering], None]:
-    """Sources that are switched on: this one, those of a client, or all. Raises Misconfigured where there are none."""
+async def sources_there(settings: Settings) -> Sequence[Source]:
+    """All sources of a database that is there and fits, for a command. Raises Misconfigured."""
     assert settings.database_url is not None
     await wait_for_database(settings.database_url, settings.database_wait_s, lambda _: None)
     connection = await open_connection(settings.database_url)
     try:
         await require_current(connection)
-        there = await all_sources(connection)
+        return await all_sources(connection)
     finally:
         await connection.close()
+
+
+@asynccontextmanager
+async def discover_all(
+    settings: Settings, source_id: str | None, client: str | None
+) -> AsyncGenerator[Sequence[Discovering], None]:
+    """Sources that are switched on: this one, those of a client, or all. Raises Misconfigured where there are none."""
+    there = await sources_there(settings)
     if source_id is not None and source_id not in {source.id for source in there}:
         raise no_such_source(source_id, there)
     chosen = [source for source in there if source.enabled and source_id in (None, source.id)]
     chosen = [source for source in chosen if client in (None, source.client)]
     if not chosen:
         raise Misconfigured("source_missing", "There is no such source that is switched on: see `parley sources list`.")
+    assert settings.database_url is not None
     pool = await open_pool(settings.database_url, 4)
     try:
         bounds = Bounds(sessions=settings.discovery_batch)

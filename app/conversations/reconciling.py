@@ -6,11 +6,11 @@ from time import monotonic
 
 from app.conversations import rounds
 from app.conversations.batch import Bounds
+from app.conversations.discovering import sources_there
 from app.conversations.passes import Passes
 from app.conversations.reconcile import Reconcile
-from app.conversations.sources.source import Source, all_sources, no_such_source
-from app.postgres import open_connection, open_pool, wait_for_database
-from app.schema import require_current
+from app.conversations.sources.source import Source, no_such_source
+from app.postgres import open_pool
 from app.settings import Settings
 from app.telemetry import Metrics
 
@@ -52,14 +52,8 @@ class Reconciling:
 @asynccontextmanager
 async def reconcile_all(settings: Settings, name: str | None) -> AsyncGenerator[Sequence[Reconciling], None]:
     """Our own chats and every source that is switched on, or one of them. Raises Misconfigured for an unknown one."""
+    there = await sources_there(settings)
     assert settings.database_url is not None
-    await wait_for_database(settings.database_url, settings.database_wait_s, lambda _: None)
-    connection = await open_connection(settings.database_url)
-    try:
-        await require_current(connection)
-        there = await all_sources(connection)
-    finally:
-        await connection.close()
     pool = await open_pool(settings.database_url, 4)
     try:
         passes = Passes(pool=pool, bounds=Bounds(), metrics=Metrics(), failing=set())
