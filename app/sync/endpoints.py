@@ -15,7 +15,8 @@ from app.chats.chat import MOST_ATTACHED, MessageStatus, Role
 from app.errors import Forbidden, Invalid
 from app.settings import Settings
 from app.sync import cursor, history_endpoints, merge
-from app.sync.changes import MOST_OPS, Answer, Asked, Mutation
+from app.sync.changes import MOST_OPS
+from app.sync.exchange import Answer, Asked, Mutation
 from app.sync.figures import Exchange
 from app.sync.history_endpoints import SyncHistory
 from app.sync.merge import Chat, Message

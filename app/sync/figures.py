@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect
 from app.errors import ParleyError
 from app.expiry import Rows
 from app.postgres import AWAY, Pool
-from app.sync.changes import Answer, Did
+from app.sync.exchange import Answer, Did
 from app.telemetry import Metrics
 
 log = structlog.get_logger(__name__)

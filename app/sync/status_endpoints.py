@@ -9,8 +9,8 @@ from starlette.responses import Response
 from app.access.guard import user_of
 from app.answers import private_json, time_of
 from app.sync import cursor, endpoints
-from app.sync.changes import Answer, Asked
 from app.sync.endpoints import Exchanged, Id, SyncAnswer, mutation_of, named_by, require_enabled, told_of
+from app.sync.exchange import Answer, Asked
 from app.sync.figures import Exchange
 from app.sync.status import status
 from app.text import parse_object, validated

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from uuid import uuid4
 
-from app.sync.changes import Answer, Asked, Mutation
 from app.sync.cursor import Cursor
+from app.sync.exchange import Answer, Asked, Mutation
 from app.sync.merge import (
     AHEAD_MS,
     LEAST,

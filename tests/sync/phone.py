@@ -11,7 +11,7 @@ import httpx2
 import orjson
 
 from app.sync import cursor
-from app.sync.changes import Answer, Asked
+from app.sync.exchange import Answer, Asked
 from app.sync.merge import AddMessage, DeleteChat, DeleteMessage, Message, Op, PutChat
 from tests.sync.device import Device, shown
 from tests.sync.vectors import state

@@ -19,7 +19,8 @@ from app.errors import Conflict
 from app.postgres import Connection, open_pool, retry_conflicts
 from app.streams.replicas import Replica
 from app.sync import changes, compaction
-from app.sync.changes import Asked, Changes
+from app.sync.changes import Changes
+from app.sync.exchange import Answer, Asked, Head
 from app.sync.merge import AddMessage, Chat, DeleteChat, DeleteMessage, Message, Op, PutChat, State, fork
 from app.wall import Reach, Wall, within
 from tests.sync.device import Device, shown
@@ -52,7 +53,7 @@ class Plain(Changes):
 
     source = "nextval('control')"
 
-    async def _locked(self, connection: Connection, user_id: str) -> changes._Head:
+    async def _locked(self, connection: Connection, user_id: str) -> Head:
         await connection.execute(changes._MAKE, user_id)
         head = await changes._head(connection, user_id)
         assert head is not None
@@ -182,7 +183,7 @@ class User:
             AddMessage(f"{branch}-m", branch, "user", f"{self.name} {self.words}", device.stamp(now)),
         ]
 
-    async def _send(self, asked: Asked) -> changes.Answer | None:
+    async def _send(self, asked: Asked) -> Answer | None:
         with within(Reach(self.name)):
             try:
                 return await self.chance.choice(self.storm.gateways).exchange(self.name, asked)

@@ -9,7 +9,8 @@ import asyncpg
 import httpx2
 
 from app.access import keys
-from app.sync import changes
+from app.sync.devices import MOST_CLIENTS, remember
+from app.sync.exchange import Asked, Head, Mutation
 from app.sync.merge import AddMessage, fork, stamp_at
 from tests.access.users import as_user, serving_users
 from tests.conversations.counted import agreed
@@ -389,12 +390,12 @@ async def test_who_says_again_what_failed_and_was_deleted_is_told_that_it_was(ho
 
 def test_what_is_remembered_of_devices_is_bounded() -> None:
     """All of it is read by each exchange of the user."""
-    head = changes._Head("e", 0, 0, 0, {}, datetime.now(UTC), 0)
+    head = Head("e", 0, 0, 0, {}, datetime.now(UTC), 0)
     lost = [{"mid": mid, "ops": [{"id": "x" * 128, "status": "lost"}] * 60} for mid in (1, 2)]
-    for number in range(changes.MOST_CLIENTS + 20):
+    for number in range(MOST_CLIENTS + 20):
         head.now_ms = number
-        changes._remember(head, changes.Asked(f"d{number}", push=[changes.Mutation(2, [])]), lost)
-    assert len(head.clients) == changes.MOST_CLIENTS
+        remember(head, Asked(f"d{number}", push=[Mutation(2, [])]), lost)
+    assert len(head.clients) == MOST_CLIENTS
     assert "d19" not in head.clients
     told = [client for client in head.clients if "results" in head.clients[client]]
     assert told == [f"d{number}" for number in range(110, 120)]
