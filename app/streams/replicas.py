@@ -202,7 +202,7 @@ class Replica:
                 with noting() as changes:
                     yield connection
                 await connection.execute(_fence_and_commit(owner))
-            except asyncpg.DivisionByZeroError:
+            except asyncpg.InvalidTransactionTerminationError:
                 await roll_back(connection)
                 raise Fenced(str(owner)) from None
             except BaseException:
@@ -221,5 +221,5 @@ async def _begin(connection: Connection, begin: str) -> None:
 
 def _fence_and_commit(owner: UUID) -> str:
     # Simple-protocol text runs in one round trip but takes no parameters; a UUID's text is safe in a literal.
-    # No living owner: the count is 0, the division fails, and COMMIT is never reached.
-    return f"select 1 / count(*) from (select from replicas where id = '{owner}' and alive for share) o; commit"
+    # No living owner: the function raises, and COMMIT is never reached.
+    return f"select parley_fence('{owner}'); commit"
