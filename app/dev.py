@@ -17,7 +17,7 @@ from app.demo.server import demo_provider
 from app.embedded import EmbeddedPostgres, embedded_postgres
 from app.errors import Misconfigured
 from app.flows import chatbots, file
-from app.main import Life
+from app.gateway.presence import Life
 from app.postgres import open_connection
 from app.safe import Safe
 from app.schema import migrate, require_current

@@ -15,7 +15,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from app import connection
 from app.access.origins import cors
 from app.errors import Misconfigured, ParleyError
-from app.main import Life, create_app
+from app.gateway.presence import Life
+from app.main import create_app
 from app.settings import Settings
 
 # What is left after draining: responses that end by themselves within this time.

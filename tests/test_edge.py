@@ -13,7 +13,8 @@ from starlette.routing import Route
 
 from app.access.origins import cors, origins
 from app.errors import Misconfigured
-from app.main import Life, create_app
+from app.gateway.presence import Life
+from app.main import create_app
 from app.operations import OPERATIONS
 from app.server import serving as serving_app
 from app.settings import load

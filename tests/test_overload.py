@@ -15,7 +15,7 @@ import httpx2
 import pytest
 
 from app.demo import demo_provider
-from app.main import Life
+from app.gateway.presence import Life
 from app.server import gateway
 from app.settings import load
 from tests.house import House, Open

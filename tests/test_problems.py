@@ -15,7 +15,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from app.main import Life, create_app
+from app.gateway.presence import Life
+from app.main import create_app
 from app.operations import OPERATIONS
 from app.problems import ROWS
 from app.server import serving as serving_app

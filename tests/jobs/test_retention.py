@@ -401,7 +401,7 @@ async def test_idle_sessions_go_each_after_its_chatbot_s_time_and_chats_stay(hou
 
 
 async def test_a_message_that_waited_for_too_long_is_cancelled(house: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.main._JOBS_S", 0.1)
+    monkeypatch.setattr("app.gateway.loops._JOBS_S", 0.1)
     async with house({"slow": "demo?delay_ms=20&tokens=2000"}, keep_streams_days=1) as home:
         first = (await home.post("slow")).json()
         waiting = (await home.post("slow", session_id=first["session_id"])).json()

@@ -1,0 +1,83 @@
+"""What is opened before anything is built, and closed when nothing runs any more."""
+
+from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from app.chats.decoders import Decoders
+from app.chats.picture import Limits
+from app.postgres import Pool, open_pool
+from app.providers.provider import Deadlines
+from app.providers.reach import Reach
+from app.providers.registry import Providers
+from app.safe import Safe
+from app.settings import Settings
+from app.wall import Wall
+
+# Connections for heartbeats and health alone, so that they never wait for anybody's work.
+_RESERVE = 2
+# Connections behind the wall beside those of readers: for stopping, for what waits, for pictures.
+_ORDERS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """`share`: connections for readers, and as many for accepting messages, so that a flood of either leaves some for
+    all the rest.
+    """
+
+    dsn: str
+    share: int
+    pool: Pool
+    reserve: Pool
+    wall: Wall
+    safe: Safe
+    providers: Providers
+    decoders: Decoders
+
+    async def distrust(self) -> None:
+        """Use no connection again that is open now: one of them is dead without a word, and others may be."""
+        for pool in (self.pool, self.reserve):
+            await pool.expire_connections()
+        await self.wall.expire()
+
+
+@asynccontextmanager
+async def opened(settings: Settings, safe: Safe) -> AsyncGenerator[Resources, None]:
+    """Everything open while the block runs, whether the database is there or not."""
+    assert settings.database_url is not None
+    dsn, share = settings.database_url, max(1, (settings.pool_size - 2) // 2)
+    async with AsyncExitStack() as stack:
+        pool = await stack.enter_async_context(_pool(dsn, settings.pool_size))
+        reserve = await stack.enter_async_context(_pool(dsn, _RESERVE))
+        wall = Wall(pool, demand=settings.row_security)
+        await stack.enter_async_context(wall.open(dsn, share + _ORDERS))
+        providers = _providers(settings, safe)
+        stack.push_async_callback(providers.aclose)
+        providers.preload()
+        decoders = Decoders(_limits(settings), processes=settings.image_decoders)
+        stack.push_async_callback(decoders.aclose)
+        yield Resources(dsn, share, pool, reserve, wall, safe, providers, decoders)
+
+
+@asynccontextmanager
+async def _pool(dsn: str, size: int) -> AsyncGenerator[Pool, None]:
+    pool = await open_pool(dsn, size)
+    try:
+        yield pool
+    finally:
+        # Not close(): it waits for ever where the server hangs, and nothing is under way any more.
+        pool.terminate()
+
+
+def _providers(settings: Settings, safe: Safe) -> Providers:
+    return Providers(
+        deadlines=Deadlines(settings.connect_timeout_s, settings.first_token_timeout_s, settings.gap_timeout_s),
+        concurrency=settings.provider_concurrency,
+        safe=safe,
+        reach=Reach.parse(settings.provider_networks),
+    )
+
+
+def _limits(settings: Settings) -> Limits:
+    return Limits(settings.image_pixels, settings.image_side, settings.image_bytes, settings.image_timeout_s)
