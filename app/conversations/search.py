@@ -21,8 +21,8 @@ _PART = re.compile(r'"([^"]*)"|([^\s"]+)')
 _STEM = 2
 
 # The words of each part, in their order, and each one's share of all conversations, as the last ANALYZE has seen it.
-# What is not among the thousand most common is taken for a tenth as common as the last of them; without statistics
-# nothing is known.
+# A word that is not among the thousand most common is taken for a tenth as common as the last of them; a facet for a
+# third, as there are fewer. Without statistics nothing is known.
 _LOOK = f"""
 with terms as (
     select n, lexeme, position, is_stem
@@ -37,7 +37,8 @@ common as (
 select t.n, t.lexeme, t.position, t.is_stem, coalesce(
     case when t.is_stem then (select sum(share) from common, unnest(words, shares) as s(word, share)
         where starts_with(word, t.lexeme)) end,
-    (select coalesce(shares[array_position(words, t.lexeme)], shares[cardinality(words) + 1] / 10) from common),
+    (select coalesce(shares[array_position(words, t.lexeme)],
+        shares[cardinality(words) + 1] / case when t.n > 0 then 10 else 3 end) from common),
     0)::float8 as share
 from terms t order by t.n, t.position, t.lexeme
 """

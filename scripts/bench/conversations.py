@@ -56,10 +56,13 @@ async def fill(connection: Connection, conversations: int, *, messages: bool = T
         "drop index conversation_words_found",
         words.saved(_WRITTEN),
         "create index conversation_words_found on conversation_words using gin (words) with (fastupdate = off)",
-        "vacuum analyze conversations",
-        "vacuum analyze conversation_words",
-        "vacuum analyze messages",
-        "vacuum analyze chats",
-        "checkpoint",
     ):
         await connection.execute(statement, timeout=1200)
+    await vacuum(connection)
+    await connection.execute("checkpoint", timeout=1200)
+
+
+async def vacuum(connection: Connection) -> None:
+    """As autovacuum does, which would come by while something is measured."""
+    for table in ("conversations", "conversation_words", "messages", "chats"):
+        await connection.execute(f"vacuum analyze {table}", timeout=1200)

@@ -186,4 +186,5 @@ async def test_lists_walk_an_index_and_sort_nothing(database: str) -> None:
             assert "Seq Scan" not in plan, plan
             walk = plan[plan.index("CTE page") : plan.index("CTE Scan")]
             assert "Sort" not in walk, plan
+            assert "Index Only Scan Backward using messages_in_chat" in plan, plan
     await connection.close()

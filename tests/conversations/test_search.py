@@ -248,8 +248,8 @@ async def test_each_search_has_its_plan(many: Connection, wanted: listing.Wanted
             index = "conversation_words_said"
         for plan in (strolled, counted):
             assert index in plan, plan
-            if by_user and not by_words:
-                assert "Index Only Scan using conversations_of_user" in plan, plan
+            if not by_words:
+                assert f"Index Only Scan using {index}" in plan, plan
         for plan in (walked, strolled, counted):
             assert "Seq Scan" not in plan, plan
             asks = by_words and (by_user or plan is walked)
@@ -269,6 +269,15 @@ async def test_the_way_follows_what_is_common(many: Connection) -> None:
     await many.execute("set plan_cache_mode = force_custom_plan")
     asked = [await listed.plan(many, listing.counting(_WANTED[0], query=query)) for query in ("'w7'", "'common'")]
     assert ["Bitmap Index Scan on conversation_words_found" in plan for plan in asked] == [True, False], asked
+
+
+@pytest.mark.parametrize(("within", "is_walked"), [(0.3, True), (0.045, False)])
+def test_a_first_page_is_walked_to_only_where_that_pays_for_its_total(within: float, is_walked: bool) -> None:
+    """What the index of words finds it has counted. A page behind a cursor needs no total."""
+    wanted = listing.Wanted(query="x", username="u1")
+    seen = replace(_LOOK, rarest=0.02, share=within * 0.02, within=within, terms=2, conversations=1_000_000)
+    walks = [listing._far(wanted, listing.Slice(50, after), seen) > 0 for after in (None, _AFTER)]
+    assert walks == [is_walked, True]
 
 
 async def test_totals_of_searches_are_counted_so_far(many: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
