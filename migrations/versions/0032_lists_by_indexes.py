@@ -2,8 +2,8 @@
 
 from alembic import op
 
-revision = "0031"
-down_revision = "0030"
+revision = "0032"
+down_revision = "0031"
 
 # Nobody builds the index anew meanwhile, from what these change: the lock of app/conversations/upkeep.py.
 ALONE = "select pg_advisory_xact_lock(x'7061726c65790004'::bigint)"
