@@ -139,12 +139,13 @@ async def _news(port: int, user: str) -> AsyncIterator[_News]:
     )
     is_there = b" 200 " in await reader.readuntil(b"\r\n\r\n")
     news = _News(asyncio.Event() if is_there else None)
-    listening = asyncio.create_task(_listen(reader, news))
-    try:
-        yield news
-    finally:
-        listening.cancel()
-        writer.close()
+    async with asyncio.TaskGroup() as tasks:
+        listening = tasks.create_task(_listen(reader, news))
+        try:
+            yield news
+        finally:
+            listening.cancel()
+            writer.close()
 
 
 async def _listen(reader: StreamReader, news: _News) -> None:

@@ -21,16 +21,24 @@ from asyncio.subprocess import Process
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import asyncpg
 import uvloop
 
 from scripts.bench import processes
 
+if TYPE_CHECKING:  # the process of the readers starts without the gateway
+    from starlette.applications import Starlette
+
+    from app.gateway.parts import Parts
+    from app.gateway.streaming import Streaming
+    from app.streams.log import Writer
+
 _TICK_S = 0.002
 # After the last event, before its readers are sent away.
 _ON_ITS_WAY_S = 1
+_READERS = 5000
 _SAID = b'"token":"'
 _MARK = b"\nevent: "
 
@@ -110,7 +118,8 @@ async def _run(dsn: str, postgres: int, folder: Path, job: dict[str, float]) -> 
             )
             where["port"] = int(await processes.first_line(mirror))
         given = json.dumps(where).encode()
-        reading = asyncio.create_task(processes.output("-m", "scripts.bench.firehose", "read", given=given))
+        tasks = await stack.enter_async_context(asyncio.TaskGroup())
+        reading = tasks.create_task(processes.output("-m", "scripts.bench.firehose", "read", given=given))
         await _said(process, "begun")
         before, there, wal = processes.cpu_s(postgres), _cpu_s(mirror), await _wal(dsn)
         done = json.loads(await _said(process, "done"))
@@ -146,10 +155,10 @@ async def _said(process: Process, word: str) -> str:
 
 
 async def _serve(dsn: str, *, rate: int, count: int, gap_ms: float, seconds: float, ids: str, elsewhere: bool) -> None:
-    async with _replica(dsn, count, gap_ms) as (hub, bus, writers, url):
+    async with _replica(dsn, count, gap_ms) as (streaming, writers, url):
         Path(ids).write_text(json.dumps([str(writer.stream_id) for writer in writers]))
         print(json.dumps({"port": int(url.rpartition(":")[2]), "ids": ids}), flush=True)
-        while (bus.state()["followed_elsewhere"] if elsewhere else hub.readers) < len(writers):
+        while (streaming.bus.state()["followed_elsewhere"] if elsewhere else streaming.hub.readers) < len(writers):
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
         print("begun", flush=True)
@@ -166,12 +175,12 @@ async def _mirror(dsn: str) -> None:
     """A replica that writes nothing: it has readers, until it is told to go."""
     from app.server import signals
 
-    async with _replica(dsn, 0, 8) as (_, _, _, url):
+    async with _replica(dsn, 0, 8) as (_, _, url):
         print(url.rpartition(":")[2], flush=True)
         await signals().wait()
 
 
-async def _write(writers: list[Any], rate: int, seconds: float) -> int:
+async def _write(writers: list["Writer"], rate: int, seconds: float) -> int:
     """Append at an even pace, stream after stream; what a sleep oversleeps is made up for."""
     began, events = time.perf_counter(), 0
     while (passed := time.perf_counter() - began) < seconds:
@@ -184,61 +193,53 @@ async def _write(writers: list[Any], rate: int, seconds: float) -> int:
 
 
 @asynccontextmanager
-async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple[Any, Any, list[Any], str]]:
-    """The log, its readers and the bus, wired as the gateway wires them."""
-    from starlette.applications import Starlette
-    from starlette.routing import Route
-
-    from app.access.credentials import Credentials
-    from app.access.guard import guard
-    from app.access.keys import Keys
-    from app.postgres import open_pool
+async def _replica(dsn: str, count: int, gap_ms: float) -> AsyncIterator[tuple["Streaming", list["Writer"], str]]:
+    """A gateway of which only the log and the bus run, and streams that are written."""
+    from app.gateway.parts import Parts
+    from app.gateway.resources import opened
+    from app.safe import NO_SAFE
     from app.server import serving
     from app.settings import load
-    from app.streams import endpoints
-    from app.streams.bus import NotifyBus
-    from app.streams.hub import Hub
-    from app.streams.log import Limits, Log
-    from app.streams.partitions import Partitions
-    from app.streams.replicas import Replica
-    from app.streams.seats import Seats
-    from app.streams.stream import NEW_ID, Stream, Streams, random_part
-    from app.streams.tail import Tail
-    from app.telemetry import Metrics, configure_logging
-    from app.wall import Wall
+    from app.telemetry import configure_logging
 
     configure_logging("warning", "text")  # standard output is for the figures
-    pool, metrics, settings = await open_pool(dsn, 10), Metrics(), load(database_url=dsn)
-    replica = Replica(pool)
-    hub = Hub(max_events=settings.reader_events, max_bytes=settings.reader_bytes)
-    log = Log(dsn, replica, hub, limits=Limits(flush_gap_s=gap_ms / 1000), metrics=metrics)
-    bus = NotifyBus(dsn, hub=hub, event_log=log, metrics=metrics, failing=set())
-    await Partitions(pool, days_ahead=1).run_once()
-    await replica.register()
-    replica.refusal = None
-    streams, writers = Streams(pool, replica), []
-    for _ in range(count):
-        async with replica.transaction() as connection:
-            new_id = await connection.fetchval(f"select {NEW_ID.format(random_part='$1')}", random_part())
-            await streams.begin(connection, Stream(new_id, "u", str(new_id), "c", 1, "main"), {})
-        writers.append(log.open(new_id, last_id=1))
-    seats = Seats(most=settings.max_readers, per_user=settings.max_readers, per_stream=settings.stream_readers)
-    state = {"tail": Tail(Wall(pool), hub, log), "hub": hub, "metrics": metrics, "settings": settings}
-    state |= {"replica": replica, "seats": seats, "credentials": Credentials("open", Keys(pool))}
+    settings = load(database_url=dsn, flush_gap_ms=gap_ms, auth="open", row_security="off", user_readers=_READERS)
+    async with opened(settings, NO_SAFE) as resources, asyncio.TaskGroup() as tasks:
+        parts = Parts(settings, resources, signing_keys=(), tasks=tasks)
+        streaming = parts.streaming
+        await streaming.partitions.run_once()
+        await streaming.replica.register()
+        streaming.replica.refusal = None
+        writers = [await _begun(streaming) for _ in range(count)]
+        loops = [tasks.create_task(loop) for loop in (streaming.log.run(), streaming.bus.run())]
+        async with serving(_app(parts), "127.0.0.1", 0) as url:
+            yield streaming, writers, url
+            streaming.hub.close()
+        for loop in loops:
+            loop.cancel()
+
+
+async def _begun(streaming: "Streaming") -> "Writer":
+    from app.streams.stream import NEW_ID, Stream, random_part
+
+    async with streaming.replica.transaction() as connection:
+        new_id = await connection.fetchval(f"select {NEW_ID.format(random_part='$1')}", random_part())
+        await streaming.streams.begin(connection, Stream(new_id, "u", str(new_id), "c", 1, "main"), {})
+    return streaming.log.open(new_id, last_id=1)
+
+
+def _app(parts: "Parts") -> "Starlette":
+    from starlette.applications import Starlette
+
+    from app.gateway.presence import Life, Presence
+    from app.gateway.state import state_of
+    from app.routes import State, routes
 
     @asynccontextmanager
-    async def lifespan(_: Starlette) -> AsyncIterator[dict[str, Any]]:
-        yield state
+    async def lifespan(_: Starlette) -> AsyncIterator[State]:
+        yield state_of(parts, Presence(parts, Life()))
 
-    route = Route("/api/stream-events/{stream_id}", endpoints.stream_events)
-    guard([route], {("GET", route.path): "read"})
-    app = Starlette(routes=[route], lifespan=lifespan)
-    loops = [asyncio.create_task(log.run()), asyncio.create_task(bus.run())]
-    async with AsyncExitStack() as stack:
-        for loop in loops:
-            stack.callback(loop.cancel)
-        yield hub, bus, writers, await stack.enter_async_context(serving(app, "127.0.0.1", 0))
-        hub.close()
+    return Starlette(routes=routes(parts.settings), lifespan=lifespan)
 
 
 # -- the readers

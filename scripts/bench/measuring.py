@@ -68,9 +68,10 @@ class Bench:
             await asyncio.sleep(_SETTLE_S)
             empty = processes.memory_bytes(target.pid) if target.pid else 0
             start = _start()
-            load = asyncio.create_task(self._load(target, scenario, start))
-            before, after, full = await self._weigh(target, scenario, start, load)
-            answers = await load
+            async with asyncio.TaskGroup() as tasks:
+                load = tasks.create_task(self._load(target, scenario, start))
+                before, after, full = await self._weigh(target, scenario, start, load)
+            answers = load.result()
         measurement = Measurement(errors=_errors(answers))
         measurement.figures |= _latencies(answers, scenario) | _speed(answers)
         if target.pid:

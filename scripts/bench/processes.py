@@ -78,8 +78,9 @@ async def running(*arguments: str, log: Path, environment: Mapping[str, str] | N
         process = await _started(arguments, environment, errors.fileno())
     try:
         yield process
-    except Failed as error:
-        raise Failed(f"{error}: {log.read_text()[-2000:]}") from error
+    except (Failed, ExceptionGroup) as error:
+        error.add_note(log.read_text()[-2000:])
+        raise
     finally:
         await _stop(process)
 

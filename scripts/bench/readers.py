@@ -144,9 +144,10 @@ async def _storm(arguments: argparse.Namespace, dsn: str, client: httpx2.AsyncCl
     print("| round | first event, p50 | p99 | all served | not served | health answers within |")
     print("| ---: |" + " ---: |" * 5)
     for number in range(arguments.rounds):
-        resuming = asyncio.create_task(_resume(client, places, at_once=arguments.readers))
-        longest = await _watch_health(client, resuming)
-        found = await resuming
+        async with asyncio.TaskGroup() as tasks:
+            resuming = tasks.create_task(_resume(client, places, at_once=arguments.readers))
+            longest = await _watch_health(client, resuming)
+        found = resuming.result()
         cells = (number + 1, *_quantiles(found["took"]), found["all"], found["failed"], longest * 1000)
         print("| " + " | ".join(f"{cell:,.0f}" for cell in cells) + " |", flush=True)
 
