@@ -14,7 +14,7 @@ import orjson
 from scripts.bench import processes
 from scripts.bench.answer import Answer, Subject
 from scripts.bench.load import Job
-from scripts.bench.scenarios import WARM_UP, Scenario, chatbots
+from scripts.bench.scenarios import WARM_UP, Scenario, chatbots, thinking
 
 _PASSTHROUGHS: dict[Subject, str] = {"passthrough": "/chat", "relay": "/relay"}
 # From starting the load process to its first request.
@@ -80,7 +80,7 @@ class Bench:
         return measurement
 
     async def accept(self, posts: int) -> Measurement:
-        """CPU from a request to "accepted", opening the call to the provider included."""
+        """CPU from a request to "accepted": of messages whose answers begin, less what calling the provider costs."""
         async with self._serving("parley") as target:
             await self._load(target, WARM_UP)
             await asyncio.sleep(_SETTLE_S)
@@ -90,7 +90,10 @@ class Bench:
             await _idle(target.port)
         python = (after.python_s - before.python_s) / posts * 1e3
         postgres = (after.postgres_s - before.postgres_s) / posts * 1e3
-        return Measurement({"python": python, "postgres": postgres, "cpu": python + postgres}, _errors(answers))
+        said = await processes.output("-m", "scripts.bench.calls", self.provider, thinking(posts), str(posts))
+        call = float(said) / posts * 1e3
+        figures = {"python": python, "postgres": postgres, "call": call, "cpu": python + postgres - call}
+        return Measurement(figures, _errors(answers))
 
     @asynccontextmanager
     async def _serving(self, subject: Subject) -> AsyncIterator[_Target]:

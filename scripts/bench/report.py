@@ -98,9 +98,10 @@ class Report:
         yield "| | Parley | target |"
         yield "| --- | ---: | ---: |"
         for scenario, figure, label in (
-            ("accept", "python", "request to accepted, Python CPU, ms"),
-            ("accept", "postgres", "request to accepted, PostgreSQL CPU, ms"),
-            ("accept", "cpu", "request to accepted, both, ms"),
+            ("accept", "python", "request to the provider called, Python CPU, ms"),
+            ("accept", "postgres", "request to the provider called, PostgreSQL CPU, ms"),
+            ("accept", "call", "of which calling the provider, ms"),
+            ("accept", "cpu", "request to accepted, CPU, ms"),
             ("start", "import", "import of the app, CPU seconds"),
         ):
             yield f"| {label} | {self._cell(scenario, 'parley', figure)} | {_target(scenario, figure)} |"

@@ -78,6 +78,11 @@ def chatbots(provider: str, scenarios: tuple[Scenario, ...], posts: int) -> Iter
     yield f'providers: {{demo: {{kind: openai, base_url: "{provider}"}}}}'
     yield "chatbots:"
     models = {scenario.name: scenario.model for scenario in (*scenarios, WARM_UP)}
-    models["thinking"] = f"demo?clock=1&tokens=1&delay_ms=0&first_ms={1000 + posts * _PER_POST_MS}"
+    models["thinking"] = thinking(posts)
     for name, model in models.items():
         yield f'  {name}: {{flows: {{main: {{provider: demo, model: "{model}"}}}}}}'
+
+
+def thinking(posts: int) -> str:
+    """A model that answers when all of so many messages have come."""
+    return f"demo?clock=1&tokens=1&delay_ms=0&first_ms={1000 + posts * _PER_POST_MS}"
