@@ -1,11 +1,11 @@
 """Where chats go that come to a user from elsewhere: from a file, or from another user."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from uuid import UUID, uuid5
 
 from app.postgres import Connection
-from app.sync.merge import AddMessage, Chat, Op, successor
+from app.sync.merge import AddMessage, Chat, Op, PutChat, successor
 from app.sync.rows import CHAT
 
 # How often a chat may have been purged and come again.
@@ -47,11 +47,26 @@ def own_id(chat_id: str, message_id: str) -> str:
 
 
 async def apart(connection: Connection, user_id: str, ops: Sequence[Op]) -> Sequence[Op]:
-    """The same, but messages under ids of their chat's own where another chat's has theirs: else they would be lost."""
-    given = {(op.chat_id, name) for op in ops if isinstance(op, AddMessage) for name in (op.id, op.parent_id) if name}
+    """The same, but messages under ids of their chat's own where another chat's has theirs: else they would be lost.
+
+    What names such a message, as the one it answers or the one that a chat branches from, names it by that id.
+    """
+    given = {one for op in ops for one in _named(op)}
     names = {name for _, name in given} | {own_id(*one) for one in given}
     homes = {row["id"]: row["chat_id"] for row in await connection.fetch(_HOMES, user_id, sorted(names))}
-    return [_apart(op, homes) if isinstance(op, AddMessage) else op for op in ops]
+    added = [_apart(op, homes) if isinstance(op, AddMessage) else op for op in ops]
+    return [_branched(op, homes) if isinstance(op, PutChat) else op for op in added]
+
+
+def _named(op: Op) -> Iterator[tuple[str, str]]:
+    """The messages of an operation, each with the chat that it should be in."""
+    match op:
+        case AddMessage():
+            yield op.chat_id, op.id
+            if op.parent_id:
+                yield op.chat_id, op.parent_id
+        case PutChat(parent_chat_id=str(chat), branch_from_message_id=str(message)):
+            yield chat, message
 
 
 def _apart(op: AddMessage, homes: dict[str, str]) -> AddMessage:
@@ -66,3 +81,12 @@ def _apart(op: AddMessage, homes: dict[str, str]) -> AddMessage:
 def _parent(chat_id: str, name: str, homes: Mapping[str, str]) -> str:
     own = own_id(chat_id, name)
     return own if own in homes else name
+
+
+def _branched(op: PutChat, homes: Mapping[str, str]) -> PutChat:
+    """The chat it comes from may follow it: then its message will get an id of its own where another chat has this."""
+    chat, name = op.parent_chat_id, op.branch_from_message_id
+    if not chat or not name:
+        return op
+    is_taken = homes.get(name, chat) != chat
+    return replace(op, branch_from_message_id=own_id(chat, name) if is_taken else _parent(chat, name, homes))

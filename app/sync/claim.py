@@ -150,11 +150,14 @@ class Claim:
 
     async def _give(self, chat: Chat, messages: Sequence[tuple[Message, str]]) -> None:
         async def ops(connection: Connection, now_ms: int) -> Sequence[Op]:
-            target, have = (await arrivals.targets(connection, self.user_id, [chat.id]))[chat.id]
+            parent = chat.parent_chat_id
+            there = await arrivals.targets(connection, self.user_id, {chat.id, parent or chat.id})
+            target, have = there[chat.id]
             made: list[Op] = []
             if have is None or have.is_deleted:
                 stamp = stamp_at(now_ms) if have is None else later(have, now_ms)
-                made = [PutChat(target, chat.title, stamp, chat.parent_chat_id, chat.branch_from_message_id)]
+                parent = there[parent][0] if parent else parent
+                made = [PutChat(target, chat.title, stamp, parent, chat.branch_from_message_id)]
             made += [self._added(one, stamp, target) for one, stamp in messages]
             return await arrivals.apart(connection, self.user_id, made)
 

@@ -138,16 +138,18 @@ async def test_ids_that_both_have_lose_nothing(house: Open) -> None:
 async def test_ids_that_another_chat_has_lose_nothing(house: Open) -> None:
     async with house() as home:
         theirs = [add("1", content="Theirs"), add("2", at=1, parent_id="1"), add("3", at=2, parent_id="2")]
-        await sync(home.client, "old", [put("c"), *theirs], user="anon")
+        branches = [put(name, at=3, parent_chat_id="c", branch_from_message_id="1") for name in ("b", "d")]
+        await sync(home.client, "old", [put("c"), *theirs, *branches], user="anon")
         await sync(home.client, "phone", [add("1", "mine", content="Mine"), add("2", "mine", at=1)])
         await sync(home.client, "phone", [{"op": "msg.del", "id": "2"}], first=2)
-        assert await _claim(home) == (200, {"success": True, "chats": 1, "messages": 3})
+        assert await _claim(home) == (200, {"success": True, "chats": 3, "messages": 3})
         assert await _chats(home, "anon") == {}
         chats = await _chats(home, "ann")
         assert [one["content"] for one in chats["mine"]["messages"]] == ["Mine"]
         messages = chats["c"]["messages"]
         assert [one["content"] for one in messages] == ["Theirs", "Hello", "Hello"]
         assert [one.get("parentId") for one in messages] == [None, *(one["id"] for one in messages[:-1])]
+        assert [chats[name]["branchFromMessageId"] for name in ("b", "d")] == [messages[0]["id"]] * 2
         # What is there is not copied again, though the other of that id has gone.
         await home.database.execute("delete from messages where id = '2'")
         await home.database.execute("update chats set is_deleted = false where user_id = 'anon'")

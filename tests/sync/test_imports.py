@@ -144,6 +144,22 @@ async def test_ids_that_another_chat_has_lose_nothing(house: Open) -> None:
         assert contents == {"a": theirs, "b": theirs, "mine": ["Mine"]}
 
 
+async def test_a_branch_comes_from_where_its_chat_has_gone(house: Open) -> None:
+    async with house() as home:
+        await sync(home.client, "phone", [add("1", "mine", content="Mine"), put("old", at=1), delete("old", 2)])
+        await home.database.execute("update chats set is_purged = true where id = 'old'")
+        said = [{"id": "1", "role": "user", "content": "Theirs"}]
+        old = {"id": "old", "title": "Old", "messages": said}
+        branches = [{"id": name, "title": name, "parentChatId": "old", "branchFromMessageId": "1"} for name in "az"]
+        chats = [branches[0] | {"messages": []}, old, branches[1] | {"messages": []}]
+        await _import(home.client, {"format": "parley", "version": 1, "chats": chats})
+        there = {chat["title"]: chat for chat in await _exported(home)}
+        came_from = (there["Old"]["id"], there["Old"]["messages"][0]["id"])
+        assert came_from not in (("old", "1"), ("old", came_from[1]))
+        for name in "az":
+            assert (there[name]["parentChatId"], there[name]["branchFromMessageId"]) == came_from
+
+
 async def test_instructions_strange_ids_times_and_characters_do_no_harm(house: Open) -> None:
     async with house() as home:
         said = {"role": "user", "timestamp": "2024-01-01T00:00:00Z"}

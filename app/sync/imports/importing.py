@@ -136,12 +136,15 @@ class Import:
         self._waiting, self._lines, self._text = [], 0, 0
 
     async def _ops(self, connection: Connection, now_ms: int) -> Sequence[Op]:
-        there = await arrivals.targets(connection, self.user_id, {piece.of.id for piece in self._waiting})
+        parents = {piece.of.parent_chat_id for piece in self._waiting if piece.of.parent_chat_id}
+        names = {piece.of.id for piece in self._waiting} | parents
+        there = await arrivals.targets(connection, self.user_id, names)
         ops: list[Op] = []
         for piece in self._waiting:
             name, have = there[piece.of.id]
             if have is None or have.is_deleted:
-                put = _chat(piece, name, have, now_ms)
+                parent = piece.of.parent_chat_id
+                put = _chat(piece, name, have, now_ms, parent=there[parent][0] if parent else parent)
                 there[piece.of.id] = (name, Chat(name, put.title, stamp=put.stamp))
                 ops.append(put)
             ops += [_message(said, stamp, name) for said, stamp in piece.messages]
@@ -179,12 +182,12 @@ def _stamped(conversation: Conversation, ms: int) -> Iterator[tuple[Said, str]]:
         yield said, stamp
 
 
-def _chat(piece: _Piece, name: str, have: Chat | None, now_ms: int) -> PutChat:
+def _chat(piece: _Piece, name: str, have: Chat | None, now_ms: int, *, parent: str | None) -> PutChat:
     """One that is new, or comes back."""
     of = piece.of
     stamp = stamp_at(min(piece.ms, now_ms)) if have is None else later(have, now_ms)
     title = of.title or title_from(next((said.content for said in of.messages if said.role == "user"), ""))
-    return PutChat(name, clean(title), stamp, of.parent_chat_id, of.branch_from_message_id)
+    return PutChat(name, clean(title), stamp, parent, of.branch_from_message_id)
 
 
 def _message(said: Said, stamp: str, chat_id: str) -> AddMessage:
