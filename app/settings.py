@@ -295,6 +295,11 @@ class Settings(BaseSettings):
         "time, until all of it was compared, at most twice a day; one that cannot be read is reported, and the "
         "default used.",
     )
+    search_messages: bool = Field(
+        False,
+        description="Whether searches may look at all messages of our own chats, and not at questions only "
+        "(`in=messages`); it costs room and time for each message. The same on all replicas.",
+    )
     webhook_secrets: str | None = Field(
         None,
         repr=False,

@@ -52,6 +52,7 @@ def test_the_table_of_settings_is_the_settings() -> None:
 def test_every_setting_is_read_from_the_variable_in_the_table(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     given = {"data_dir": "/elsewhere", "log_level": "debug", "log_format": "text", "bus": "poll"}
     given |= {"database_url": "postgresql://x", "enable_background_jobs": "false", "sync_enabled": "false"}
+    given |= {"search_messages": "true"}
     given |= {"auth": "open", "open_anywhere": "true", "metrics_open": "true", "row_security": "off"}
     value = given.get(name) or ("other" if name == "host" else "60")
     monkeypatch.setenv(_FIXED.get(name, f"PARLEY_{name.upper()}"), value)

@@ -64,6 +64,25 @@ def index_reconcile(source: str | None) -> None:
         sys.exit(1)
 
 
+@index_group.command("messages")
+def index_messages() -> None:
+    """Make all messages ready for searches now, to the end, where PARLEY_SEARCH_MESSAGES is set (a server does it by
+    itself, in some seconds of each minute); exit with 1 where something is left."""
+    settings = with_database()
+    configure_log(settings.model_copy(update={"log_level": "error"}))
+    from app.conversations.filling import fill_messages
+
+    async def run() -> bool:
+        is_good = False
+        async for line, is_whole in fill_messages(settings):
+            click.echo(line)
+            is_good = is_whole
+        return is_good
+
+    if not in_loop(run):
+        sys.exit(1)
+
+
 @index_group.command("reset")
 def index_reset() -> None:
     """Build the index anew beside the one that is read, and put it in its place: lists go on meanwhile."""

@@ -14,6 +14,7 @@ from app.access.audit import Actor
 from app.access.guard import principal_of
 from app.answers import private_json, time_of
 from app.conversations import upkeep
+from app.conversations.message_words import Status
 from app.conversations.parameters import whose
 from app.conversations.upkeep import Discover, Progress, Stats, Synced, Tell
 from app.errors import ParleyError, to_problem
@@ -72,9 +73,21 @@ class SyncResult(BaseModel):
     failures: int
 
 
+class MessageSearch(BaseModel):
+    """How far all messages can be searched: `usersReady` of so many have words of all that was there before. `size` in
+    bytes."""
+
+    enabled: bool
+    complete: bool
+    users: int
+    usersReady: int
+    size: int
+
+
 class IndexStats(BaseModel):
     """`documentCount` counts entries, which are conversations. `indexSize` in bytes, with everything that belongs to
-    the table; of one user it is what the user's own rows take, as all of it is about the user's own."""
+    the table; of one user it is what the user's own rows take, as all of it is about the user's own. `messageSearch`
+    is of everybody only."""
 
     indexExists: bool
     conversationCount: int
@@ -83,6 +96,7 @@ class IndexStats(BaseModel):
     schemaVersion: int
     lastSyncTime: str | None
     sources: dict[str, int]
+    messageSearch: MessageSearch | None
 
 
 class IndexReset(BaseModel):
@@ -207,6 +221,17 @@ def _stats(found: Stats) -> Json:
         "schemaVersion": found.version,
         "lastSyncTime": found.synced_at and time_of(found.synced_at),
         "sources": found.sources,
+        "messageSearch": found.messages and _searched(found.messages),
+    }
+
+
+def _searched(status: Status) -> Json:
+    return {
+        "enabled": status.is_on,
+        "complete": status.is_complete,
+        "users": status.users,
+        "usersReady": status.filled,
+        "size": status.size,
     }
 
 

@@ -13,8 +13,9 @@ from starlette.responses import Response
 from app.access.guard import principal_of
 from app.answers import private_json, time_of
 from app.chats.allowance import Allowance, shares_of
-from app.conversations import listing, transcript
+from app.conversations import listing, message_search, message_words, transcript
 from app.conversations.foreign_transcript import find_source, foreign_messages
+from app.conversations.index import OWN
 from app.conversations.listing import FAR, Place, Wanted
 from app.conversations.parameters import days, moment, one_of, whole_number, whose, word
 from app.conversations.sources.shape import Message
@@ -22,6 +23,7 @@ from app.conversations.statistics import Group, statistics
 from app.conversations.transcript import Named
 from app.errors import BadRequest
 from app.postgres import Pool
+from app.settings import Settings
 from app.text import clean
 from app.wall import Wall
 
@@ -33,12 +35,23 @@ _GROUPS: tuple[Group, ...] = ("day", "model", "user", "chatbot")
 class Needs(TypedDict):
     wall: Wall
     pool: Pool
+    settings: Settings
     # Conversations that are read from other programs' databases at once, each over a connection of its own.
     readings: Allowance
 
 
+class Match(BaseModel):
+    """The newest message of a conversation that has the words, and what stands around the first of them."""
+
+    messageId: str
+    role: Literal["user", "assistant", "system"]
+    snippet: str
+
+
 class Conversation(BaseModel):
-    """An entry of the index. `messageIds` are the newest of them; questions are cut at 300 characters."""
+    """An entry of the index. `messageIds` are the newest of them; questions are cut at 300 characters. `match` is there
+    where all messages were searched.
+    """
 
     conversationId: str
     source: str
@@ -56,10 +69,13 @@ class Conversation(BaseModel):
     messageIds: list[str]
     createdAt: str
     updatedAt: str
+    match: Match | None = None
 
 
 class Conversations(BaseModel):
-    """A page of the list. Where `totalIsExact` is false there are at least `total`. `nextCursor` is null at the end."""
+    """A page of the list. Where `totalIsExact` is false there are at least `total`. `nextCursor` is null at the end.
+    `searchIsComplete` is there where all messages were searched: false while older ones are still being made ready.
+    """
 
     conversations: list[Conversation]
     total: int
@@ -68,6 +84,7 @@ class Conversations(BaseModel):
     size: int
     totalPages: int
     nextCursor: str | None
+    searchIsComplete: bool | None = None
 
 
 class ConversationMessage(BaseModel):
@@ -119,8 +136,12 @@ async def conversations(request: Request[Needs]) -> Response:
     wanted, size = _wanted(request), whole_number(request, "size", _SIZE, most=_LARGEST)
     after, number = _where(request, wanted, size)
     skip = 0 if after else (number - 1) * size
+    in_messages = _in_messages(request, wanted)
+    find, more = (message_search.page if in_messages else listing.page), {}
     async with request.state["wall"].connection() as connection:
-        page = await listing.page(connection, wanted, size=size, after=after, skip=skip)
+        page = await find(connection, wanted, size=size, after=after, skip=skip)
+        if in_messages:
+            more = {"searchIsComplete": await message_words.is_complete(connection)}
     cursor = page.behind.told(newest_first=wanted.newest_first) if page.behind else None
     return private_json(
         {
@@ -131,8 +152,21 @@ async def conversations(request: Request[Needs]) -> Response:
             "size": size,
             "totalPages": ceil(page.total.count / size),
             "nextCursor": cursor,
+            **more,
         }
     )
+
+
+def _in_messages(request: Request[Needs], wanted: Wanted) -> bool:
+    """Whether `q` is looked for in all messages. Raises BadRequest where that is turned off, or cannot be."""
+    if one_of(request, "in", ("questions", "messages")) == "questions" or wanted.query is None:
+        return False
+    if not request.state["settings"].search_messages:
+        detail = "Messages are not searched here, only first and last questions: PARLEY_SEARCH_MESSAGES turns it on."
+        raise BadRequest("search_off", detail)
+    if wanted.source not in (None, OWN):
+        raise BadRequest("bad_parameter", f"in=messages searches our own chats only, source={OWN}; leave one out.")
+    return True
 
 
 def _where(request: Request[Needs], wanted: Wanted, size: int) -> tuple[Place | None, int]:
@@ -177,7 +211,12 @@ def _entry(row: asyncpg.Record) -> Mapping[str, Any]:
         "messageIds": row["message_ids"],
         "createdAt": time_of(row["created_at"]),
         "updatedAt": time_of(row["updated_at"]),
+        **({"match": _match(row)} if "match_id" in row else {}),
     }
+
+
+def _match(row: asyncpg.Record) -> Mapping[str, Any]:
+    return {"messageId": row["match_id"], "role": row["match_role"], "snippet": row["snippet"]}
 
 
 async def conversation(request: Request[Needs]) -> Response:

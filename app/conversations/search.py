@@ -19,6 +19,7 @@ from app.postgres import Connection
 _PART = re.compile(r'"([^"]*)"|([^\s"]+)')
 # Letters before a star. With one it would be a tenth of all words, which no index finds quickly.
 _STEM = 2
+_TABLE = "conversation_words"
 
 # The words of each part, in their order, and each one's share of all conversations, as the last ANALYZE has seen it.
 # A word that is not among the thousand most common is taken for a tenth as common as the last of them; a facet for a
@@ -85,14 +86,17 @@ def _part(phrase: str, word: str) -> Part:
     return Part(phrase or stem, is_stem=stem != word and len(stem) >= _STEM)
 
 
-async def look(connection: Connection, query: str, facets: Sequence[str], along: Sequence[str] = ()) -> Look:
+async def look(
+    connection: Connection, query: str, facets: Sequence[str], along: Sequence[str] = (), *, table: str = _TABLE
+) -> Look:
     """Read what there is to know before looking for these words and facets, or walking along one of those.
 
-    `words` is empty where the query has no word, too.
+    `words` is empty where the query has no word, too. In another `table`, `conversations` are its rows.
     """
     given = parts(query)
-    rows = await connection.fetch(_LOOK, [part.text for part in given], [part.is_stem for part in given], facets, along)
-    overall = await connection.fetchrow(_ALL)
+    values = ([part.text for part in given], [part.is_stem for part in given], facets, along)
+    rows = await connection.fetch(_LOOK.replace(_TABLE, table), *values)
+    overall = await connection.fetchrow(_ALL.replace(_TABLE, table))
     assert overall is not None
     phrases = [_phrase(list(words)) for n, words in groupby(rows, itemgetter("n")) if n > 0]
     shares = [row["share"] for row in rows if row["n"] >= 0]

@@ -9,9 +9,11 @@ import structlog
 
 from app.access import audit
 from app.access.audit import Actor
+from app.conversations import message_words
 from app.conversations import rebuild as rebuilding
 from app.conversations.index import OWN
 from app.conversations.listing import require_index
+from app.conversations.message_words import Status
 from app.conversations.passes import Passes
 from app.conversations.rebuild import VERSION
 from app.conversations.recount import MOST_FAILED, Failed, Recounted, recount
@@ -40,8 +42,11 @@ _EMPTY = [
     "delete from conversation_rounds",
     f"delete from conversation_days where source <> '{OWN}'",
     "set local lock_timeout = '1s'",
-    "truncate conversations, conversation_words, conversation_counts",
-    "update conversation_index set is_there = false, synced_at = null, changed_at = parley_now()",
+    "truncate conversations, conversation_words, conversation_counts, message_words, message_word_users",
+    """
+    update conversation_index set is_there = false, synced_at = null, changed_at = parley_now(),
+        message_words_version = 0, message_words_filled_at = null
+    """,
 ]
 _SYNCED = "update conversation_index set synced_at = parley_now()"
 _STATS = """
@@ -110,7 +115,9 @@ async def each_source(passes: Passes, tell: Tell) -> Discovered:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """`size` in bytes; of a user's own rows without what their indexes take. `sources` by their codes."""
+    """`size` in bytes; of a user's own rows without what their indexes take. `sources` by their codes. `messages`: how
+    far all messages can be searched.
+    """
 
     exists: bool
     version: int
@@ -118,6 +125,7 @@ class Stats:
     conversations: int
     size: int
     sources: Mapping[str, int] = field(default_factory=dict)
+    messages: Status | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +248,7 @@ async def stats(connection: Connection, username: str | None = None) -> Stats:
     row = await connection.fetchrow(_STATS)
     assert row is not None
     sources = {found[0]: found[1] for found in await connection.fetch(_SOURCES)}
-    return Stats(**row, sources=sources)
+    return Stats(**row, sources=sources, messages=await message_words.status(connection))
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,9 @@ _INDEXED: Sequence[str] = (
     _rows("chat_claims"),
     _rows("chat_claims").replace("user_id = $1", "from_user_id = $1"),
     _rows("sync_head"),
+    # After that row nobody begins to write words, and whoever has begun is waited for here.
+    _rows("message_word_users").replace("user_id = $1", "username = $1"),
+    _rows("message_words").replace("user_id = $1", "username = $1"),
     # After what it is written for.
     _rows("sync_hours"),
 )

@@ -2,6 +2,7 @@
 
 from app.chats.usage import UsageDays
 from app.conversations.batch import Bounds
+from app.conversations.message_words import MessageWords
 from app.conversations.passes import Passes
 from app.conversations.reconcile import Reconcile
 from app.conversations.upkeep import Upkeep
@@ -54,6 +55,7 @@ class Periodic:
                 usage_days=UsageDays(pool),
                 reconcile=self.reconcile,
                 erasure=answering.erasure,
+                message_words=MessageWords(pool, settings.search_messages),
                 settings=settings,
             ),
             metrics=watch.metrics,

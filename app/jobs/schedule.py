@@ -10,6 +10,7 @@ from cronsim import CronSim, CronSimError
 from app.access.audit import audit_expiring
 from app.chats.images import images_expiring
 from app.chats.usage import UsageDays
+from app.conversations.message_words import MessageWords
 from app.conversations.passes import Passes
 from app.conversations.reconcile import Reconcile
 from app.conversations.upkeep import Upkeep
@@ -46,6 +47,7 @@ SCHEDULE = {
     "erasure": "* * * * *",  # twenty users and a minute per pass, rows per statement
     "discovery": "*/5 * * * *",  # CONVERSATION_DISCOVERY_CRON; seconds per source, and sources at once
     "reconcile": "*/5 1-4 * * *",  # PARLEY_RECONCILE_CRON; seconds per source and pass
+    "messages": "* * * * *",  # seconds per pass, rows per statement; nothing where all messages are not searched
 }
 # What ENABLE_BACKGROUND_JOBS=false stops; the others keep tables from growing, or promises.
 OPTIONAL = frozenset({"usage", "discovery", "reconcile"})
@@ -114,6 +116,7 @@ def jobs(
     usage_days: UsageDays,
     reconcile: Reconcile,
     erasure: Erasure,
+    message_words: MessageWords,
     settings: Settings,
 ) -> list[Job]:
     """What runs here: everything, or what always does."""
@@ -130,6 +133,7 @@ def jobs(
         Job("erasure", erasure.run_once),
         Job("discovery", passes.run_once, cron=when["discovery"]),
         Job("reconcile", reconcile.run_once, cron=when["reconcile"]),
+        Job("messages", message_words.run_once),
     ]
     return [job for job in every if enabled or job.name not in OPTIONAL]
 

@@ -77,6 +77,14 @@ _LIST = Operation(
             {"type": "string", "maxLength": 256},
         ),
         Parameter(
+            "in",
+            "query",
+            "Where `q` is looked for: in the first and last questions, or in all messages of this server's chats, "
+            "where `PARLEY_SEARCH_MESSAGES` has turned that on. Then one message has to have all the words, `match` "
+            "says which, and `total` is a lower bound more often.",
+            {"type": "string", "enum": ["questions", "messages"], "default": "questions"},
+        ),
+        Parameter(
             "sort",
             "query",
             "By the last message; a minus is the newest first.",
@@ -86,7 +94,7 @@ _LIST = Operation(
         _SIZE,
         Parameter("cursor", "query", "`nextCursor` of the page before, with the same filters and order."),
     ],
-    problems={400: ["bad_parameter", "bad_cursor", "page_too_deep"], 409: ["index_missing"], **_PROBLEMS},
+    problems={400: ["bad_parameter", "bad_cursor", "page_too_deep", "search_off"], 409: ["index_missing"], **_PROBLEMS},
 )
 _ONE = Operation(
     "Read a conversation",
@@ -247,6 +255,7 @@ _STATS: dict[str, Any] = {
     "schemaVersion": 1,
     "lastSyncTime": "2026-01-31T12:00:00.000Z",
     "sources": {"n8n": 204, "parley": 1000},
+    "messageSearch": {"enabled": True, "complete": True, "users": 90, "usersReady": 90, "size": 9420800},
 }
 _INIT = Operation(
     "Make the index",

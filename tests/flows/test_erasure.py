@@ -18,6 +18,7 @@ from app.postgres import open_pool
 from tests.access.issuer import token
 from tests.access.users import as_user, serving_users
 from tests.chats.pictures import base64_of, picture
+from tests.conversations.worded import follow
 from tests.house import Open
 from tests.sync.test_gateway import add, delete, put, sync
 
@@ -102,7 +103,7 @@ async def test_no_table_has_the_users_name_or_words_afterwards(database: str) ->
     connection = await asyncpg.connect(database)
     async with (
         demo_provider() as demo,
-        serving_users(database, quota_user_messages=50) as client,
+        serving_users(database, quota_user_messages=50, search_messages=True) as client,
     ):
         await _bots(connection, demo)
         await _lived(client, _ANN, _WORD)
@@ -122,7 +123,9 @@ async def test_no_table_has_the_users_name_or_words_afterwards(database: str) ->
             "on conflict (source) do update set place = excluded.place",
             standing,
         )
+        await follow(database)
         before = await _rows_with(connection, _ANN, _WORD)
+        assert {"message_words", "message_word_users"} <= before.keys()
         assert {
             "chats",
             "messages",
