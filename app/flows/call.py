@@ -24,7 +24,7 @@ from app.flows.voice import Voice
 from app.journal import About, Journal
 from app.providers.provider import Chunk, Effort, Finish, Prompt, ProviderError, Text, Usage
 from app.providers.registry import Providers
-from app.streams.log import StreamLost
+from app.streams.appending import StreamLost
 from app.streams.replicas import Fenced
 from app.telemetry import Metrics
 

@@ -14,7 +14,8 @@ from app.flows.past import OWNER_LOST, Past
 from app.flows.plan import Decision, heard, routed
 from app.flows.run import Failure, Progress, Result, Run
 from app.flows.voice import Voice
-from app.streams.log import StreamLost, Writer
+from app.streams.appending import StreamLost
+from app.streams.log import Writer
 from app.streams.replicas import Fenced
 
 log = structlog.get_logger(__name__)

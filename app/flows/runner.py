@@ -18,7 +18,8 @@ from app.flows.ending import Ending
 from app.flows.execution import Execution
 from app.flows.past import Past
 from app.flows.run import LOG_LOST, Failure, Progress, Result, Run
-from app.streams.log import Log, StreamLost, Writer
+from app.streams.appending import StreamLost
+from app.streams.log import Log, Writer
 from app.streams.replicas import Fenced
 from app.streams.stream import Stream
 

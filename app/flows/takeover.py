@@ -17,8 +17,9 @@ from app.flows.run import CANCELLED, LOG_LOST, Failure, Progress, Result, Run
 from app.flows.runner import Runner
 from app.journal import About, Journal
 from app.postgres import Pool
+from app.streams.appending import StreamLost
 from app.streams.hub import Hub
-from app.streams.log import Log, StreamLost, Writer
+from app.streams.log import Log, Writer
 from app.streams.replicas import Fenced, Replica
 from app.streams.stream import Orphan, Stream, Streams
 from app.streams.tail import Tail

@@ -90,7 +90,7 @@ class Presence:
     async def distrust(self) -> None:
         """One connection is dead without a word: none of the others is used again, so that nobody waits in vain."""
         await self._parts.resources.distrust()
-        self._log.disconnect()
+        self._parts.streaming.appender.disconnect()
 
     async def leave_when_asked(self) -> None:
         """Refuse new work, let answers and uploads end, leave the others to whoever lives, send the readers away at a

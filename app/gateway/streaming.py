@@ -4,6 +4,7 @@ from app.flows.quotas import settle
 from app.gateway.resources import Resources
 from app.gateway.watch import Watch
 from app.settings import Settings
+from app.streams.appending import Appender
 from app.streams.bus import Bus, NotifyBus, PollBus
 from app.streams.hub import Hub
 from app.streams.lifeline import Lifeline
@@ -23,7 +24,8 @@ class Streaming:
         dsn, pool = resources.dsn, resources.pool
         self.replica = Replica(pool, reserve=resources.reserve, lease_s=settings.lease_s)
         self.hub = Hub(max_events=settings.reader_events, max_bytes=settings.reader_bytes)
-        self.log = Log(dsn, self.replica, self.hub, limits=_limits(settings), metrics=watch.metrics)
+        self.appender = Appender(dsn, self.replica)
+        self.log = Log(self.appender, self.replica, self.hub, limits=_limits(settings), metrics=watch.metrics)
         self.topics = Topics()
         self.replica.on_commit = self.topics.change
         self.bus = self._bus(settings, dsn, watch=watch)

@@ -18,7 +18,8 @@ import asyncpg
 import structlog
 
 from app.errors import Unavailable
-from app.postgres import Connection, open_connection, why
+from app.postgres import why
+from app.streams.appending import Appender, Events, StreamLost
 from app.streams.event import Kind, encode, kind_of
 from app.streams.hub import Hub
 from app.streams.pace import Pace
@@ -28,43 +29,6 @@ from app.telemetry import Metrics
 log = structlog.get_logger(__name__)
 # Asked for each flush; cheaper than building a line for every event that nobody wants to read.
 _VERBOSE = logging.getLogger(__name__)
-
-# One autocommit statement appends a whole flush. The share lock makes a takeover wait for it. It inserts all of the
-# batch, or nothing where this replica is fenced.
-_INSERT_ALL = """
-insert into streaming_events (stream_id, id, payload)
-select u.s, u.i, u.p from o, unnest($1::uuid[], $2::int[], $3::text[]) as u(s, i, p)
-"""
-_APPEND = f"with o as materialized (select 1 from replicas where id = $4 and alive for share) {_INSERT_ALL}"
-_NOTHING = "INSERT 0 0"
-# Tried again after a lost COMMIT answer: two counts tell "fenced" from "the batch was there already".
-_APPEND_AGAIN = f"""
-with o as materialized (select 1 from replicas where id = $4 and alive for share),
-     ins as ({_INSERT_ALL} on conflict do nothing returning 1)
-select (select count(*) from o) as owners, (select count(*) from ins) as inserted
-"""
-_STORED = """
-select e.stream_id, e.id, e.payload from unnest($1::uuid[], $2::int[]) as u(s, i)
-join streaming_events e on e.stream_id = u.s and e.id = u.i
-"""
-# The event before it must be there: a server that has lost commits (fail-over) would else get a gap.
-_INSERT = """
-insert into streaming_events (stream_id, id, payload) select $1, $2::int, $3
-where $2::int = 1 or exists (select from streaming_events where stream_id = $1 and id = $2::int - 1)
-"""
-# Streams whose last event here was acknowledged, and is not there. A standby may only be late.
-_LOST = """
-select u.s from unnest($1::uuid[], $2::int[]) as u(s, i)
-where u.i > 0 and not pg_is_in_recovery()
-    and not exists (select from streaming_events e where e.stream_id = u.s and e.id = u.i)
-"""
-_Events = list[tuple[UUID, int, str]]
-
-
-class StreamLost(Exception):
-    """The log refuses this stream: its payload cannot be stored, its next id holds something else, or it has lost
-    events that were committed."""
-
 
 # The database understood a batch and will not have it: one of its streams is to blame, or this replica is dead.
 _BAD_EVENTS = (StreamLost, asyncpg.DataError, asyncpg.IntegrityConstraintViolationError)
@@ -192,7 +156,7 @@ class Writer:
             if not waiter.done():
                 waiter.set_result(None)
 
-    def _take(self, most: int) -> _Events:
+    def _take(self, most: int) -> Events:
         """The next events with their ids; `_acknowledge` or `_fail` must follow."""
         payloads = self._pending[: most if self._barrier is None else min(most, self._barrier)]
         self._taken = len(payloads)
@@ -224,8 +188,8 @@ class Writer:
 class Log:
     """The lane of this process. `run` must be running for anything to be saved."""
 
-    def __init__(self, dsn: str, replica: Replica, hub: Hub, *, limits: Limits, metrics: Metrics) -> None:
-        self._dsn = dsn
+    def __init__(self, appender: Appender, replica: Replica, hub: Hub, *, limits: Limits, metrics: Metrics) -> None:
+        self._appender = appender
         self._replica = replica
         self._hub = hub
         self.limits = limits
@@ -234,7 +198,6 @@ class Log:
         self._ready: dict[UUID, Writer] = {}
         self._bytes = 0
         self._wake = asyncio.Event()
-        self._connection: Connection | None = None
         # When the oldest of the events now pending came.
         self._oldest: float | None = None
         self._pace = Pace(limits.flush_gap_s)
@@ -286,7 +249,7 @@ class Log:
                 await self._pace.wait()
                 await self.flush()
         finally:
-            self.disconnect()
+            self._appender.disconnect()
 
     def fence(self, fenced: Fenced) -> None:
         """This replica was declared dead: nothing more of what it has is written."""
@@ -296,12 +259,6 @@ class Log:
         self._ready.clear()
         self.fenced = True
         self.on_fenced()
-
-    def disconnect(self) -> None:
-        """Give the lane's connection up; the next flush opens another."""
-        if self._connection is not None:
-            self._connection.terminate()
-            self._connection = None
 
     async def flush(self) -> None:
         """Commit what is pending now, up to one batch, however often the connection breaks on the way."""
@@ -331,9 +288,9 @@ class Log:
             self._ready[writer.stream_id] = writer
             self._wake.set()
 
-    def _take(self) -> tuple[list[Writer], _Events]:
+    def _take(self) -> tuple[list[Writer], Events]:
         writers: list[Writer] = []
-        events: _Events = []
+        events: Events = []
         while self._ready and len(events) < self.limits.flush_events:
             writer = self._ready.pop(next(iter(self._ready)))
             if taken := writer._take(self.limits.flush_events - len(events)):
@@ -341,7 +298,7 @@ class Log:
                 events += taken
         return writers, events
 
-    async def _commit(self, writers: list[Writer], events: _Events) -> None:
+    async def _commit(self, writers: list[Writer], events: Events) -> None:
         try:
             await self._append(events)
         except _BAD_EVENTS as error:
@@ -366,7 +323,7 @@ class Log:
             _tell(stream_id, first, payloads)
         self._hub.publish(stream_id, first, payloads)
 
-    async def _bisect(self, writers: list[Writer], events: _Events, error: Exception) -> None:
+    async def _bisect(self, writers: list[Writer], events: Events, error: Exception) -> None:
         """One stream's bad payload must not stop the others: halve the batch by streams until it stands alone."""
         if len(writers) == 1:
             self._lose(writers[0], error)
@@ -382,15 +339,15 @@ class Log:
         self._bytes -= writer._fail(StreamLost(str(error)))
         self.on_lost(writer.stream_id)
 
-    async def _append(self, events: _Events) -> None:
+    async def _append(self, events: Events) -> None:
         """Append under the fence, for as long as it takes; the same ids each time, so that nothing doubles (D9)."""
         again, pause, began = False, 0.02, monotonic()
         while True:
             try:
-                if self._connection is None or self._connection.is_closed():
+                if not self._appender.connected:
                     lost = await self._connect()
                     events = [event for event in events if event[0] not in lost]
-                await self._append_once(events, again)
+                await self._appender.append(events, again=again)
                 self.waiting = False
                 return
             except _REFUSED:
@@ -399,7 +356,8 @@ class Log:
                 # Whatever else a flush raises means that this connection cannot be trusted any more; asyncpg raises
                 # more kinds than a list here could keep up with.
                 log.warning("log_waiting", reason=why(error), events=len(events))
-                self._drop_connection(error)
+                if not isinstance(error, asyncpg.DiskFullError):  # a full disk is no reason to reconnect
+                    self._appender.disconnect()
                 again = self.waiting = True
                 if monotonic() - began > self.limits.unsaved_s:
                     self._report_unsaved()
@@ -407,22 +365,11 @@ class Log:
                 pause = min(pause * 2, 1.0)
 
     async def _connect(self) -> set[UUID]:
-        """A new connection; the streams that the server behind it has lost committed events of (D8).
-
-        Nothing may follow on an event that is not there: its readers would be given something else under its id, or
-        wait for ever.
-        """
-        connection = await open_connection(self._dsn, timeout_s=2)
-        writers = [writer for writer in self._writers.values() if writer._failure is None]
-        ends = [writer.stream_id for writer in writers], [writer.last_id for writer in writers]
-        try:
-            lost = {row["s"] for row in await connection.fetch(_LOST, *ends)}
-        except BaseException:
-            connection.terminate()
-            raise
-        self._connection = connection
-        for writer in writers:
-            if writer.stream_id in lost:
+        """Returns the streams that go no further here: what is committed of them is not there any more (D8)."""
+        writers = {writer.stream_id: writer for writer in self._writers.values() if writer._failure is None}
+        lost = await self._appender.connect({stream_id: writer.last_id for stream_id, writer in writers.items()})
+        for stream_id, writer in writers.items():
+            if stream_id in lost:
                 self._lose(writer, StreamLost(f"event {writer.last_id} was committed and is not in the table"))
         return lost
 
@@ -431,47 +378,7 @@ class Log:
             if writer._pending:
                 self.on_unsaved(writer.stream_id)
 
-    async def _append_once(self, events: _Events, again: bool) -> None:
-        if not events:
-            return
-        assert self._connection is not None
-        streams, ids, payloads = map(list, zip(*events, strict=True))
-        # A server that hangs is noticed by the connection's command_timeout.
-        values = streams, ids, payloads, self._replica.id
-        if again:
-            await self._append_again(self._connection, values, events)
-        elif await self._connection.execute(_APPEND, *values) == _NOTHING:
-            raise Fenced(str(self._replica.id))
-
-    async def _append_again(self, connection: Connection, values: tuple[Any, ...], events: _Events) -> None:
-        row = await connection.fetchrow(_APPEND_AGAIN, *values)
-        assert row is not None
-        if not row["owners"]:
-            raise Fenced(str(self._replica.id))
-        if row["inserted"] != len(events):
-            await self._verify(connection, events)
-
-    async def _verify(self, connection: Connection, events: _Events) -> None:
-        rows = await connection.fetch(_STORED, [e[0] for e in events], [e[1] for e in events])
-        if {tuple(row) for row in rows} != set(events):
-            raise StreamLost("an id of this stream holds another event")
-
-    def _drop_connection(self, error: Exception) -> None:
-        # A full disk is no reason to reconnect; everything else may have left the connection in any state.
-        if not isinstance(error, asyncpg.DiskFullError):
-            self.disconnect()
-
 
 def _tell(stream_id: UUID, first: int, payloads: Sequence[str]) -> None:
     for event_id, payload in enumerate(payloads, first):
         log.debug("event_emitted", streaming_session_id=str(stream_id), id=event_id, event_kind=kind_of(payload))
-
-
-async def insert_event(connection: Connection, stream_id: UUID, event_id: int, payload: str) -> None:
-    """One event inside the caller's fenced transaction. Raises StreamLost where the id is taken or does not follow."""
-    try:
-        inserted = await connection.execute(_INSERT, stream_id, event_id, payload)
-    except asyncpg.UniqueViolationError:
-        raise StreamLost("the next id of this stream holds another event") from None
-    if inserted == _NOTHING:
-        raise StreamLost(f"event {event_id - 1} was committed and is not in the table")

@@ -16,8 +16,9 @@ import structlog
 from app.expiry import Rows
 from app.postgres import AWAY, CONFLICT, Connection, Pool, prompt_connection, why
 from app.statement import Part, fetch_together
+from app.streams.appending import StreamLost, insert_event
 from app.streams.event import TERMINAL, Kind, Status, encode
-from app.streams.log import StreamLost, Writer, insert_event
+from app.streams.log import Writer
 from app.streams.replicas import Replica
 
 log = structlog.get_logger(__name__)

@@ -17,7 +17,8 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from app.streams.log import Limits, Log, Writer, _Events
+from app.streams.appending import Appender, Events
+from app.streams.log import Limits, Writer
 from tests.streams.engine import Engine, engine
 from tests.streams.test_log import say
 
@@ -25,16 +26,16 @@ T = TypeVar("T")
 STREAMS = 2
 
 
-class BreakingLog(Log):
-    """The real lane, whose connection breaks just before or just after a commit when told to."""
+class BreakingAppender(Appender):
+    """The real one, whose connection breaks just before or just after a commit when told to."""
 
     breaks: list[str]
 
-    async def _append_once(self, events: _Events, again: bool) -> None:
+    async def append(self, events: Events, *, again: bool) -> None:
         fault = self.breaks.pop() if self.breaks else ""
         if fault == "before":
             raise ConnectionResetError
-        await super()._append_once(events, again)
+        await super().append(events, again=again)
         if fault == "after":
             raise ConnectionResetError
 
@@ -70,10 +71,10 @@ class LogMachine(RuleBasedStateMachine):
 
     @initialize()
     def start(self) -> None:
-        self.context = engine(self.dsn, limits=Limits(flush_events=5), lane=False, log_type=BreakingLog)
+        self.context = engine(self.dsn, limits=Limits(flush_events=5), lane=False, appender_type=BreakingAppender)
         self.parts = self.run(self.context.__aenter__())
-        assert isinstance(self.parts.log, BreakingLog)
-        self.parts.log.breaks = []
+        assert isinstance(self.parts.appender, BreakingAppender)
+        self.parts.appender.breaks = []
         self.writers = [self.run(self.parts.writer()) for _ in range(STREAMS)]
         self.appended = [1] * STREAMS
 
@@ -87,11 +88,11 @@ class LogMachine(RuleBasedStateMachine):
         self.run(self.parts.log.flush())
 
     # Each costs a pause that doubles up to a second, so not too many in a row.
-    @precondition(lambda self: len(self.parts.log.breaks) < 4)
+    @precondition(lambda self: len(self.parts.appender.breaks) < 4)
     @rule(fault=st.sampled_from(["before", "after"]))
     def break_connection(self, fault: str) -> None:
-        assert isinstance(self.parts.log, BreakingLog)
-        self.parts.log.breaks.append(fault)
+        assert isinstance(self.parts.appender, BreakingAppender)
+        self.parts.appender.breaks.append(fault)
 
     @rule(stream=st.integers(0, STREAMS - 1), back=st.integers(0, 1000))
     def connect(self, stream: int, back: int) -> None:

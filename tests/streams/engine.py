@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from app.postgres import Connection, Pool, open_pool
+from app.streams.appending import Appender
 from app.streams.hub import Hub
 from app.streams.log import Limits, Log, Writer
 from app.streams.partitions import Partitions
@@ -22,6 +23,7 @@ class Engine:
     pool: Pool
     replica: Replica
     hub: Hub
+    appender: Appender
     log: Log
     streams: Streams
     tail: Tail
@@ -65,22 +67,23 @@ async def engine(
     limits: Limits | None = None,
     lane: bool = True,
     log_dsn: str | None = None,
-    log_type: type[Log] = Log,
+    appender_type: type[Appender] = Appender,
 ) -> AsyncGenerator[Engine, None]:
     """A replica with its log; with `lane`, flushing by itself. `log_dsn` is another way to the same database."""
     pool = await open_pool(database, 10)
     metrics = Metrics()
     replica = Replica(pool)
     hub = Hub(max_events=256, max_bytes=1 << 20)
-    log = log_type(log_dsn or database, replica, hub, limits=limits or Limits(), metrics=metrics)
+    appender = appender_type(log_dsn or database, replica)
+    log = Log(appender, replica, hub, limits=limits or Limits(), metrics=metrics)
     await Partitions(pool, days_ahead=1).run_once()
     await replica.register()
     task = asyncio.ensure_future(log.run()) if lane else None
     try:
-        yield Engine(pool, replica, hub, log, Streams(pool, replica), Tail(Wall(pool), hub, log), metrics)
+        yield Engine(pool, replica, hub, appender, log, Streams(pool, replica), Tail(Wall(pool), hub, log), metrics)
     finally:
         if task is not None:
             task.cancel()
             await asyncio.wait([task])
-        log.disconnect()
+        appender.disconnect()
         await pool.close()

@@ -8,7 +8,8 @@ from uuid import UUID, uuid4
 import pytest
 
 from app.errors import Unavailable
-from app.streams.log import Limits, StreamLost, Writer
+from app.streams.appending import StreamLost
+from app.streams.log import Limits, Writer
 from app.streams.partitions import first_id
 from app.streams.replicas import Fenced
 from app.streams.stream import Orphan
@@ -157,22 +158,22 @@ async def test_a_repeated_batch_must_find_its_own_events(database: str) -> None:
     async with engine(database, lane=False) as parts:
         stream = await parts.begin()
         await parts.pool.execute("insert into streaming_events values ($1, 2, 'theirs')", stream.id)
-        await parts.log._connect()
+        await parts.appender.connect({})
         with pytest.raises(StreamLost):
-            await parts.log._append_once([(stream.id, 2, "ours"), (stream.id, 3, "ours")], again=True)
-        await parts.log._append_once([(stream.id, 2, "theirs"), (stream.id, 3, "ours")], again=True)
+            await parts.appender.append([(stream.id, 2, "ours"), (stream.id, 3, "ours")], again=True)
+        await parts.appender.append([(stream.id, 2, "theirs"), (stream.id, 3, "ours")], again=True)
 
 
 @pytest.mark.parametrize("again", [False, True])
 async def test_a_dead_replica_is_told_so_whether_its_batch_is_there_already_or_not(database: str, again: bool) -> None:
     async with engine(database, lane=False) as parts:
         stream = await parts.begin()
-        await parts.log._connect()
-        await parts.log._append_once([(stream.id, 2, "in time")], again=again)
+        await parts.appender.connect({})
+        await parts.appender.append([(stream.id, 2, "in time")], again=again)
         await parts.pool.execute("update replicas set alive = false")
         for event_id, payload in ((2, "in time"), (3, "too late")):
             with pytest.raises(Fenced):
-                await parts.log._append_once([(stream.id, event_id, payload)], again=again)
+                await parts.appender.append([(stream.id, event_id, payload)], again=again)
         assert await parts.stored(stream.id) == [1, 2]
 
 
