@@ -11,15 +11,12 @@ import structlog
 
 from app.errors import Invalid, NotFound
 from app.flows.beginning import Beginning
-from app.flows.ending import Ending
+from app.flows.closing import Closing
 from app.flows.past import OWNER_LOST, Past
-from app.flows.run import CANCELLED, LOG_LOST, Failure, Progress, Result, Run
+from app.flows.run import CANCELLED, Failure, Run
 from app.flows.runner import Runner
-from app.journal import About, Journal
 from app.postgres import Pool
-from app.streams.appending import StreamLost
 from app.streams.hub import Hub
-from app.streams.log import Log, Writer
 from app.streams.replicas import Fenced, Replica
 from app.streams.stream import Orphan, Stream, Streams
 from app.streams.tail import Tail
@@ -51,12 +48,10 @@ class Takeover:
         streams: Streams,
         *,
         hub: Hub,
-        event_log: Log,
         tail: Tail,
         beginning: Beginning,
         runner: Runner,
-        ending: Ending,
-        journal: Journal,
+        closing: Closing,
         metrics: Metrics,
         patience: Patience,
     ) -> None:
@@ -64,12 +59,10 @@ class Takeover:
         self._replica = replica
         self._streams = streams
         self._hub = hub
-        self._log = event_log
         self._tail = tail
         self._beginning = beginning
         self._runner = runner
-        self._ending = ending
-        self._journal = journal
+        self._closing = closing
         self._metrics = metrics
         self._patience = patience
         self._places = asyncio.Semaphore(_AT_ONCE)
@@ -128,7 +121,7 @@ class Takeover:
             # What was committed before it was ours was not published here.
             self._hub.stir(stream.id)
         else:
-            await self._end(stream, past, outcome)
+            await self._closing.end(stream, past, outcome)
         self._metrics.takeovers.labels("restarted" if isinstance(outcome, Run) else "ended").inc()
         how = "begun again" if isinstance(outcome, Run) else f"ended: {outcome.code}"
         log.info("stream_taken_over", streaming_session_id=str(stream.id), owner=orphan.attempt, how=how)
@@ -154,41 +147,3 @@ class Takeover:
                 past.recall(payload)
         past.close()
         return past
-
-    async def _end(self, stream: Stream, past: Past, failure: Failure) -> None:
-        """Without asking anybody: with what is there, and as completed where the answer is whole."""
-        answer = past.answer(stream.flow_type)
-        writer = self._log.open(stream.id, last_id=past.last_id)
-        try:
-            for kind, data in past.unsaid:
-                writer.append(kind, data)
-            for progress in past.begun():
-                self._report(stream, writer, progress, failure)
-            if answer.flow not in past.over | past.flows.keys():
-                self._report(stream, writer, answer, failure)
-            if answer.shown and not past.saved:
-                await self._ending.save_answer(stream, writer, answer)
-            flows = past.flows | {answer.flow: answer}
-            await self._ending.conclude(stream, writer, Result(answer, [*flows.values()]))
-            await self._runner.on_end(stream)
-        except StreamLost:
-            answer.failure = LOG_LOST
-            await self._ending.lose(stream, writer.last_id, answer)
-        finally:
-            self._log.close(writer)
-
-    def _report(self, stream: Stream, writer: Writer, progress: Progress, failure: Failure) -> None:
-        progress.failure = failure
-        if failure.outcome == "cancelled":
-            self._report_stop(writer, progress)
-            return
-        about = About(None, stream.id, stream.session_id, stream.chatbot_id, progress.flow, len(progress.attempts))
-        progress.error_id = self._journal.record(failure.code, failure.message, about=about)
-        told = {"code": failure.code, "message": failure.message, "retryable": failure.retryable}
-        writer.append("flow_error", {"flow": progress.flow, **told, "error_id": progress.error_id})
-
-    def _report_stop(self, writer: Writer, progress: Progress) -> None:
-        if progress.attempts:
-            times = {"ttft_ms": progress.first_token_ms, "duration_ms": progress.duration_ms}
-            told = {"finish_reason": "cancelled", "usage": progress.usage_json(), **times}
-            writer.append("flow_end", {"flow": progress.flow, **told})

@@ -3,6 +3,7 @@
 from app.access.principal import Daily, Principal
 from app.chats.endpoints import Analysis, Question
 from app.flows.abandonment import Abandonment
+from app.flows.closing import Closing
 from app.flows.erasure import Erasure
 from app.flows.incoming import Incoming
 from app.flows.intake import Intake
@@ -63,11 +64,9 @@ class Answering:
             streams,
             hub=hub,
             tail=tail,
-            event_log=streaming.log,
             beginning=beginning,
             runner=runner,
-            ending=runs.ending,
-            journal=watch.journal,
+            closing=Closing(streaming.log, runner, ending=runs.ending, journal=watch.journal),
             metrics=watch.metrics,
             patience=Patience(settings.owners, settings.restart_age_s),
         )
