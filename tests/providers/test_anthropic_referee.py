@@ -5,9 +5,8 @@ Where they are known to differ the SDK is not the standard: it loses the first e
 cut in two, and takes a truncated stream for an answer. test_sse.py, test_dialects.py and test_anthropic.py cover those.
 """
 
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from functools import partial
 
 import anthropic
 import pytest
@@ -17,9 +16,10 @@ from hypothesis import strategies as st
 
 from app.providers.anthropic import MAX_TOKENS, VERSION, Anthropic
 from app.providers.provider import Image, Prompt, PromptMessage
-from tests.providers.answers import answered, failed, finish_of, prompt, text_of
-from tests.providers.streams import ENDINGS, ONE_SERVER, TEXTS, Wire, cuts, rendered, storable
-from tests.providers.wire import as_stream, listener, raw_server, written
+from tests.providers.answers import failed
+from tests.providers.referee import Both, agree_on_a_truncated_stream, agree_on_a_whole_stream
+from tests.providers.streams import ENDINGS, ONE_SERVER, TEXTS, Wire, cuts, rendered
+from tests.providers.wire import listener, raw_server, written
 
 REASONS = ["end_turn", "max_tokens", "stop_sequence", "tool_use", "pause_turn", "refusal", "reason_of_tomorrow"]
 PING = {"type": "ping"}
@@ -74,53 +74,29 @@ def wires(draw: st.DrawFn) -> Wire:
     return Wire(finished + stop, draw(cuts()), whole_at=len(finished))
 
 
-@dataclass(slots=True)
-class Both:
-    """The two readers of one server, which answers with `response`."""
-
-    ours: Anthropic
-    sdk: anthropic.AsyncAnthropic
-    answer_with: Callable[[bytes], None]
-
-    async def by_sdk(self) -> str:
-        """The text of the message that the SDK puts together."""
-        asked: MessageParam = {"role": "user", "content": "Hello"}
-        async with self.sdk.messages.stream(model="any", messages=[asked], max_tokens=9) as stream:
-            message = await stream.get_final_message()
-        return "".join(block.text for block in message.content if block.type == "text")
-
-
-@asynccontextmanager
-async def both_readers() -> AsyncIterator[Both]:
-    response = b""
-
-    def answer_with(data: bytes) -> None:
-        nonlocal response
-        response = data
-
-    async with (
-        raw_server(lambda writer: written(writer, response)) as url,
-        anthropic.AsyncAnthropic(base_url=url.removesuffix("/v1"), api_key="any", max_retries=0) as sdk,
-    ):
-        ours = Anthropic("vendor", url)
-        yield Both(ours, sdk, answer_with)
-        await ours.aclose()
+async def _by_sdk(sdk: anthropic.AsyncAnthropic) -> str:
+    """The text of the message that the SDK puts together."""
+    asked: MessageParam = {"role": "user", "content": "Hello"}
+    async with sdk.messages.stream(model="any", messages=[asked], max_tokens=9) as stream:
+        message = await stream.get_final_message()
+    return "".join(block.text for block in message.content if block.type == "text")
 
 
 @pytest.fixture
 async def both() -> AsyncIterator[Both]:
-    async with both_readers() as readers:
+    async with (
+        raw_server(lambda writer: written(writer, readers.response)) as url,
+        anthropic.AsyncAnthropic(base_url=url.removesuffix("/v1"), api_key="any", max_retries=0) as sdk,
+    ):
+        readers = Both(Anthropic("vendor", url), partial(_by_sdk, sdk))
         yield readers
+        await readers.ours.aclose()
 
 
 @ONE_SERVER
 @given(wire=wires())
 async def test_a_whole_stream_gives_the_sdks_text(both: Both, wire: Wire) -> None:
-    both.answer_with(as_stream(wire.pieces()))
-    chunks, error = await answered(both.ours, prompt("any"))
-    assert error is None
-    assert finish_of(chunks) is not None
-    assert text_of(chunks) == storable(await both.by_sdk())
+    await agree_on_a_whole_stream(both, wire)
 
 
 @ONE_SERVER
@@ -128,16 +104,8 @@ async def test_a_whole_stream_gives_the_sdks_text(both: Both, wire: Wire) -> Non
 async def test_a_truncated_stream_is_an_error_after_the_same_text(
     both: Both, wire: Wire, share: float, politely: bool
 ) -> None:
-    response = as_stream(wire.pieces_before_the_finish(share))
-    both.answer_with(response if politely else response.removesuffix(b"0\r\n\r\n"))
-    chunks, error = await answered(both.ours, prompt("any"))
-    assert error is not None
-    assert finish_of(chunks) is None
-    if politely:
-        by_sdk = text_of(chunks)
-        with suppress(UnicodeDecodeError, AssertionError):  # its own answers to half a character and to no message
-            by_sdk = storable(await both.by_sdk())
-        assert by_sdk.startswith(text_of(chunks))
+    # The SDK's own answer to half a character, and to no message.
+    await agree_on_a_truncated_stream(both, wire, share, politely, sdk_fails=(UnicodeDecodeError, AssertionError))
 
 
 async def test_what_we_send_is_what_the_sdk_sends() -> None:

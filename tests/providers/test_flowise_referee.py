@@ -9,9 +9,9 @@ cover those.
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from functools import partial
 from urllib.parse import quote
 
 import flowise
@@ -21,10 +21,11 @@ from hypothesis import strategies as st
 
 from app.providers.flowise import Flowise
 from app.providers.provider import Image, Prompt, PromptMessage
-from tests.providers.answers import answered, finish_of, prompt, text_of
+from tests.providers.answers import answered
 from tests.providers.conftest import Remembered
-from tests.providers.streams import ENDINGS, ONE_SERVER, TEXTS, Wire, cuts, storable
-from tests.providers.wire import as_stream, chunked, receive
+from tests.providers.referee import Both, agree_on_a_truncated_stream, agree_on_a_whole_stream
+from tests.providers.streams import ENDINGS, ONE_SERVER, TEXTS, Wire, cuts
+from tests.providers.wire import chunked, receive
 
 Event = Mapping[str, object]
 OTHERS: list[Event] = [
@@ -61,18 +62,10 @@ def _written(draw: st.DrawFn, event: Event, ending: bytes) -> bytes:
     return ending.join([*before, draw(st.sampled_from([b"data:", b"data: "])) + data, b"", b""])
 
 
-@dataclass(slots=True)
-class Both:
-    """The two readers of one server, which answers with `response`."""
-
-    ours: Flowise
-    sdk: flowise.Flowise
-    answer_with: Callable[[bytes], None]
-
-    async def by_sdk(self) -> str:
-        data = flowise.PredictionData("any", "Hello", streaming=True)
-        lines = await asyncio.to_thread(lambda: list(self.sdk.create_prediction(data)))
-        return "".join(event["data"] for event in map(_parsed, lines) if event.get("event") == "token")
+async def _by_sdk(sdk: flowise.Flowise) -> str:
+    data = flowise.PredictionData("any", "Hello", streaming=True)
+    lines = await asyncio.to_thread(lambda: list(sdk.create_prediction(data)))
+    return "".join(event["data"] for event in map(_parsed, lines) if event.get("event") == "token")
 
 
 def _parsed(line: str) -> dict[str, str]:
@@ -82,34 +75,29 @@ def _parsed(line: str) -> dict[str, str]:
     return {}
 
 
-@asynccontextmanager
-async def both_readers() -> AsyncIterator[Both]:
-    """A server of its own: before each question the SDK asks whether the flow can stream."""
-    response = b""
-
-    def answer_with(data: bytes) -> None:
-        nonlocal response
-        response = data
-
-    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError, asyncio.IncompleteReadError):
-            head, _ = await receive(reader)
-            writer.write(STREAMABLE if head.startswith(b"GET ") else response)
-            await writer.drain()
-        writer.close()
-
-    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
-        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        ours = Flowise("vendor", url)
-        yield Both(ours, flowise.Flowise(url), answer_with)
-        await ours.aclose()
-
-
 STREAMABLE = (
     b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n"
     + chunked(b'{"isStreaming":true}')
     + b"0\r\n\r\n"
 )
+
+
+@pytest.fixture
+async def both() -> AsyncIterator[Both]:
+    """A server of its own: before each question the SDK asks whether the flow can stream."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(ConnectionError, asyncio.IncompleteReadError):
+            head, _ = await receive(reader)
+            writer.write(STREAMABLE if head.startswith(b"GET ") else readers.response)
+            await writer.drain()
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        readers = Both(Flowise("vendor", url), partial(_by_sdk, flowise.Flowise(url)))
+        yield readers
+        await readers.ours.aclose()
 
 
 @pytest.fixture(autouse=True)
@@ -118,20 +106,10 @@ def _direct(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NO_PROXY", "*")
 
 
-@pytest.fixture
-async def both() -> AsyncIterator[Both]:
-    async with both_readers() as readers:
-        yield readers
-
-
 @ONE_SERVER
 @given(wire=wires())
 async def test_a_whole_stream_gives_the_sdks_text(both: Both, wire: Wire) -> None:
-    both.answer_with(as_stream(wire.pieces()))
-    chunks, error = await answered(both.ours, prompt("any"))
-    assert error is None
-    assert finish_of(chunks) is not None
-    assert text_of(chunks) == storable(await both.by_sdk())
+    await agree_on_a_whole_stream(both, wire)
 
 
 @ONE_SERVER
@@ -139,14 +117,8 @@ async def test_a_whole_stream_gives_the_sdks_text(both: Both, wire: Wire) -> Non
 async def test_a_truncated_stream_is_an_error_after_the_same_text(
     both: Both, wire: Wire, share: float, politely: bool
 ) -> None:
-    response = as_stream(wire.pieces_before_the_finish(share))
-    both.answer_with(response if politely else response.removesuffix(b"0\r\n\r\n"))
-    chunks, error = await answered(both.ours, prompt("any"))
-    assert error is not None
-    assert finish_of(chunks) is None
-    if politely:
-        with suppress(UnicodeDecodeError):  # the SDK's own answer to a line cut inside a character
-            assert storable(await both.by_sdk()).startswith(text_of(chunks))
+    # The SDK's own answer to a line cut inside a character.
+    await agree_on_a_truncated_stream(both, wire, share, politely, sdk_fails=(UnicodeDecodeError,))
 
 
 async def test_what_we_send_is_what_the_sdk_sends(demo_url: str, remembered: Remembered) -> None:

@@ -6,9 +6,8 @@ without data and on characters cut in two, and takes a truncated stream for an a
 and test_openai.py cover those.
 """
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import AsyncIterator
+from functools import partial
 
 import openai
 import pytest
@@ -18,9 +17,10 @@ from openai.types.chat import ChatCompletionMessageParam
 
 from app.providers.openai import OpenAI
 from app.providers.provider import FinishReason, Image, Prompt, PromptMessage
-from tests.providers.answers import answered, failed, finish_of, prompt, text_of
-from tests.providers.streams import ENDINGS, ONE_SERVER, TEXTS, Wire, cuts, rendered, storable
-from tests.providers.wire import as_stream, listener, raw_server, written
+from tests.providers.answers import failed
+from tests.providers.referee import Both, agree_on_a_truncated_stream, agree_on_a_whole_stream
+from tests.providers.streams import ENDINGS, ONE_SERVER, TEXTS, Wire, cuts, rendered
+from tests.providers.wire import listener, raw_server, written
 
 REASONS: list[FinishReason] = ["stop", "length", "content_filter", "tool_calls"]
 
@@ -44,54 +44,30 @@ def _chunk(delta: dict[str, object], reason: str | None = None) -> dict[str, obj
     return {**stem, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
 
-@dataclass(slots=True)
-class Both:
-    """The two readers of one server, which answers with `response`."""
-
-    ours: OpenAI
-    sdk: openai.AsyncOpenAI
-    answer_with: Callable[[bytes], None]
-
-    async def by_sdk(self) -> str:
-        stream = await self.sdk.chat.completions.create(
-            model="any", messages=[{"role": "user", "content": "Hello"}], stream=True
-        )
-        async with stream:
-            chunks = [chunk async for chunk in stream]
-        return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
-
-
-@asynccontextmanager
-async def both_readers() -> AsyncIterator[Both]:
-    response = b""
-
-    def answer_with(data: bytes) -> None:
-        nonlocal response
-        response = data
-
-    async with (
-        raw_server(lambda writer: written(writer, response)) as url,
-        openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as sdk,
-    ):
-        ours = OpenAI("vendor", url)
-        yield Both(ours, sdk, answer_with)
-        await ours.aclose()
+async def _by_sdk(sdk: openai.AsyncOpenAI) -> str:
+    stream = await sdk.chat.completions.create(
+        model="any", messages=[{"role": "user", "content": "Hello"}], stream=True
+    )
+    async with stream:
+        chunks = [chunk async for chunk in stream]
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices)
 
 
 @pytest.fixture
 async def both() -> AsyncIterator[Both]:
-    async with both_readers() as readers:
+    async with (
+        raw_server(lambda writer: written(writer, readers.response)) as url,
+        openai.AsyncOpenAI(base_url=url, api_key="any", max_retries=0) as sdk,
+    ):
+        readers = Both(OpenAI("vendor", url), partial(_by_sdk, sdk))
         yield readers
+        await readers.ours.aclose()
 
 
 @ONE_SERVER
 @given(wire=wires())
 async def test_a_whole_stream_gives_the_sdks_text(both: Both, wire: Wire) -> None:
-    both.answer_with(as_stream(wire.pieces()))
-    chunks, error = await answered(both.ours, prompt("any"))
-    assert error is None
-    assert finish_of(chunks) is not None
-    assert text_of(chunks) == storable(await both.by_sdk())
+    await agree_on_a_whole_stream(both, wire)
 
 
 @ONE_SERVER
@@ -99,14 +75,8 @@ async def test_a_whole_stream_gives_the_sdks_text(both: Both, wire: Wire) -> Non
 async def test_a_truncated_stream_is_an_error_after_the_same_text(
     both: Both, wire: Wire, share: float, politely: bool
 ) -> None:
-    response = as_stream(wire.pieces_before_the_finish(share))
-    both.answer_with(response if politely else response.removesuffix(b"0\r\n\r\n"))
-    chunks, error = await answered(both.ours, prompt("any"))
-    assert error is not None
-    assert finish_of(chunks) is None
-    if politely:
-        with suppress(UnicodeDecodeError):  # the SDK's own answer to a line cut inside a character
-            assert storable(await both.by_sdk()).startswith(text_of(chunks))
+    # The SDK's own answer to a line cut inside a character.
+    await agree_on_a_truncated_stream(both, wire, share, politely, sdk_fails=(UnicodeDecodeError,))
 
 
 async def test_what_we_send_is_what_the_sdk_sends() -> None:
