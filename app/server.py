@@ -143,21 +143,7 @@ async def serving(
 ) -> AsyncGenerator[str, None]:
     """Any app served while the block runs, each answer with these headers; yields its URL."""
     listener = bind(host, port, unacknowledged_s=unacknowledged_s)
-    server = _Server(
-        uvicorn.Config(
-            app,
-            http=partial(connection.Connection, head_s=head_s),  # type: ignore[arg-type]
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            headers=list(headers),
-            proxy_headers=False,  # app/access/client.py believes fewer, and those that the settings name
-            timeout_graceful_shutdown=_CLOSE_S,
-            timeout_keep_alive=75,
-        )
-    )
+    server = _Server(_configuration(app, headers, head_s))
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(server.serve_until_told(listener))
         try:
@@ -169,3 +155,19 @@ async def serving(
             server.should_exit = True
             # Here, not in the task group: after an error in the block that would cancel it instead of waiting.
             await asyncio.wait([running])
+
+
+def _configuration(app: ASGIApp, headers: Sequence[tuple[str, str]], head_s: float) -> uvicorn.Config:
+    return uvicorn.Config(
+        app,
+        http=partial(connection.Connection, head_s=head_s),  # type: ignore[arg-type]
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        headers=list(headers),
+        proxy_headers=False,  # app/access/client.py believes fewer, and those that the settings name
+        timeout_graceful_shutdown=_CLOSE_S,
+        timeout_keep_alive=75,
+    )
