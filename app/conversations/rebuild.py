@@ -2,7 +2,8 @@
 
 A trigger writes down whose rows change, from before the snapshot is taken: making it waits for every writer under way,
 so that each write is either in the snapshot or on the list. Those on the list are counted again, the last few of them
-while nobody else can write. Our own conversations are counted from their messages; those of other sources are copied.
+while nobody else can write. Our own conversations are counted from their messages, all at once; those of other sources
+are copied.
 """
 
 import asyncio
@@ -17,8 +18,9 @@ import structlog
 
 from app.conversations import words
 from app.conversations.index import OWN
-from app.conversations.recount import COUNTED, Key, chats
+from app.conversations.recount import COUNTED, Key
 from app.conversations.replacement import LONG_S, Replacement
+from app.conversations.tally import Tally
 from app.errors import Conflict, Unavailable
 from app.postgres import CONFLICT, Connection
 
@@ -56,7 +58,7 @@ _WATCH = [
     """,
 ]
 _OWN = f"""
-with counted as ({COUNTED}),
+with counted as ({{counted}}),
 made as (
     insert into {{next}} (id, source, username, conversation_id, chatbot_id, model, client_ip, first_message_at,
         last_message_at, time_source, message_count, total_tokens, first_question, first_question_rank, last_question,
@@ -126,8 +128,8 @@ _DONE = """
 update conversation_index set is_there = true, version = $1, synced_at = parley_now(), changed_at = parley_now()
 """
 
-# Chats, and rows of other sources, of one statement of the fill.
-_CHATS, _ROWS = 500, 10_000
+# Rows of other sources of one statement of the fill.
+_ROWS = 10_000
 # Whoever saves a message waits for the words of so many, where they are written.
 _SPOKEN = 2_000
 # Changes of one round, how many rounds, and how many may be left for the moment in which everybody waits.
@@ -142,6 +144,8 @@ _PAUSE_S = 0.1
 # How long the snapshot may be idle while this process is busy.
 _IDLE = "set local idle_in_transaction_session_timeout = '60s'"
 _ROOM = "set maintenance_work_mem = '256MB'"
+# Who wants the lists meanwhile has a processor, too.
+_ALONE = "set max_parallel_maintenance_workers = 0"
 
 
 @dataclass(slots=True)
@@ -175,6 +179,7 @@ async def rebuild(connection: Connection, progress: Progress = lambda _: None) -
     await clean_up(connection)
     try:
         await connection.execute(_ROOM)
+        await connection.execute(_ALONE)
         await _promptly(connection, lambda: _all(connection, _WATCH))
         return await _Rebuild(connection, await Replacement.made(connection, "conversations"), progress).run()
     finally:
@@ -191,7 +196,10 @@ class _Rebuild:
         self._progress = progress
         columns = ", ".join(new.columns)
         aliased = ", ".join(f"c.{column}" for column in new.columns)
-        self._own = _OWN.format(next=new.next, ids=new.ids)
+        self._tally = Tally(new.schema)
+        self._all_own, self._own = [
+            _OWN.format(counted=counted, next=new.next, ids=new.ids) for counted in (self._tally.counted, COUNTED)
+        ]
         self._foreign = _FOREIGN.format(next=new.next, columns=columns)
         self._copy = _COPY.format(next=new.next, columns=columns, aliased=aliased)
         self._drop = _DROP.format(next=new.next)
@@ -215,9 +223,10 @@ class _Rebuild:
 
     async def _fill(self) -> None:
         self._state.of = await self._connection.fetchval(_ALL, OWN)
-        async for keys in chats(self._connection, _CHATS):
-            await self._count(keys)
-            self._told(len(keys))
+        self._told(0)
+        await self._tally.read(self._connection, within_s=LONG_S)
+        self._told(self._counted(await self._connection.fetchrow(self._all_own, timeout=LONG_S)))
+        await self._tally.forget(self._connection)
         after = -1
         while (last := await self._connection.fetchval(_PAGE, after, _ROWS)) is not None:
             copied = await self._connection.execute(self._foreign, after, last)
@@ -242,6 +251,9 @@ class _Rebuild:
 
     async def _count(self, keys: Sequence[Key]) -> int:
         row = await self._connection.fetchrow(self._own, [key[0] for key in keys], [key[1] for key in keys])
+        return self._counted(row)
+
+    def _counted(self, row: asyncpg.Record | None) -> int:
         assert row is not None
         self._state.messages += row["messages"]
         made: int = row["made"]
