@@ -57,6 +57,11 @@ def narrow(user_id: str) -> None:
         _REACH.set(Reach(user_id))
 
 
+def reach() -> Reach:
+    """How far the request that runs now may reach."""
+    return _REACH.get()
+
+
 class Wall:
     """Connections for whatever users ask, by what the request reaches: before the wall as the owner, behind it else.
 

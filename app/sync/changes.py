@@ -4,22 +4,25 @@ Everything here happens under the user's row of `sync_head` or after a look at i
 """
 
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TypeVar
 
 import asyncpg
 import orjson
 
+from app.access.audit import asker
 from app.chats.head import moved
-from app.errors import Unavailable
+from app.errors import Conflict, Unavailable
 from app.postgres import Connection, retry_conflicts
 from app.streams.replicas import Fenced, Replica
 from app.sync import pages, rows
-from app.sync.cursor import Cursor
+from app.sync.answers import answer, answers, is_plain, stand, start
 from app.sync.devices import acked_of, known_mid, noted, remember
-from app.sync.exchange import Answer, Asked, Head, Mutation, Pushed, Resync
+from app.sync.exchange import Answer, Asked, Head, Mutation, Pushed
 from app.sync.merge import Op, State
-from app.sync.mutations import Work
+from app.sync.mutations import Done, Work, note_gone, save
+from app.sync.pushes import Push, Pushes
 from app.wall import Wall
 
 T = TypeVar("T")
@@ -77,6 +80,7 @@ class Changes:
     def __init__(self, replica: Replica, wall: Wall) -> None:
         self._replica = replica
         self._wall = wall
+        self._pushes = Pushes(self._write)
 
     async def exchange(self, user_id: str, asked: Asked) -> Answer:
         """Apply, then read. Raises Conflict for a gap or an unknown device, Unavailable where nothing can be written.
@@ -85,9 +89,10 @@ class Changes:
         """
         if asked.push:
             self._replica.admit()
-        elif (answer := await self._read(user_id, asked)) is not None:
+            return await self._pushes.write(user_id, asked)
+        if (answer := await self._read(user_id, asked)) is not None:
             return answer
-        return await _until_written(lambda: self._write(user_id, asked))
+        return await _until_written(lambda: self._begin(user_id, asked))
 
     async def write(
         self, user_id: str, ops_of: OpsOf, *, dated: bool = False, failed: bool = False, noted: bool = True
@@ -118,18 +123,35 @@ class Changes:
         """The answer to who pushes nothing; None where something has to be written for it: before a bootstrap."""
         async with self._wall.connection() as connection:
             head = await _head(connection, user_id)
-            if head is None or _start(head, asked)[1] == 0:
+            if head is None or start(head, asked)[1] == 0:
                 return None
-            return await _answer(connection, user_id, asked, head, Pushed())
+            return await answer(connection, user_id, head, asked, stand(head, asked, Pushed()))
 
-    async def _write(self, user_id: str, asked: Asked) -> Answer:
+    async def _begin(self, user_id: str, asked: Asked) -> Answer:
         async with self._replica.transaction(wall=self._wall) as connection:
             head = await self._locked(connection, user_id)
-            found = await _look(connection, user_id, asked, head)
-            pushed = await _push(connection, user_id, asked, head, found) if asked.push else Pushed()
-            if _start(head, asked)[1] == 0:
+            await _look(connection, user_id, [asked], head)
+            if start(head, asked)[1] == 0:
                 await _adopt(connection, user_id, head)
-            return await _answer(connection, user_id, asked, head, pushed)
+            return await answer(connection, user_id, head, asked, stand(head, asked, Pushed()))
+
+    async def _write(self, user_id: str, pushes: Sequence[Push]) -> None:
+        """Those of them that can be taken together, told only once they are committed."""
+        told = await _until_written(lambda: self._together(user_id, pushes))
+        for push, outcome in zip(pushes, told, strict=False):
+            push.outcome = outcome
+
+    async def _together(self, user_id: str, pushes: Sequence[Push]) -> list[Answer | Conflict]:
+        async with self._replica.transaction(wall=self._wall) as connection:
+            head = await self._locked(connection, user_id)
+            pushes = _alike(head, pushes)
+            found = await _look(connection, user_id, [push.asked for push in pushes], head)
+            shared = await _share(connection, user_id, head, pushes) if len(pushes) > 1 else None
+            applied = _applied(head, found, pushes if shared else pushes[:1])
+            done = [one for one in applied if isinstance(one, Done)]
+            await _save(connection, user_id, head, done)
+            told = iter(await answers(connection, user_id, head, done, shared))
+            return [one if isinstance(one, Conflict) else next(told) for one in applied]
 
     async def _do(self, user_id: str, ops_of: OpsOf, *, dated: bool, failed: bool, noted: bool) -> Written:
         async with self._replica.transaction(wall=self._wall) as connection:
@@ -139,9 +161,9 @@ class Changes:
             for first in range(0, len(ops), MOST_OPS):
                 work.apply(Mutation(0, ops[first : first + MOST_OPS]))
             if work.marks:
-                await work.save(connection, user_id, dated=dated)
+                await save(connection, user_id, [work], dated=dated)
                 if noted:
-                    await work.note_gone(connection, user_id)
+                    await note_gone(connection, user_id, work, asker())
             return Written(work.found.state, work.marks.chats.keys(), work.marks.messages.keys())
 
     async def _locked(self, connection: Connection, user_id: str) -> Head:
@@ -174,20 +196,17 @@ def _head_of(row: asyncpg.Record) -> Head:
     return Head(*given, row["at"], row["now_ms"])
 
 
-async def _look(connection: Connection, user_id: str, asked: Asked, head: Head) -> rows.Found:
-    """Whatever an exchange has to know, once it has the lock."""
-    ops = [op for mutation in asked.push for op in mutation.ops]
+async def _look(connection: Connection, user_id: str, those: Sequence[Asked], head: Head) -> rows.Found:
+    """Whatever exchanges have to know, once they have the lock."""
+    ops = [op for asked in those for mutation in asked.push for op in mutation.ops]
     chats, messages = rows.named(ops)
-    seen = asked.cursor.seq if asked.cursor else 0
-    # What is repeated is told as it is now, so with its text.
-    acked = known_mid(head, asked)
-    repeated = {op.id for mutation in asked.push if mutation.mid <= acked for op in mutation.ops}
-    gone = rows.deleted(ops) - repeated
-    values = (list(chats), list(messages), seen, asked.client or pages.NO_CLIENT, list(gone))
+    seen = min(asked.cursor.seq if asked.cursor else 0 for asked in those)
+    client = those[0].client if len(those) == 1 else pages.NO_CLIENT
+    values = (list(chats), list(messages), seen, client or pages.NO_CLIENT, list(_unread(head, those, ops)))
     row = await connection.fetchrow(_LOOK, user_id, *values)
     assert row is not None
     head.active = orjson.loads(row["active"] or b"[]")
-    if asked.cursor is not None and not asked.cursor.until and _start(head, asked)[1]:
+    if all(is_plain(head, asked) for asked in those):
         head.unseen = (row["unseen_chats"], row["unseen_messages"])
     found = rows.Found()
     found.add(row)
@@ -195,27 +214,12 @@ async def _look(connection: Connection, user_id: str, asked: Asked, head: Head) 
     return found
 
 
-def _compacted(head: Head, asked: Asked) -> int:
-    """How far rows are gone without a word that this device may have."""
-    return max(head.gc_seq, head.gc_failed) if asked.failed else head.gc_seq
-
-
-def _start(head: Head, asked: Asked) -> tuple[Resync | None, int]:
-    """Why a device has to begin anew, and its cursor's `until`, where 0 is a bootstrap from nothing."""
-    cursor = asked.cursor
-    if not asked.pull:
-        return None, 1
-    if cursor is None or (asked.failed and not cursor.failed):
-        return None, 0
-    if cursor.epoch != head.epoch:
-        return "epoch", 0
-    if max(cursor.seq, cursor.until) > head.seq:
-        return "ahead", 0
-    # In a bootstrap: since it began.
-    compacted = _compacted(head, asked)
-    if cursor.compacted != compacted if cursor.until else cursor.seq < compacted:
-        return "compacted", 0
-    return None, max(cursor.until, 1)
+def _unread(head: Head, those: Sequence[Asked], ops: Sequence[Op]) -> set[str]:
+    """Messages whose text nobody needs: they go. What is repeated is told as it is now, so with its text."""
+    if len(those) > 1:
+        return set()  # it may be another one's that is looked at before it goes
+    acked = known_mid(head, those[0])
+    return rows.deleted(ops) - {op.id for mutation in those[0].push if mutation.mid <= acked for op in mutation.ops}
 
 
 async def _adopt(connection: Connection, user_id: str, head: Head) -> None:
@@ -230,7 +234,39 @@ async def _adopt(connection: Connection, user_id: str, head: Head) -> None:
 # -- pushing
 
 
-async def _push(connection: Connection, user_id: str, asked: Asked, head: Head, found: rows.Found) -> Pushed:
+def _alike(head: Head, pushes: Sequence[Push]) -> Sequence[Push]:
+    """The first, and those behind it if none of them begins anew."""
+    return list(takewhile(lambda push: is_plain(head, push.asked), pushes)) or pushes[:1]
+
+
+async def _share(connection: Connection, user_id: str, head: Head, pushes: Sequence[Push]) -> pages.Shared | None:
+    cursors = [push.asked.cursor for push in pushes if push.asked.cursor and push.asked.pull]
+    return await pages.share(connection, user_id, cursors, last=head.seq, unseen=head.unseen)
+
+
+def _applied(head: Head, found: rows.Found, pushes: Sequence[Push]) -> list[Done | Conflict]:
+    """What becomes of them, up to one that names what another one has written: it waits for the next transaction.
+
+    So what is stored before and after this one is all that any of them may see.
+    """
+    applied: list[Done | Conflict] = []
+    written: set[str] = set()
+    for push in pushes:
+        ops = [op for mutation in push.asked.push for op in mutation.ops]
+        if written and not written.isdisjoint(rows.touchable(ops, found.state)):
+            break
+        try:
+            one = _push(head, found, push)
+        except Conflict as refused:
+            applied.append(refused)
+        else:
+            applied.append(one)
+            written |= one.work.marks.names()
+    return applied
+
+
+def _push(head: Head, found: rows.Found, push: Push) -> Done:
+    asked = push.asked
     acked = acked_of(head, asked)
     work = Work(asked, head, found)
     for mutation in asked.push:
@@ -239,61 +275,19 @@ async def _push(connection: Connection, user_id: str, asked: Asked, head: Head, 
         else:
             work.apply(mutation)
     pushed = work.told()
-    if asked.push[-1].mid <= acked:
-        return pushed
-    remember(head, asked, pushed.results)
-    await work.save(connection, user_id)
-    await work.note_gone(connection, user_id)
-    pushed.did = work.did(acked)
-    return pushed
+    is_new = asked.push[-1].mid > acked
+    if is_new:
+        remember(head, asked, pushed.results)
+        pushed.did = work.did(acked)
+    return Done(push, work, stand(head, asked, pushed), is_new)
 
 
-# -- reading
-
-
-async def _answer(connection: Connection, user_id: str, asked: Asked, head: Head, pushed: Pushed) -> Answer:
-    resync, until = _start(head, asked)
-    page = await _page(connection, user_id, asked, head, until)
-    chats = pushed.chats | {chat.id: chat for chat in page.chats}
-    messages = pushed.messages | {message.id: message for message in page.messages}
-    known = head.clients.get(asked.client)
-    return Answer(
-        acked=known["mid"] if known else 0,
-        cursor=page.cursor if asked.pull else asked.cursor,
-        server_time=head.now_ms,
-        chats=list(chats.values()),
-        messages=[one for one in messages.values() if asked.failed or one.status != "failed" or one.is_deleted],
-        more=page.more,
-        bootstrap=until == 0,
-        resync=resync,
-        results=pushed.results,
-        active_streams=await _streams(connection, head.active),
-        did=pushed.did,
-    )
-
-
-async def _page(connection: Connection, user_id: str, asked: Asked, head: Head, until: int) -> pages.Page:
-    if not asked.pull:
-        return pages.Page((), (), Cursor(head.epoch, 0), False)
-    cursor = asked.cursor
-    if until == 0 or cursor is None:
-        cursor = Cursor(head.epoch, 0, head.seq, _compacted(head, asked), asked.failed)
-    else:
-        cursor = replace(cursor, failed=asked.failed)
-    return await pages.read(connection, user_id, cursor, client=asked.client, last=head.seq, unseen=head.unseen)
-
-
-_LAST_EVENTS = """
-select s.id::text as id, coalesce((select max(e.id) from streaming_events e where e.stream_id = s.id), 0) as last
-from unnest($1::uuid[]) as s(id)
-"""
-
-
-async def _streams(connection: Connection, active: Sequence[tuple[str, str]]) -> list[Mapping[str, Any]]:
-    """Answers in the making, to be followed from any of their events on."""
-    if not active:
-        return []
-    ids = [stream for _, stream in active]
-    await connection.execute("select set_config('parley.streams', $1, true)", f"{{{','.join(ids)}}}")
-    last = {row["id"]: row["last"] for row in await connection.fetch(_LAST_EVENTS, ids)}
-    return [{"chat_id": chat, "streaming_session_id": stream, "last_event_id": last[stream]} for chat, stream in active]
+async def _save(connection: Connection, user_id: str, head: Head, done: Sequence[Done]) -> None:
+    """What is new in them, and where one begins anew, what is older than numbers."""
+    if works := [one.work for one in done if one.is_new]:
+        await save(connection, user_id, works)
+    for one in done:
+        await note_gone(connection, user_id, one.work, one.push.context.run(asker))
+        if one.pushed.until == 0:
+            await _adopt(connection, user_id, head)
+            stand(head, one.push.asked, one.pushed)

@@ -87,9 +87,17 @@ class Head:
 
 @dataclass(slots=True)
 class Pushed:
-    """What became of a push: what the device has to be told of, beside what others did."""
+    """What became of a push: what the device has to be told of, beside what others did.
+
+    `acked` is its last mutation then, `seq` the user's counter: what comes behind that is not in its answer. `resync`:
+    why it has to begin anew; `until`: of its cursor, where 0 is a bootstrap from nothing.
+    """
 
     results: list[Mapping[str, Any]] = field(default_factory=list)
     chats: dict[str, Chat] = field(default_factory=dict)
     messages: dict[str, Message] = field(default_factory=dict)
     did: Did = field(default_factory=Did)
+    acked: int = 0
+    seq: int = 0
+    resync: Resync | None = None
+    until: int = 1

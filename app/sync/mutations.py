@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import orjson
 
-from app.access.audit import asker, note
+from app.access.audit import Actor, note
 from app.chats.head import moved
 from app.conversations import index, recount
 from app.conversations.summary import Said, fold
@@ -16,6 +16,7 @@ from app.postgres import Connection
 from app.sync import merge, rows
 from app.sync.exchange import Asked, Did, Head, Mutation, Pushed
 from app.sync.merge import AddMessage, Chat, Message, Op, State
+from app.sync.pushes import Push
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # What is not there any more.
@@ -77,37 +78,10 @@ class Work:
             return True
         return cursor is not None and cursor.epoch == self.head.epoch and seq <= cursor.seq
 
-    async def save(self, connection: Connection, user_id: str, *, dated: bool = False) -> None:
-        """What has become of them, how far everybody is, and the index of conversations.
-
-        With `dated`, new messages came when their stamps say.
-        """
-        await rows.keep(connection, user_id, self.losers)
-        places = rows.place(self.found, self.marks)
-        said = _said(user_id, self.before, self.found.state, places=places, at=None if dated else self.head.at)
-        folded = fold(said, most_keys=0)
-        await rows.write(
-            connection,
-            user_id,
-            self.found,
-            self.marks,
-            seq=self.head.seq,
-            clients=orjson.dumps(self.head.clients),
-            brought=index.brought(folded) if folded and not dated else "",
-            dated=dated,
-        )
-        moved(user_id, self.head.seq)
-        if dated:
-            await index.merge(connection, index.OWN, folded)
-        if chats := _uncounted(self.before, self.found.state, said):
-            await recount.count_within(connection, [(user_id, chat) for chat in chats])
-
-    async def note_gone(self, connection: Connection, user_id: str) -> None:
-        """Put on record which chats are deleted now, and were not."""
-        was = self.before.chats
-        deleted = (name for name, chat in self.found.state.chats.items() if chat.is_deleted)
-        if gone := sorted(name for name in deleted if name in was and not was[name].is_deleted):
-            await note(connection, asker(), "chat.delete", target=user_id, detail=f"{len(gone)}: {', '.join(gone)}")
+    def gone(self) -> list[str]:
+        """Chats that are deleted now and were not."""
+        chats, was = self.found.state.chats, self.before.chats
+        return sorted(name for name in self.marks.chats if chats[name].is_deleted and _is_there(was.get(name)))
 
     def did(self, acked: int) -> Did:
         """For figures: what was new in this push."""
@@ -139,6 +113,52 @@ class Work:
             {name: chats[name] for name in self.chats if name in chats},
             {name: messages.get(name, gone) for name, gone in self.messages.items()},
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A push that was applied; nothing in it is new where all of it was repeated."""
+
+    push: Push
+    work: Work
+    pushed: Pushed
+    is_new: bool
+
+
+async def save(connection: Connection, user_id: str, works: Sequence[Work], *, dated: bool = False) -> None:
+    """What has become of them, one after the other in one transaction, none of which wrote what another one did; how
+    far everybody is, and the index of conversations.
+
+    With `dated`, new messages came when their stamps say.
+    """
+    head, found, before = works[0].head, works[0].found, works[0].before
+    marks = rows.together(work.marks for work in works)
+    for work in works:
+        rows.place(found, work.marks)
+    await rows.keep(connection, user_id, [loser for work in works for loser in work.losers])
+    said = _said(user_id, before, found.state, places=found.positions, at=None if dated else head.at)
+    folded = fold(said, most_keys=0)
+    await rows.write(
+        connection,
+        user_id,
+        found,
+        marks,
+        seq=head.seq,
+        clients=orjson.dumps(head.clients),
+        brought=index.brought(folded) if folded and not dated else "",
+        dated=dated,
+    )
+    moved(user_id, head.seq)
+    if dated:
+        await index.merge(connection, index.OWN, folded)
+    if chats := _uncounted(before, found.state, said):
+        await recount.count_within(connection, [(user_id, chat) for chat in chats])
+
+
+async def note_gone(connection: Connection, user_id: str, work: Work, actor: Actor) -> None:
+    """Put on record which chats are deleted now, and were not."""
+    if gone := work.gone():
+        await note(connection, actor, "chat.delete", target=user_id, detail=f"{len(gone)}: {', '.join(gone)}")
 
 
 def _said(user_id: str, before: State, after: State, *, places: Mapping[str, int], at: datetime | None) -> list[Said]:
@@ -192,3 +212,7 @@ def _is_failed(message: Message | None) -> bool:
 
 def _is_deleted(chat: Chat | None) -> bool:
     return chat is not None and chat.is_deleted
+
+
+def _is_there(chat: Chat | None) -> bool:
+    return chat is not None and not chat.is_deleted

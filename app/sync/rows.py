@@ -149,6 +149,9 @@ class Marks:
                 of[name] = (seq, origin)
                 self.count += 1
 
+    def names(self) -> frozenset[str]:
+        return frozenset(self.chats.keys() | self.messages.keys())
+
     def __len__(self) -> int:
         return self.count
 
@@ -203,12 +206,30 @@ async def _find(connection: Connection, user_id: str, found: Found, chats: set[s
     found.add(row)
 
 
-def place(found: Found, marks: Marks) -> Mapping[str, int]:
-    """The positions of messages, new ones in the order of their stamps."""
+def touchable(ops: Sequence[Op], state: State) -> set[str]:
+    """Ids of all that these may write, or look at."""
+    chats, messages = named(ops)
+    names = chats | messages | _forks(ops, state)
+    while chats := {successor(name) for name in chats if name in state.chats and state.chats[name].is_purged}:
+        names |= chats
+    return names
+
+
+def together(many: Iterable[Marks]) -> Marks:
+    """All of them, where none is about what another one is about."""
+    found = Marks()
+    for marks in many:
+        found.chats |= marks.chats
+        found.messages |= marks.messages
+        found.count += marks.count
+    return found
+
+
+def place(found: Found, marks: Marks) -> None:
+    """Give messages their positions, new ones in the order of their stamps."""
     for message in _in_order(found, marks):
         if message.id not in found.positions:
             found.positions[message.id] = found.last[message.chat_id] = found.last[message.chat_id] + 1
-    return found.positions
 
 
 def _in_order(found: Found, marks: Marks) -> list[Message]:

@@ -1,0 +1,115 @@
+"""Pushes of one user that come while another is being written wait for it in a line; the next transaction takes them
+together, in the order in which they came. Each has an answer of its own, as if it had come alone.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from contextvars import Context, copy_context
+from dataclasses import dataclass, field
+
+from app.errors import ParleyError, Unavailable
+from app.sync.exchange import Answer, Asked
+from app.sync.merge import AddMessage
+from app.wall import Reach, reach
+
+# Pushes of one user that wait on one replica, each of a body's size at most.
+MOST_WAITING = 100
+# What is taken together: pushes, their operations, and characters of their texts and attachments.
+_MOST, _MOST_OPS, _MOST_TEXT = 32, 100, 1 << 20
+
+
+@dataclass(slots=True, eq=False)
+class Push:
+    """One that waits, with the context of its request. `outcome`: what it is told once that is committed, or why it
+    is refused.
+    """
+
+    asked: Asked
+    context: Context = field(default_factory=copy_context)
+    outcome: Answer | ParleyError | None = None
+    _woken: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def wait(self) -> None:
+        """Until it has its outcome or is the first of those who wait."""
+        await self._woken.wait()
+
+    def wake(self) -> None:
+        self._woken.set()
+
+    def told(self) -> Answer:
+        assert self.outcome is not None
+        if isinstance(self.outcome, ParleyError):
+            raise self.outcome
+        return self.outcome
+
+
+# Gives the first of them its outcome, and as many of the others as it has taken along. Where it raises, nothing was
+# written, or nobody knows.
+Write = Callable[[str, Sequence[Push]], Awaitable[None]]
+Line = list[Push]
+
+
+class Pushes:
+    """Those of all users that are under way on one replica: as many as requests are."""
+
+    def __init__(self, write: Write) -> None:
+        self._write = write
+        # The first of a line writes, or is about to; the others wait. Those that reach less do not go with those
+        # that reach more.
+        self._lines: dict[tuple[str, Reach], Line] = {}
+
+    async def write(self, user_id: str, asked: Asked) -> Answer:
+        """Raises what it alone is refused for, or Unavailable, which then concerns others as well.
+
+        Whoever gives up leaves the line: what it was writing for others is written by the next of them.
+        """
+        whose = (user_id, reach())
+        line = self._lines.setdefault(whose, [])
+        if len(line) >= MOST_WAITING:
+            raise Unavailable("overloaded", "Too many pushes of this user at once; try again soon.", retry_after=2)
+        line.append(push := Push(asked))
+        try:
+            if line[0] is not push:
+                await push.wait()
+            while push.outcome is None:
+                await self._lead(user_id, line)
+        finally:
+            self._leave(whose, line, push)
+        return push.told()
+
+    async def _lead(self, user_id: str, line: Line) -> None:
+        together = _together(line)
+        try:
+            await self._write(user_id, together)
+        except Unavailable as away:
+            for push in together:
+                push.outcome = away
+        except Exception:
+            if len(together) == 1:
+                raise
+            # It may be what one of them is about, or all of them at once.
+            await self._write(user_id, together[:1])
+        line[:] = [push for push in line if push.outcome is None]
+        # Who writes next goes ahead of those who are only told.
+        for push in (*line[:1], *(push for push in together if push.outcome is not None)):
+            push.wake()
+
+    def _leave(self, whose: tuple[str, Reach], line: Line, push: Push) -> None:
+        if push in line:  # it gives up
+            line.remove(push)
+        if line:
+            line[0].wake()
+        elif self._lines.get(whose) is line:
+            del self._lines[whose]
+
+
+def _together(line: Line) -> Line:
+    """The first, and those behind it while all of them are about as large as one may be."""
+    ops = text = 0
+    for many, push in enumerate(line[:_MOST]):
+        more = [op for mutation in push.asked.push for op in mutation.ops]
+        ops += len(more)
+        text += sum(len(op.content) + len(op.attachments) for op in more if isinstance(op, AddMessage))
+        if many and (ops > _MOST_OPS or text > _MOST_TEXT):
+            return line[:many]
+    return line[:_MOST]
