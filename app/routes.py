@@ -6,6 +6,7 @@ from starlette.routing import Route
 from app import health, problems
 from app.access import client, guard
 from app.access.demands import demands
+from app.bodies import BodyLimit, Pace
 from app.chats import endpoints as chat_endpoints
 from app.conversations import administration, discovery_endpoints, news_endpoints, usage_endpoints
 from app.conversations import endpoints as conversation_endpoints
@@ -13,7 +14,6 @@ from app.flows import configuration, user_endpoints
 from app.flows import endpoints as flow_endpoints
 from app.openapi import Reference
 from app.operations import HEADERS, OPERATIONS
-from app.problems import Pace
 from app.settings import Settings
 from app.streams import endpoints as stream_endpoints
 from app.sync import chat_endpoints as own_chat_endpoints
@@ -57,25 +57,16 @@ def routes(settings: Settings) -> list[Route]:
 def _bodies(settings: Settings, most: int | None = None) -> list[Middleware]:
     """Bodies of at most so many bytes, or as many as any may have, that are whole in time."""
     limit = settings.body_limit if most is None else min(settings.body_limit, most)
-    return [Middleware(problems.BodyLimit, limit, Pace(settings.body_timeout_s))]
+    return [Middleware(BodyLimit, limit, Pace(settings.body_timeout_s))]
 
 
 def _processing(settings: Settings) -> list[Route]:
     bodies = _bodies(settings)
+    pace = Pace(settings.upload_timeout_s, settings.upload_stall_s, upload=True)
+    pictures = [Middleware(BodyLimit, settings.upload_limit, pace)]
     return [
         Route("/api/process-message", flow_endpoints.process_message, methods=["POST"], middleware=bodies),
-        Route(
-            "/api/upload-image",
-            chat_endpoints.upload_image,
-            methods=["POST"],
-            middleware=[
-                Middleware(
-                    problems.BodyLimit,
-                    settings.upload_limit,
-                    Pace(settings.upload_timeout_s, settings.upload_stall_s, upload=True),
-                )
-            ],
-        ),
+        Route("/api/upload-image", chat_endpoints.upload_image, methods=["POST"], middleware=pictures),
         Route(
             "/api/conversation-config/{chatbot_id}",
             configuration.conversation_config,
@@ -125,7 +116,7 @@ def _index(settings: Settings) -> list[Route]:
 
 
 def _sync(settings: Settings) -> list[Route]:
-    histories = [Middleware(problems.BodyLimit, settings.sync_history_limit, Pace(settings.body_timeout_s))]
+    histories = [Middleware(BodyLimit, settings.sync_history_limit, Pace(settings.body_timeout_s))]
     bodies = _bodies(settings, sync_endpoints.BODY_LIMIT)
     return [
         Route("/api/chat/sync", sync_endpoints.sync_chats, methods=["GET", "POST"], middleware=histories),
@@ -136,21 +127,14 @@ def _sync(settings: Settings) -> list[Route]:
 
 def _chats(settings: Settings) -> list[Route]:
     bodies = _bodies(settings, own_chat_endpoints.BODY_LIMIT)
+    pace = Pace(settings.import_timeout_s, settings.upload_stall_s)
+    files = [Middleware(BodyLimit, settings.import_limit, pace)]
     return [
         Route("/api/users/{user_id}", user_endpoints.erase_user, methods=["DELETE"]),
         Route("/api/chats", own_chat_endpoints.listed),
         Route("/api/chats/export", file_endpoints.export_all),
         Route("/api/chats/claim", claim_endpoints.claim_chats, methods=["POST"], middleware=bodies),
-        Route(
-            "/api/chats/import",
-            file_endpoints.import_chats,
-            methods=["POST"],
-            middleware=[
-                Middleware(
-                    problems.BodyLimit, settings.import_limit, Pace(settings.import_timeout_s, settings.upload_stall_s)
-                )
-            ],
-        ),
+        Route("/api/chats/import", file_endpoints.import_chats, methods=["POST"], middleware=files),
         Route("/api/chats/{chat_id}", own_chat_endpoints.chat, methods=["GET", "PATCH", "DELETE"], middleware=bodies),
         Route("/api/chats/{chat_id}/export", file_endpoints.export_chat),
         Route("/api/chats/{chat_id}/messages", own_chat_endpoints.messages),

@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
+from app.bodies import BodyLimit, Pace
 from app.connection import HEAD_LIMIT
-from app.problems import BodyLimit, Pace
 from app.server import serving
 from tests.house import Open
 
