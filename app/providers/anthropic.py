@@ -3,11 +3,10 @@
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, Unpack
 
 from app.providers.answer import Answer, call, object_of
-from app.providers.provider import CONCURRENCY, Chunk, Deadlines, FinishReason, Prompt, PromptMessage
-from app.providers.reach import ANYWHERE_NEAR, Reach
+from app.providers.provider import Chunk, FinishReason, Options, Prompt, PromptMessage
 from app.providers.refusal import Refusals
 from app.providers.transport import Upstream
 
@@ -39,26 +38,9 @@ class Anthropic:
     are ignored. Raises Misconfigured for an unusable key or URL.
     """
 
-    def __init__(
-        self,
-        name: str,
-        base_url: str,
-        *,
-        api_key: str | None = None,
-        deadlines: Deadlines | None = None,
-        concurrency: int = CONCURRENCY,
-        reach: Reach = ANYWHERE_NEAR,
-    ) -> None:
-        self._upstream = Upstream(
-            name,
-            base_url,
-            api_key=api_key,
-            key_header="x-api-key",
-            headers={"anthropic-version": VERSION},
-            deadlines=deadlines,
-            concurrency=concurrency,
-            reach=reach,
-        )
+    def __init__(self, name: str, base_url: str, **options: Unpack[Options]) -> None:
+        headers = {"anthropic-version": VERSION}
+        self._upstream = Upstream(name, base_url, key_header="x-api-key", headers=headers, **options)
         self._root = "" if base_url.rstrip("/").endswith("/v1") else "v1/"
 
     @property

@@ -6,22 +6,20 @@ import re
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Unpack
 from urllib.parse import quote
 from uuid import uuid4
 
 from app.providers.answer import Answer, call, object_of
 from app.providers.provider import (
-    CONCURRENCY,
     Chunk,
-    Deadlines,
     Image,
+    Options,
     Prompt,
     PromptMessage,
     ProviderError,
     is_chatflow,
 )
-from app.providers.reach import ANYWHERE_NEAR, Reach
 from app.providers.transport import Upstream
 
 _CHECK_S = 10
@@ -44,20 +42,8 @@ class Flowise:
     key or URL.
     """
 
-    def __init__(
-        self,
-        name: str,
-        base_url: str,
-        *,
-        api_key: str | None = None,
-        deadlines: Deadlines | None = None,
-        concurrency: int = CONCURRENCY,
-        reach: Reach = ANYWHERE_NEAR,
-    ) -> None:
-        root = _VERSION.sub("", base_url)
-        self._upstream = Upstream(
-            name, root, api_key=api_key, deadlines=deadlines, concurrency=concurrency, reach=reach
-        )
+    def __init__(self, name: str, base_url: str, **options: Unpack[Options]) -> None:
+        self._upstream = Upstream(name, _VERSION.sub("", base_url), **options)
         self._aborts = _Aborts(self._upstream)
 
     @property

@@ -2,19 +2,10 @@
 
 from base64 import b64encode
 from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from app.providers.answer import Answer, call, object_of
-from app.providers.provider import (
-    CONCURRENCY,
-    Chunk,
-    Deadlines,
-    FinishReason,
-    LimitName,
-    Prompt,
-    PromptMessage,
-)
-from app.providers.reach import ANYWHERE_NEAR, Reach
+from app.providers.provider import Chunk, FinishReason, LimitName, Options, Prompt, PromptMessage
 from app.providers.transport import Upstream
 
 _CHECK_S = 10
@@ -40,16 +31,11 @@ class OpenAI:
         name: str,
         base_url: str,
         *,
-        api_key: str | None = None,
         include_usage: bool = True,
         limit_name: LimitName = "max_completion_tokens",
-        deadlines: Deadlines | None = None,
-        concurrency: int = CONCURRENCY,
-        reach: Reach = ANYWHERE_NEAR,
+        **options: Unpack[Options],
     ) -> None:
-        self._upstream = Upstream(
-            name, base_url, api_key=api_key, deadlines=deadlines, concurrency=concurrency, reach=reach
-        )
+        self._upstream = Upstream(name, base_url, **options)
         self._extra = {"stream_options": {"include_usage": True}} if include_usage else {}
         self._limit_name = limit_name
 

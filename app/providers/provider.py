@@ -2,9 +2,10 @@
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypedDict
 
 from app.errors import UpstreamFailed
+from app.providers.reach import Reach
 
 Role = Literal["system", "user", "assistant"]
 Kind = Literal["openai", "anthropic", "flowise"]
@@ -102,6 +103,15 @@ class Deadlines:
     connect_s: float = 5
     first_token_s: float = 60
     gap_s: float = 30
+
+
+class Options(TypedDict, total=False):
+    """What every dialect takes besides a name and a URL, and hands to the client below it, which has the defaults."""
+
+    api_key: str | None
+    deadlines: Deadlines
+    concurrency: int
+    reach: Reach
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,9 +4,9 @@ import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from importlib import import_module
-from typing import TypedDict, Unpack
+from typing import Unpack
 
-from app.providers.provider import Deadlines, Endpoint, Kind, Provider
+from app.providers.provider import Deadlines, Endpoint, Kind, Options, Provider
 from app.providers.reach import ANYWHERE_NEAR, Reach
 from app.references import resolve
 from app.safe import NO_SAFE, Safe
@@ -71,18 +71,11 @@ class Providers:
             await provider.aclose()
 
 
-class _Options(TypedDict):
-    api_key: str | None
-    deadlines: Deadlines
-    concurrency: int
-    reach: Reach
-
-
 # A dialect is imported where it is used: the HTTP client below it takes 0.4 s of CPU, too much for a command that only
 # reads a configuration.
 
 
-def _openai(endpoint: Endpoint, base_url: str, **options: Unpack[_Options]) -> Provider:
+def _openai(endpoint: Endpoint, base_url: str, **options: Unpack[Options]) -> Provider:
     from app.providers.openai import OpenAI
 
     return OpenAI(
@@ -90,13 +83,13 @@ def _openai(endpoint: Endpoint, base_url: str, **options: Unpack[_Options]) -> P
     )
 
 
-def _anthropic(endpoint: Endpoint, base_url: str, **options: Unpack[_Options]) -> Provider:
+def _anthropic(endpoint: Endpoint, base_url: str, **options: Unpack[Options]) -> Provider:
     from app.providers.anthropic import Anthropic
 
     return Anthropic(endpoint.name, base_url, **options)
 
 
-def _flowise(endpoint: Endpoint, base_url: str, **options: Unpack[_Options]) -> Provider:
+def _flowise(endpoint: Endpoint, base_url: str, **options: Unpack[Options]) -> Provider:
     from app.providers.flowise import Flowise
 
     return Flowise(endpoint.name, base_url, **options)
