@@ -135,23 +135,25 @@ class Changes:
                 await _adopt(connection, user_id, head)
             return await answer(connection, user_id, head, asked, stand(head, asked, Pushed()))
 
-    async def _write(self, user_id: str, pushes: Sequence[Push]) -> None:
-        """Those of them that can be taken together, told only once they are committed."""
-        told = await _until_written(lambda: self._together(user_id, pushes))
-        for push, outcome in zip(pushes, told, strict=False):
-            push.outcome = outcome
+    async def _write(self, user_id: str, take: Callable[[], Sequence[Push]]) -> None:
+        """Of those that wait for the lock together with the first as many as one transaction may have."""
+        for push, outcome in await _until_written(lambda: self._together(user_id, take)):
+            push.outcome = outcome  # it is committed
 
-    async def _together(self, user_id: str, pushes: Sequence[Push]) -> list[Answer | Conflict]:
+    async def _together(
+        self, user_id: str, take: Callable[[], Sequence[Push]]
+    ) -> Sequence[tuple[Push, Answer | Conflict]]:
         async with self._replica.transaction(wall=self._wall) as connection:
             head = await self._locked(connection, user_id)
-            pushes = _alike(head, pushes)
+            pushes = _alike(head, take())
             found = await _look(connection, user_id, [push.asked for push in pushes], head)
             shared = await _share(connection, user_id, head, pushes) if len(pushes) > 1 else None
             applied = _applied(head, found, pushes if shared else pushes[:1])
             done = [one for one in applied if isinstance(one, Done)]
             await _save(connection, user_id, head, done)
             told = iter(await answers(connection, user_id, head, done, shared))
-            return [one if isinstance(one, Conflict) else next(told) for one in applied]
+            outcomes = [one if isinstance(one, Conflict) else next(told) for one in applied]
+            return list(zip(pushes, outcomes, strict=False))
 
     async def _do(self, user_id: str, ops_of: OpsOf, *, dated: bool, failed: bool, noted: bool) -> Written:
         async with self._replica.transaction(wall=self._wall) as connection:
@@ -162,8 +164,8 @@ class Changes:
                 work.apply(Mutation(0, ops[first : first + MOST_OPS]))
             if work.marks:
                 await save(connection, user_id, [work], dated=dated)
-                if noted:
-                    await note_gone(connection, user_id, work, asker())
+                if noted and (gone := work.gone()):
+                    await note_gone(connection, user_id, gone, asker())
             return Written(work.found.state, work.marks.chats.keys(), work.marks.messages.keys())
 
     async def _locked(self, connection: Connection, user_id: str) -> Head:
@@ -236,6 +238,8 @@ async def _adopt(connection: Connection, user_id: str, head: Head) -> None:
 
 def _alike(head: Head, pushes: Sequence[Push]) -> Sequence[Push]:
     """The first, and those behind it if none of them begins anew."""
+    if len(pushes) == 1:
+        return pushes
     return list(takewhile(lambda push: is_plain(head, push.asked), pushes)) or pushes[:1]
 
 
@@ -287,7 +291,8 @@ async def _save(connection: Connection, user_id: str, head: Head, done: Sequence
     if works := [one.work for one in done if one.is_new]:
         await save(connection, user_id, works)
     for one in done:
-        await note_gone(connection, user_id, one.work, one.push.context.run(asker))
+        if gone := one.work.gone():
+            await note_gone(connection, user_id, gone, one.push.context.run(asker))
         if one.pushed.until == 0:
             await _adopt(connection, user_id, head)
             stand(head, one.push.asked, one.pushed)

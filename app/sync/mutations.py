@@ -155,10 +155,9 @@ async def save(connection: Connection, user_id: str, works: Sequence[Work], *, d
         await recount.count_within(connection, [(user_id, chat) for chat in chats])
 
 
-async def note_gone(connection: Connection, user_id: str, work: Work, actor: Actor) -> None:
-    """Put on record which chats are deleted now, and were not."""
-    if gone := work.gone():
-        await note(connection, actor, "chat.delete", target=user_id, detail=f"{len(gone)}: {', '.join(gone)}")
+async def note_gone(connection: Connection, user_id: str, gone: Sequence[str], actor: Actor) -> None:
+    """Put on record who has deleted these chats."""
+    await note(connection, actor, "chat.delete", target=user_id, detail=f"{len(gone)}: {', '.join(gone)}")
 
 
 def _said(user_id: str, before: State, after: State, *, places: Mapping[str, int], at: datetime | None) -> list[Said]:

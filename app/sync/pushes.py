@@ -3,7 +3,7 @@ together, in the order in which they came. Each has an answer of its own, as if 
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
@@ -43,10 +43,10 @@ class Push:
         return self.outcome
 
 
-# Gives the first of them its outcome, and as many of the others as it has taken along. Where it raises, nothing was
-# written, or nobody knows.
-Write = Callable[[str, Sequence[Push]], Awaitable[None]]
 Line = list[Push]
+# Takes them, once it has their user's lock, and gives the first its outcome, and as many of the others as it can. Where
+# it raises, nothing was written, or nobody knows.
+Write = Callable[[str, Callable[[], Line]], Awaitable[None]]
 
 
 class Pushes:
@@ -78,20 +78,26 @@ class Pushes:
         return push.told()
 
     async def _lead(self, user_id: str, line: Line) -> None:
-        together = _together(line)
+        taken: Line = []
+
+        def take() -> Line:
+            taken[:] = _together(line)
+            return taken[:]
+
         try:
-            await self._write(user_id, together)
+            await self._write(user_id, take)
         except Unavailable as away:
-            for push in together:
+            for push in line:
                 push.outcome = away
         except Exception:
-            if len(together) == 1:
+            if len(taken) < 2:
                 raise
             # It may be what one of them is about, or all of them at once.
-            await self._write(user_id, together[:1])
+            await self._write(user_id, lambda: line[:1])
+        done = [push for push in line if push.outcome is not None]
         line[:] = [push for push in line if push.outcome is None]
         # Who writes next goes ahead of those who are only told.
-        for push in (*line[:1], *(push for push in together if push.outcome is not None)):
+        for push in (*line[:1], *done):
             push.wake()
 
     def _leave(self, whose: tuple[str, Reach], line: Line, push: Push) -> None:
@@ -105,6 +111,8 @@ class Pushes:
 
 def _together(line: Line) -> Line:
     """The first, and those behind it while all of them are about as large as one may be."""
+    if len(line) == 1:
+        return line[:]
     ops = text = 0
     for many, push in enumerate(line[:_MOST]):
         more = [op for mutation in push.asked.push for op in mutation.ops]

@@ -1,7 +1,7 @@
 """Pushes of one user that are taken together: each is told, and writes, what it would have alone."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from random import Random
@@ -48,8 +48,10 @@ class Counted(Changes):
         super().__init__(*args)
         self.sizes: list[int] = []
 
-    async def _together(self, user_id: str, several: Sequence[Push]) -> list[Answer | Conflict]:
-        told = await super()._together(user_id, several)
+    async def _together(
+        self, user_id: str, take: Callable[[], Sequence[Push]]
+    ) -> Sequence[tuple[Push, Answer | Conflict]]:
+        told = await super()._together(user_id, take)
         self.sizes.append(len(told))
         return told
 
@@ -176,7 +178,7 @@ async def _devices(look: asyncpg.Pool, user: str) -> tuple[int, dict[str, dict[s
 
 
 def add(client: str, name: str, *, mid: int = 1, stamp: str = stamp_at(_NOW)) -> Asked:
-    return Asked(client, Cursor("", 0), [Mutation(mid, [AddMessage(name, "c", "user", name, stamp)])], pull=False)
+    return Asked(client, Cursor("", 0), [Mutation(mid, [AddMessage(name, "c0", "user", name, stamp)])], pull=False)
 
 
 @asynccontextmanager
@@ -246,7 +248,7 @@ async def test_who_may_reach_less_goes_with_nobody_else(database: str) -> None:
             tasks += [asyncio.create_task(changes.exchange("ann", add(f"key-{n}", f"k{n}"))) for n in range(3)]
             await until_locked_out(look)
         assert all(isinstance(one, Answer) for one in await asyncio.gather(*tasks))
-        assert sorted(changes.sizes) == [1, 1, 2, 2]
+        assert sorted(changes.sizes) == [3, 3]
 
 
 async def test_more_than_may_wait_are_told_to_come_again(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
