@@ -23,7 +23,7 @@ from app.flows.idempotency import Key
 from app.flows.incoming import Incoming
 from app.flows.intake import Accepted, Intake
 from app.flows.stopping import Stopping
-from app.flows.turns import Turns
+from app.flows.waiting import Waiting
 from app.settings import Settings
 from app.streams.identity import stream_id_of
 from app.telemetry import request_id
@@ -40,7 +40,7 @@ Printable = Annotated[str, Field(min_length=1, max_length=256, pattern=PRINTABLE
 class Needs(TypedDict):
     intake: Intake
     stopping: Stopping
-    turns: Turns
+    waiting: Waiting
     wall: Wall
     settings: Settings
     links: Links
@@ -286,20 +286,20 @@ async def _edit(request: Request[Needs]) -> Response:
     _check_length(wanted.message_text, request.state["settings"])
     message_id = clean(request.path_params["message_id"])
     text = clean(wanted.message_text)
-    await request.state["turns"].edit(**_names(request), message_id=message_id, text=text)
+    await request.state["waiting"].edit(**_names(request), message_id=message_id, text=text)
     return private_json(QueueAnswer(message_id=message_id))
 
 
 async def _remove(request: Request[Needs]) -> Response:
     message_id = clean(request.path_params["message_id"])
-    stream_id = await request.state["turns"].remove(**_names(request), message_id=message_id)
+    stream_id = await request.state["waiting"].remove(**_names(request), message_id=message_id)
     return private_json(QueueAnswer(message_id=message_id, streaming_session_id=str(stream_id)))
 
 
 async def send_now(request: Request[Needs]) -> Response:
     """Give a waiting message its turn at once: the answer under way is stopped, keeping its text."""
     message_id = clean(request.path_params["message_id"])
-    stream_id = await request.state["turns"].send_now(**_names(request), message_id=message_id)
+    stream_id = await request.state["waiting"].send_now(**_names(request), message_id=message_id)
     return private_json(QueueAnswer(message_id=message_id, streaming_session_id=str(stream_id)))
 
 

@@ -21,7 +21,7 @@ from app.access.audit import Actor, fingerprint, note
 from app.conversations.index import OWN
 from app.errors import NotFound
 from app.flows.stopping import Stopping
-from app.flows.turns import Turns
+from app.flows.waiting import Waiting
 from app.postgres import Pool, retry_conflicts
 from app.streams.replicas import Fenced
 from app.wall import Reach, within
@@ -204,7 +204,7 @@ class Erasure:
 
     pool: Pool
     stopping: Stopping
-    turns: Turns
+    waiting: Waiting
     _asked: asyncio.Lock = field(default_factory=asyncio.Lock)
 
     async def erase(self, user_id: str, actor: Actor, *, within_s: float) -> bool:
@@ -272,7 +272,7 @@ class Erasure:
                     if monotonic() > until:
                         return True
                     with suppress(NotFound):  # its turn has come
-                        await self.turns.remove(user_id=user_id, session_id=row[0], message_id=row[1])
+                        await self.waiting.remove(user_id=user_id, session_id=row[0], message_id=row[1])
             for row in await self.pool.fetch(_RUNNING, user_id):
                 if monotonic() > until:
                     return True

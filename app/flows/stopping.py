@@ -9,7 +9,7 @@ from app.errors import NotFound
 from app.flows import queue
 from app.flows.run import CANCELLED, ms_since
 from app.flows.runner import Runner
-from app.flows.turns import Turns
+from app.flows.waiting import Waiting
 from app.streams.bus import Bus
 from app.streams.event import TERMINAL, Status, data_of, kind_of
 from app.streams.stream import Streams
@@ -34,13 +34,13 @@ class Stopped:
 class Stopping:
     """The owner is told directly where it is this process; elsewhere it is poked, and sees the flag in a pass."""
 
-    def __init__(self, wall: Wall, streams: Streams, *, bus: Bus, tail: Tail, runner: Runner, turns: Turns) -> None:
+    def __init__(self, wall: Wall, streams: Streams, *, bus: Bus, tail: Tail, runner: Runner, waiting: Waiting) -> None:
         self._wall = wall
         self._streams = streams
         self._bus = bus
         self._tail = tail
         self._runner = runner
-        self._turns = turns
+        self._waiting = waiting
 
     async def run_once(self) -> int:
         """Stop what others have asked this replica to stop; returns how many runs."""
@@ -82,12 +82,12 @@ class Stopping:
     async def _taken_out(self, stream_id: UUID, owner: str | None) -> bool:
         """Out of the queue; false where its turn has just come."""
         async with self._wall.connection() as connection:
-            waiting = await queue.of_stream(connection, stream_id, owner=owner)
-        if waiting is None:
+            place = await queue.of_stream(connection, stream_id, owner=owner)
+        if place is None:
             return False
-        user_id, session_id, message_id = waiting
+        user_id, session_id, message_id = place
         try:
-            await self._turns.remove(user_id=user_id, session_id=session_id, message_id=message_id)
+            await self._waiting.remove(user_id=user_id, session_id=session_id, message_id=message_id)
         except NotFound:
             return False
         return True

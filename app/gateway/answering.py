@@ -12,6 +12,7 @@ from app.flows.quotas import Quotas
 from app.flows.stopping import Stopping
 from app.flows.takeover import Patience, Takeover
 from app.flows.turns import Turns
+from app.flows.waiting import Waiting
 from app.gateway.resources import Resources
 from app.gateway.runs import Runs
 from app.gateway.streaming import Streaming
@@ -46,16 +47,11 @@ class Answering:
             room=Room(settings.queue_limit, settings.user_queue),
             at_once=resources.share,
         )
+        self.waiting = Waiting(
+            replica, wall, hub=hub, bus=bus, streams=streams, beginning=beginning, runner=runner, quotas=quotas
+        )
         self.turns = Turns(
-            pool,
-            replica,
-            wall=wall,
-            hub=hub,
-            bus=bus,
-            streams=streams,
-            beginning=beginning,
-            runner=runner,
-            quotas=quotas,
+            pool, replica, hub=hub, streams=streams, beginning=beginning, runner=runner, waiting=self.waiting
         )
         runner.on_end = self.turns.give_next
         self.takeover = Takeover(
@@ -70,9 +66,9 @@ class Answering:
             metrics=watch.metrics,
             patience=Patience(settings.owners, settings.restart_age_s),
         )
-        self.stopping = Stopping(wall, streams, bus=bus, tail=tail, runner=runner, turns=self.turns)
+        self.stopping = Stopping(wall, streams, bus=bus, tail=tail, runner=runner, waiting=self.waiting)
         self.abandonment = Abandonment(hub, streams, runner)
-        self.erasure = Erasure(pool, self.stopping, self.turns)
+        self.erasure = Erasure(pool, self.stopping, self.waiting)
 
     async def admit_question(self, user_id: str, chatbot_id: str, principal: Principal) -> None:
         """Before its picture is read: raises what accepting it would."""

@@ -49,7 +49,7 @@ class Periodic:
             jobs=jobs(
                 replica,
                 partitions=streaming.partitions,
-                retention=Retention(pool, expiring(settings, chatbots=runs.chatbots, turns=answering.turns)),
+                retention=Retention(pool, expiring(settings, chatbots=runs.chatbots, waiting=answering.waiting)),
                 upkeep=Upkeep(resources.dsn),
                 passes=self.passes,
                 usage_days=UsageDays(pool),

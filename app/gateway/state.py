@@ -42,7 +42,7 @@ def state_of(parts: Parts, presence: Presence) -> State:
         images=runs.images,
         runner=runs.runner,
         intake=answering.intake,
-        turns=answering.turns,
+        waiting=answering.waiting,
         stopping=answering.stopping,
         erasure=answering.erasure,
         admit_upload=streaming.replica.admit,

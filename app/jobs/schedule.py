@@ -20,7 +20,7 @@ from app.flows.erasure import Erasure
 from app.flows.idempotency import keys_expiring
 from app.flows.quotas import usage_expiring
 from app.flows.sessions import Sessions
-from app.flows.turns import Forgotten, Turns
+from app.flows.waiting import Forgotten, Waiting
 from app.jobs.retention import Retention
 from app.journal import errors_expiring, figures_expiring
 from app.settings import Settings
@@ -138,12 +138,12 @@ def jobs(
     return [job for job in every if enabled or job.name not in OPTIONAL]
 
 
-def expiring(settings: Settings, *, chatbots: Chatbots, turns: Turns | None = None) -> Sequence[Expiring]:
-    """Everything that goes after a time. Waiting messages only with `turns`: their streams are ended by a replica."""
+def expiring(settings: Settings, *, chatbots: Chatbots, waiting: Waiting | None = None) -> Sequence[Expiring]:
+    """Everything that goes after a time. Waiting messages only with `waiting`: their streams are ended by a replica."""
     assert settings.database_url is not None
-    waiting = [Forgotten(turns, settings.keep_streams_days * _DAY_S)] if turns else []
+    forgotten = [Forgotten(waiting, settings.keep_streams_days * _DAY_S)] if waiting else []
     return [
-        *waiting,
+        *forgotten,
         Sessions(chatbots, settings.keep_sessions_days * _DAY_S),
         Events(settings.database_url, settings.keep_events_hours * _HOUR_S),
         streams_expiring(settings.keep_streams_days * _DAY_S),
