@@ -66,14 +66,7 @@ class Scheduler:
 
     async def _run(self, job: Job, next_at: datetime) -> None:
         began = perf_counter()
-        done, failure = 0, None
-        try:
-            async with asyncio.timeout(self.limit_s):
-                result = await job.run_once()
-            done = result if isinstance(result, int) else len(result) if isinstance(result, list) else 0
-        except Exception as error:  # noqa: BLE001  one pass of a job; the next may do better
-            failure = f"{type(error).__name__}: {error}"[:300]
-            log.warning("job_failed", job=job.name, error=type(error).__name__, detail=str(error)[:300])
+        done, failure = await self._pass(job)
         took = perf_counter() - began
         self.metrics.job_seconds.labels(job.name).set(took)
         self.metrics.job_runs.labels(job.name, "failed" if failure else "done").inc()
@@ -87,6 +80,16 @@ class Scheduler:
             await runs.end(self.pool, job.name, done=done, error=failure)
         except AWAY as error:
             log.warning("job_unrecorded", job=job.name, error=type(error).__name__)
+
+    async def _pass(self, job: Job) -> tuple[int, str | None]:
+        """How much it did, and why it failed."""
+        try:
+            async with asyncio.timeout(self.limit_s):
+                result = await job.run_once()
+        except Exception as error:  # noqa: BLE001  one pass of a job; the next may do better
+            log.warning("job_failed", job=job.name, error=type(error).__name__, detail=str(error)[:300])
+            return 0, f"{type(error).__name__}: {error}"[:300]
+        return result if isinstance(result, int) else len(result) if isinstance(result, list) else 0, None
 
     def _judge(self, name: str, *, failed: bool) -> None:
         """Single failures that never come in a row are found by their share."""
