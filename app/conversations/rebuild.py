@@ -152,7 +152,7 @@ _ALONE = "set max_parallel_maintenance_workers = 0"
 class Rebuilt:
     """How far a rebuild is: `phase`, and `done` of so many conversations."""
 
-    phase: str = "fill"
+    phase: str = "read"
     done: int = 0
     of: int = 0
     messages: int = 0
@@ -222,9 +222,10 @@ class _Rebuild:
         return self._state
 
     async def _fill(self) -> None:
-        self._state.of = await self._connection.fetchval(_ALL, OWN)
+        self._state.of = await self._connection.fetchval(_ALL, OWN, timeout=LONG_S)
         self._told(0)
         await self._tally.read(self._connection, within_s=LONG_S)
+        self._tell("fill")
         self._told(self._counted(await self._connection.fetchrow(self._all_own, timeout=LONG_S)))
         await self._tally.forget(self._connection)
         after = -1
@@ -232,7 +233,7 @@ class _Rebuild:
             copied = await self._connection.execute(self._foreign, after, last)
             self._told(int(copied.rpartition(" ")[2]))
             after = last
-        rows = await self._connection.fetch(_SOURCES.format(next=self._new.next))
+        rows = await self._connection.fetch(_SOURCES.format(next=self._new.next), timeout=LONG_S)
         self._state.conversations = Counter({row["source"]: row["conversations"] for row in rows})
 
     async def _find_words(self) -> None:

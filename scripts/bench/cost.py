@@ -21,15 +21,15 @@ class Cost(NamedTuple):
 
 async def weighed(work: Awaitable[T], servers: Sequence[int]) -> tuple[T, Cost]:
     """`servers` are the processes that serve our connections."""
-    spent, began = _ran_s(servers), time.perf_counter()
+    spent, began = time.process_time() + served_s(servers), time.perf_counter()
     result = await work
     took = time.perf_counter() - began
-    return result, Cost(took * 1000, (_ran_s(servers) - spent) * 1000)
+    return result, Cost(took * 1000, (time.process_time() + served_s(servers) - spent) * 1000)
 
 
-def _ran_s(servers: Sequence[int]) -> float:
-    ran = sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in servers)
-    return time.process_time() + ran / 1e9
+def served_s(servers: Sequence[int]) -> float:
+    """How long these have been on a processor so far."""
+    return sum(int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) for pid in servers) / 1e9
 
 
 def at(share: float, times: Sequence[float]) -> str:
