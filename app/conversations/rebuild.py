@@ -57,6 +57,7 @@ _WATCH = [
     for each row execute function conversation_changed()
     """,
 ]
+# A user's newest conversations lie together: a page of their list is read from a few pages of the table.
 _OWN = f"""
 with counted as ({{counted}}),
 made as (
@@ -70,7 +71,7 @@ made as (
         coalesce(c.updated_at, k.last_at)
     from counted k
     left join conversations c on (c.source, c.username, c.conversation_id) = ('{OWN}', k.username, k.conversation_id)
-    where k.messages > 0 returning message_count)
+    where k.messages > 0 order by k.username, k.last_at returning message_count)
 select count(*)::int as made, coalesce(sum(message_count), 0)::bigint as messages from made
 """
 _FOREIGN = f"""
