@@ -9,6 +9,7 @@ from collections.abc import AsyncGenerator, Collection, Generator
 from contextlib import asynccontextmanager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 from uuid import UUID
 
@@ -120,14 +121,23 @@ class Wall:
 
         `streams` are those whose events are read. Raises Unavailable while nobody has looked for the role yet.
         """
-        reach = _REACH.get()
-        if not reach.is_bound:
-            return self._pool, "begin"
+        pool = self._pool_of(bound := reach())
+        return pool, "begin" if pool is self._pool else f"begin{_settings(bound, streams)}"
+
+    def _pool_of(self, bound: Reach) -> Pool:
+        if not bound.is_bound:
+            return self._pool
         if not self._looked:
             raise Unavailable("starting", "The server is starting: it waits for its database.", retry_after=2)
-        if self._role is None or self._behind is None:
-            return self._pool, "begin"
-        return self._behind, f"begin{_settings(reach, streams)}"
+        return self._pool if self._role is None or self._behind is None else self._behind
+
+    async def fetchrow(self, select: str, *values: object) -> asyncpg.Record | None:
+        """The one row of a SELECT that is all there is to ask: one round trip, and its transaction ends with it."""
+        pool = self._pool_of(bound := reach())
+        if pool is not self._pool:
+            select, values = _told(select, len(values) + 1), (*values, bound.user_id or "")
+        async with pool.acquire(timeout=ACQUIRE_S) as connection:
+            return await connection.fetchrow(select, *values)
 
     @asynccontextmanager
     async def connection(
@@ -154,6 +164,15 @@ class Wall:
             except BaseException:
                 await roll_back(connection)
                 raise
+
+
+@lru_cache(maxsize=16)
+def _told(select: str, user: int) -> str:
+    """The same for the user who is its value of that number. What it asks cannot come before the user is told."""
+    return f"""
+        select asked.* from (select set_config('parley.user_id', ${user}, true) as me offset 0) wall
+        cross join lateral (select * from ({select}) s limit case when wall.me is null then 0 end) asked
+    """
 
 
 def _settings(reach: Reach, streams: Collection[UUID]) -> str:

@@ -266,6 +266,28 @@ async def test_a_connection_behind_the_wall_shows_nothing_by_itself(owner: async
     assert (await behind.fetchval("select current_user")).startswith(roles.PREFIX)
 
 
+async def test_a_single_question_is_told_whose_it_is_and_nothing_of_it_stays(
+    owner: asyncpg.Connection, wall: Wall
+) -> None:
+    for user in ("ann", "bob"):
+        await _add(owner, "chats", user)
+    asked = "select string_agg(user_id, ',') as users, $1::int as number from chats where $1 > 0"
+    for user, seen in (("ann", "ann"), ("bob", "bob"), ("carl", None), ("", None)):
+        with within(Reach(user)):
+            row = await wall.fetchrow(asked, 7)
+            assert row is not None
+            assert (row["users"], row["number"]) == (seen, 7)
+            behind, _ = wall.entrance()
+        assert await behind.fetch("select * from chats") == []
+    with within(Reach(streams=frozenset({uuid4()}))):
+        row = await wall.fetchrow(asked, 7)
+        assert row is not None
+        assert row["users"] is None
+    row = await wall.fetchrow(asked, 7)
+    assert row is not None
+    assert sorted(row["users"].split(",")) == ["ann", "bob"], "nobody in particular reaches everybody's"
+
+
 _TEXT = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1)
 
 

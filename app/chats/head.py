@@ -4,6 +4,7 @@ Whoever has it writes rows with the number it got and holds it to the commit, so
 (docs/decisions/0014-sync.md).
 """
 
+from functools import lru_cache
 from uuid import UUID, uuid5
 
 from app.commits import note
@@ -39,6 +40,7 @@ def moved(user_id: str, seq: int) -> None:
     note(chats_of(user_id), seq)
 
 
+@lru_cache(maxsize=10_000)
 def chats_of(user_id: str) -> UUID:
     """The topic that the chats of a user are. Names no user: any role of the database hears what replicas say."""
     return uuid5(_CHATS, user_id)

@@ -1,7 +1,6 @@
 """What devices are told: what became of their pushes, and a page of what they have not seen."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from app.postgres import Connection
@@ -53,6 +52,14 @@ def stand(head: Head, asked: Asked, pushed: Pushed) -> Pushed:
     return pushed
 
 
+def no_news(head: Head, asked: Asked, pushed: Pushed) -> Answer | None:
+    """The answer to who has seen everything, while no answer of a model is in the making."""
+    cursor = asked.cursor
+    if head.active or cursor is None or cursor.seq < head.seq:
+        return None
+    return _answer(head, asked, pushed, pages.Page((), (), cursor.at(cursor.seq, failed=asked.failed), False), ())
+
+
 async def answer(connection: Connection, user_id: str, head: Head, asked: Asked, pushed: Pushed) -> Answer:
     """To one alone, once everything is written."""
     streams = await _streams(connection, head.active)
@@ -67,7 +74,7 @@ async def _page(connection: Connection, user_id: str, head: Head, asked: Asked, 
     if pushed.until == 0 or cursor is None:
         cursor = Cursor(head.epoch, 0, pushed.seq, _compacted(head, asked), asked.failed)
     else:
-        cursor = replace(cursor, failed=asked.failed)
+        cursor = cursor.at(cursor.seq, failed=asked.failed)
     return await pages.read(connection, user_id, cursor, client=asked.client, last=pushed.seq, unseen=head.unseen)
 
 
@@ -89,8 +96,9 @@ def _news(shared: pages.Shared, one: Done) -> pages.Page:
     cursor = one.push.asked.cursor
     if not one.push.asked.pull or cursor is None:
         return pages.Page((), (), Cursor("", 0), False)
-    cursor = replace(cursor, failed=one.push.asked.failed)
-    return shared.page(cursor, client=one.push.asked.client, last=one.pushed.seq)
+    return shared.page(
+        cursor.at(cursor.seq, failed=one.push.asked.failed), client=one.push.asked.client, last=one.pushed.seq
+    )
 
 
 def _answer(head: Head, asked: Asked, pushed: Pushed, page: pages.Page, streams: Sequence[Mapping[str, Any]]) -> Answer:

@@ -17,7 +17,7 @@ from app.errors import Conflict, Unavailable
 from app.postgres import Connection, retry_conflicts
 from app.streams.replicas import Fenced, Replica
 from app.sync import pages, rows
-from app.sync.answers import answer, answers, is_plain, stand, start
+from app.sync.answers import answer, answers, is_plain, no_news, stand, start
 from app.sync.devices import acked_of, known_mid, noted, remember
 from app.sync.exchange import Answer, Asked, Head, Mutation, Pushed
 from app.sync.merge import Op, State
@@ -121,11 +121,14 @@ class Changes:
 
     async def _read(self, user_id: str, asked: Asked) -> Answer | None:
         """The answer to who pushes nothing; None where something has to be written for it: before a bootstrap."""
+        row = await self._wall.fetchrow(_HEAD, user_id)
+        if row is None or start(head := _whole_head(row), asked)[1] == 0:
+            return None
+        pushed = stand(head, asked, Pushed())
+        if (nothing := no_news(head, asked, pushed)) is not None:
+            return nothing
         async with self._wall.connection() as connection:
-            head = await _head(connection, user_id)
-            if head is None or start(head, asked)[1] == 0:
-                return None
-            return await answer(connection, user_id, head, asked, stand(head, asked, Pushed()))
+            return await answer(connection, user_id, head, asked, pushed)
 
     async def _begin(self, user_id: str, asked: Asked) -> Answer:
         async with self._replica.transaction(wall=self._wall) as connection:
@@ -186,8 +189,10 @@ async def _until_written(work: Callable[[], Awaitable[T]]) -> T:
 
 async def _head(connection: Connection, user_id: str) -> Head | None:
     row = await connection.fetchrow(_HEAD, user_id)
-    if row is None:
-        return None
+    return None if row is None else _whole_head(row)
+
+
+def _whole_head(row: asyncpg.Record) -> Head:
     head = _head_of(row)
     head.active = orjson.loads(row["active"] or b"[]")
     return head
@@ -220,8 +225,8 @@ def _unread(head: Head, those: Sequence[Asked], ops: Sequence[Op]) -> set[str]:
     """Messages whose text nobody needs: they go. What is repeated is told as it is now, so with its text."""
     if len(those) > 1:
         return set()  # it may be another one's that is looked at before it goes
-    acked = known_mid(head, those[0])
-    return rows.deleted(ops) - {op.id for mutation in those[0].push if mutation.mid <= acked for op in mutation.ops}
+    acked, gone = known_mid(head, those[0]), rows.deleted(ops)
+    return gone and gone - {op.id for mutation in those[0].push if mutation.mid <= acked for op in mutation.ops}
 
 
 async def _adopt(connection: Connection, user_id: str, head: Head) -> None:

@@ -21,6 +21,10 @@ class Cursor:
     compacted: int = 0
     failed: bool = False
 
+    def at(self, seq: int, *, failed: bool) -> "Cursor":
+        """Having read up to there."""
+        return Cursor(self.epoch, seq, self.until, self.compacted, failed)
+
     def __str__(self) -> str:
         until = f".{self.until}.{self.compacted}" if self.until > self.seq else ""
         return f"{self.epoch}.{self.seq}{until}{'f' if self.failed else ''}"

@@ -70,7 +70,7 @@ class AddMessage(_Strict):
     content: str
     stamp: Stamp
     parent_id: Id | None = None
-    attachments: list[dict[str, Any]] = Field(default=[], max_length=100)
+    attachments: list[dict[str, Any]] = Field(default_factory=list, max_length=100)
     status: MessageStatus = "complete"
 
 
@@ -94,7 +94,7 @@ class Exchanged(_Strict):
     """What a device did and how far it has read. `failed`: failed messages, too."""
 
     cursor: str | None = Field(default=None, max_length=128)
-    push: list[PushedMutation] = Field(default=[], max_length=_MOST_IN_ALL)
+    push: list[PushedMutation] = Field(default_factory=list, max_length=_MOST_IN_ALL)
     failed: bool = False
     user_id: str | None = Field(default=None, min_length=1, max_length=256)
 

@@ -89,8 +89,14 @@ class Work:
         failed = {name for name in self.marks.messages if _is_failed(found[name])}
         mended = {name for name in self.marks.messages if _is_failed(before.get(name))} - failed
         rows_written = len(self.marks.chats) + len(self.marks.messages)
-        conflicts = Counter(op["status"] for result in self.results if result["mid"] > acked for op in result["ops"])
-        return Did(self.asked.push[-1].mid - acked, rows_written, conflicts, len(failed - before.keys()), len(mended))
+        told = [op["status"] for result in self.results if result["mid"] > acked for op in result["ops"]]
+        return Did(
+            self.asked.push[-1].mid - acked,
+            rows_written,
+            Counter(told) if told else {},
+            len(failed - before.keys()),
+            len(mended),
+        )
 
     def repeat(self, mutation: Mutation) -> None:
         """The device did not hear what became of it: it is told what is there now."""
@@ -132,7 +138,7 @@ async def save(connection: Connection, user_id: str, works: Sequence[Work], *, d
     With `dated`, new messages came when their stamps say.
     """
     head, found, before = works[0].head, works[0].found, works[0].before
-    marks = rows.together(work.marks for work in works)
+    marks = rows.together([work.marks for work in works])
     for work in works:
         rows.place(found, work.marks)
     await rows.keep(connection, user_id, [loser for work in works for loser in work.losers])

@@ -1,7 +1,7 @@
 """What a device has not seen, a page at a time: cut between two changes, bounded in rows and in bytes."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import asyncpg
@@ -63,6 +63,8 @@ async def read(
     """Rows behind the cursor, up to the change `last`. `unseen`: whether to look for chats, and for messages."""
     if cursor.seq >= last:
         return Page((), (), cursor, False)
+    if unseen == (False, False):
+        return Page((), (), cursor.at(last, failed=cursor.failed), False)
     values = (user_id, cursor.seq, last, client or NO_CLIENT, cursor.until)
     chats = await connection.fetch(_CHATS, *values) if unseen[0] else []
     messages = await connection.fetch(_MESSAGES, *values, cursor.failed) if unseen[1] else []
@@ -71,7 +73,7 @@ async def read(
     return Page(
         [_chat(row) for row in chats if row["seq"] <= end],
         [message_of(row) for row in messages if row["seq"] <= end],
-        replace(cursor, seq=end),
+        cursor.at(end, failed=cursor.failed),
         end < last,
     )
 
@@ -95,7 +97,7 @@ class Shared:
     def page(self, cursor: Cursor, *, client: str, last: int) -> Page:
         """What one of them has not seen, if nothing behind the change `last` was written yet."""
         chats, messages = _news(self.chats, cursor, client), _news(self.messages, cursor, client)
-        return Page(chats, messages, replace(cursor, seq=last), False)
+        return Page(chats, messages, cursor.at(last, failed=cursor.failed), False)
 
 
 def _news(rows: Rows[Row], cursor: Cursor, client: str) -> list[Row]:

@@ -165,8 +165,8 @@ def named(ops: Iterable[Op]) -> tuple[set[str], set[str]]:
 def deleted(ops: Iterable[Op]) -> set[str]:
     """The messages that these delete and do nothing else with."""
     ops = list(ops)
-    added = {op.id for op in ops if isinstance(op, AddMessage)}
-    return {op.id for op in ops if isinstance(op, DeleteMessage)} - added
+    gone = {op.id for op in ops if isinstance(op, DeleteMessage)}
+    return gone - {op.id for op in ops if isinstance(op, AddMessage)} if gone else gone
 
 
 async def load(connection: Connection, user_id: str, ops: Sequence[Op]) -> Found:
@@ -215,8 +215,10 @@ def touchable(ops: Sequence[Op], state: State) -> set[str]:
     return names
 
 
-def together(many: Iterable[Marks]) -> Marks:
+def together(many: Sequence[Marks]) -> Marks:
     """All of them, where none is about what another one is about."""
+    if len(many) == 1:
+        return many[0]
     found = Marks()
     for marks in many:
         found.chats |= marks.chats
