@@ -33,7 +33,7 @@ class Periodic:
         runs: Runs,
         answering: Answering,
     ) -> None:
-        pool, replica = resources.pool, streaming.replica
+        pool = resources.pool
         self.passes = Passes(
             pool=pool,
             bounds=Bounds(seconds=settings.discovery_pass_s, sessions=settings.discovery_batch),
@@ -42,22 +42,23 @@ class Periodic:
         )
         self.reconcile = Reconcile(pool=pool, passes=self.passes, metrics=watch.metrics)
         self.leadership = Leadership(resources.dsn, _LEADER)
+        expired = expiring(settings, chatbots=runs.chatbots, waiting=answering.waiting)
+        work = {
+            "partitions": streaming.partitions.run_once,
+            "retention": Retention(pool, expired).run_once,
+            "index": Upkeep(resources.dsn).run_once,
+            "replicas": streaming.replica.forget_dead,
+            "usage": UsageDays(pool).run_once,
+            "erasure": answering.erasure.run_once,
+            "discovery": self.passes.run_once,
+            "reconcile": self.reconcile.run_once,
+            "messages": MessageWords(pool, settings.search_messages).run_once,
+        }
         self.scheduler = Scheduler(
             pool=pool,
-            replica=replica,
+            replica=streaming.replica,
             leadership=self.leadership,
-            jobs=jobs(
-                replica,
-                partitions=streaming.partitions,
-                retention=Retention(pool, expiring(settings, chatbots=runs.chatbots, waiting=answering.waiting)),
-                upkeep=Upkeep(resources.dsn),
-                passes=self.passes,
-                usage_days=UsageDays(pool),
-                reconcile=self.reconcile,
-                erasure=answering.erasure,
-                message_words=MessageWords(pool, settings.search_messages),
-                settings=settings,
-            ),
+            jobs=jobs(settings, work),
             metrics=watch.metrics,
             failing=watch.failing,
         )

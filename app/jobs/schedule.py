@@ -1,6 +1,6 @@
 """What is done in the background, how often, and how it is bounded: one table."""
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
@@ -9,23 +9,14 @@ from cronsim import CronSim, CronSimError
 
 from app.access.audit import audit_expiring
 from app.chats.images import images_expiring
-from app.chats.usage import UsageDays
-from app.conversations.message_words import MessageWords
-from app.conversations.passes import Passes
-from app.conversations.reconcile import Reconcile
-from app.conversations.upkeep import Upkeep
 from app.expiry import Expiring
 from app.flows.chatbots import Chatbots
-from app.flows.erasure import Erasure
 from app.flows.idempotency import keys_expiring
 from app.flows.quotas import usage_expiring
 from app.flows.sessions import Sessions
 from app.flows.waiting import Forgotten, Waiting
-from app.jobs.retention import Retention
 from app.journal import errors_expiring, figures_expiring
 from app.settings import Settings
-from app.streams.partitions import Partitions
-from app.streams.replicas import Replica
 from app.streams.retention import Events
 from app.streams.stream import streams_expiring
 from app.sync.compaction import DeletedChats, FailedMessages
@@ -52,13 +43,15 @@ SCHEDULE = {
 # What ENABLE_BACKGROUND_JOBS=false stops; the others keep tables from growing, or promises.
 OPTIONAL = frozenset({"usage", "discovery", "reconcile"})
 
+Work = Callable[[], Awaitable[object]]
+
 
 @dataclass(frozen=True, slots=True)
 class Job:
     """Periodic work. `run_once` is bounded in time and rows, and returns how much it did."""
 
     name: str
-    run_once: Callable[[], Awaitable[object]]
+    run_once: Work
     # When, instead of what the schedule says.
     cron: str | None = None
 
@@ -106,35 +99,14 @@ def interval(name: str, moment: datetime, cron: str | None = None) -> timedelta:
     return next(slots) - first
 
 
-def jobs(
-    replica: Replica,
-    *,
-    partitions: Partitions,
-    retention: Retention,
-    upkeep: Upkeep,
-    passes: Passes,
-    usage_days: UsageDays,
-    reconcile: Reconcile,
-    erasure: Erasure,
-    message_words: MessageWords,
-    settings: Settings,
-) -> list[Job]:
-    """What runs here: everything, or what always does."""
+def jobs(settings: Settings, work: Mapping[str, Work]) -> list[Job]:
+    """What runs here of the work of all jobs, by their names: everything, or what always does."""
+    assert work.keys() == SCHEDULE.keys(), "every job has its time and its work"
     when, enabled = crons(settings), settings.enable_background_jobs
     for variable, used in misread(settings).items():
         log.warning("cron_invalid", variable=variable, used=used)
     log.info("discovery_scheduled", cron=when["discovery"], enabled=enabled)
-    every = [
-        Job("partitions", partitions.run_once),
-        Job("retention", retention.run_once),
-        Job("index", upkeep.run_once),
-        Job("replicas", replica.forget_dead),
-        Job("usage", usage_days.run_once),
-        Job("erasure", erasure.run_once),
-        Job("discovery", passes.run_once, cron=when["discovery"]),
-        Job("reconcile", reconcile.run_once, cron=when["reconcile"]),
-        Job("messages", message_words.run_once),
-    ]
+    every = [Job(name, run_once, cron=when.get(name)) for name, run_once in work.items()]
     return [job for job in every if enabled or job.name not in OPTIONAL]
 
 
