@@ -25,6 +25,8 @@ _FOUND_US, _LOOKED_US, _ASKED_US = 12.0, 0.2, 40.0
 # A walk goes as far as costs what the index of words would, within these; one that would have to be luckier than likely
 # is not begun.
 _SHORT, _LONG, _LIKELY = 500, 20_000, 1.5
+# Farther than any list. Without a number the planner would sort all of it first.
+_END = 1 << 40
 
 _TABLE = "message_words"
 _CONVERSATIONS = "select coalesce(sum(conversations), 0)::bigint from conversation_counts where source = $1"
@@ -156,7 +158,7 @@ def walking(wanted: Wanted, slice_: Slice, *, words: str, far: int | None) -> tu
     terms = _Terms(wanted)
     nearby, where = terms.nearby(slice_.after)
     query = terms.add(words)
-    return terms.page(_WALK, slice_, query, nearby=nearby, where=where, far="null" if far is None else terms.add(far))
+    return terms.page(_WALK, slice_, query, nearby=nearby, where=where, far=terms.add(_END if far is None else far))
 
 
 def reaching(wanted: Wanted, slice_: Slice, *, far: int) -> tuple[str, list[Any]]:

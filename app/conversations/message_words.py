@@ -5,12 +5,13 @@ save messages and not with them. What was there before is walked through once. W
 from; each piece is one transaction, which moves that place.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
 
 import structlog
 
+from app.conversations.index import OWN
 from app.conversations.words import tokens
 from app.postgres import CONFLICT, Connection, Pool, retry_conflicts
 
@@ -20,18 +21,23 @@ log = structlog.get_logger(__name__)
 VERSION = 1
 # As much of a message as is searched, in characters: its words fit a tsvector, and a phrase is found up to the end.
 MOST = 32_000
-# Messages and chats of one transaction, of which those of one change may be more; users of one look; seconds of a pass.
-_PIECE, _USERS, _PASS_S = 50, 500, 20.0
+# Messages and chats of one transaction, of which those of one change may be more; seconds of a pass.
+_PIECE, _PASS_S = 50, 20.0
+# Users of one look, and those that one pass looks at; all others have their turn in the next ones.
+_USERS, _LOOKS = 5_000, 20
 
 # Deleting them keeps everybody who searches waiting.
 _LOCK = "set local lock_timeout = '1s'"
 _WORDS = tokens(f"left(content, {MOST})")
-# Of messages m of the user $1: those that a reader of the chat sees.
+# Of messages m of the user $1: those that a reader of the chat sees. Asked row by row: a user may have many chats.
 _SHOWN = """
-not m.is_deleted and m.status <> 'failed' and exists (
-    select from chats c where c.user_id = $1 and c.id = m.chat_id and not c.is_deleted)
+not m.is_deleted and m.status <> 'failed'
+    and (select not c.is_deleted from chats c where c.user_id = $1 and c.id = m.chat_id)
 """
-_STATE = "select is_there, message_words_version as version from conversation_index"
+_STATE = """
+select is_there, message_words_version as version, message_words_filled_at is not null as is_complete
+from conversation_index
+"""
 _BEGIN = """
 update conversation_index set message_words_version = $1, message_words_filled_at = null
 where is_there and message_words_version <> $1
@@ -48,24 +54,43 @@ _FILLED = """
 update conversation_index set message_words_filled_at = parley_now()
 where is_there and message_words_version = $1 and message_words_filled_at is null
 """
-# In the order of both keys, so that a look is a walk along both.
-_CHANGED = """
-select h.user_id from sync_head h join message_word_users w on w.username = h.user_id
-where w.seq <> h.seq and h.user_id > $1 order by h.user_id limit $2
+# Whoever has just said or deleted something, so that most is done at once however many users there are.
+_RECENT = f"""
+with recent as (
+    (select username from conversations
+    where message_count >= 0 and last_message_at >= now() - interval '3 minutes' and source = '{OWN}'
+    order by last_message_at desc limit $1)
+    union
+    (select user_id from chats where is_deleted and not is_emptied and updated_at >= now() - interval '3 minutes'
+    order by updated_at desc limit $1))
+select array(select h.user_id from recent join sync_head h on h.user_id = recent.username
+    left join message_word_users w on w.username = h.user_id where {{only}} order by 1) as behind
 """
-_UNFILLED = """
-select h.user_id from sync_head h left join message_word_users w on w.username = h.user_id
-where (w.username is null or w.place is not null) and h.user_id > $1 order by h.user_id limit $2
+# Each by its key, whatever the planner thinks of how many a page has.
+_PAGE = """
+with page as materialized (select user_id, seq from sync_head where user_id > $1 order by user_id limit $2)
+select max(user_id) as last, count(*) as users, array(
+    select h.user_id from page h left join lateral (
+        select * from message_word_users where username = h.user_id offset 0) w on true
+    where {only} order by 1) as behind
+from page
 """
+_CHANGED = "w.seq <> h.seq"
+_BEHIND = f"(w.username is null or w.place is not null or {_CHANGED})"
 # Not for whom an erasure has passed: it takes sync_head away before it looks here. Not while the words are dropped.
 _KNOW = """
 insert into message_word_users (username, seq, place)
 select user_id, seq, '' from sync_head
 where user_id = $1 and exists (select from conversation_index where is_there and message_words_version = $2)
+    and set_config('synchronous_commit', 'off', true) = 'off'
 for key share of sync_head on conflict do nothing
 """
-# Held to the end of the piece: one at a time, and an erasure waits for what was begun.
-_TAKE = "select seq, place from message_word_users where username = $1 for update skip locked"
+# Held to the end of the piece: one at a time, and an erasure waits for what was begun. Nobody waits for the disk: words
+# that a crash takes with the last commits come again, as the row that says how far they are has gone with them.
+_TAKE = """
+select seq, place, set_config('synchronous_commit', 'off', true) from message_word_users
+where username = $1 for update skip locked
+"""
 # One snapshot: whatever has a number up to the head's is committed. `last` is where this piece ends.
 _FOLLOW = f"""
 with head as (select seq from sync_head where user_id = $1),
@@ -158,6 +183,15 @@ Tell = Callable[[int], None]
 
 
 @dataclass(slots=True)
+class _Walk:
+    """Along all users, as far as `place`; `is_whole`: all of those on the way that are meant are done."""
+
+    only: str
+    place: str = ""
+    is_whole: bool = True
+
+
+@dataclass(slots=True)
 class MessageWords:
     """Kept or, where it is turned off, dropped. By any number at once: a user's piece is one's at a time."""
 
@@ -165,8 +199,8 @@ class MessageWords:
     is_on: bool
     pass_s: float = _PASS_S
     piece: int = _PIECE
-    # Where the last pass stopped in each walk, so that nobody comes last for ever.
-    _places: dict[str, str] = field(default_factory=dict)
+    _changed: _Walk = field(default_factory=lambda: _Walk(_CHANGED))
+    _behind: _Walk = field(default_factory=lambda: _Walk(_BEHIND))
 
     async def run_once(self) -> int:
         """The job: what has changed, then what was there before; how many messages were looked at."""
@@ -182,12 +216,13 @@ class MessageWords:
         if state["version"] != VERSION:
             await self._drop()
             await self.pool.execute(_BEGIN, VERSION)
-        # However much changes meanwhile, what was there before has its share of the time.
-        done, _ = await self._walk(_CHANGED, (monotonic() + end) / 2, tell)
-        filled, is_whole = await self._walk(_UNFILLED, end, tell)
-        if is_whole:
-            await self.pool.execute(_FILLED, VERSION)
-        return done + filled
+        recent = await self.pool.fetchval(_RECENT.format(only=_BEHIND), _USERS)
+        # However much there is of what was there before, what changes has its share of the time.
+        third = (end - monotonic()) / 3
+        done, _ = await self._catch_up_all(recent, end - 2 * third, tell)
+        if not state["is_complete"]:
+            done += await self._go(self._changed, end - third, tell)
+        return done + await self._go(self._behind, end, tell)
 
     async def _drop(self) -> None:
         if not await self.pool.fetchval(_LEFT):
@@ -202,42 +237,67 @@ class MessageWords:
         await retry_conflicts(work)
         log.info("message_words_dropped")
 
-    async def _walk(self, users: str, end: float, tell: Tell) -> tuple[int, bool]:
-        """Along the users that are behind; how many messages, and whether all of them are done."""
-        after = self._places.get(users, "")
-        done, is_whole = 0, not after
-        while rows := await self.pool.fetch(users, after, _USERS):
-            for row in rows:
-                if monotonic() > end:
-                    return done, False
+    async def _go(self, walk: "_Walk", end: float, tell: Tell) -> int:
+        """On along the users, to the last of them at the farthest; how many messages that was."""
+        done, page = 0, _PAGE.format(only=walk.only)
+        for _ in range(_LOOKS):
+            row = await self.pool.fetchrow(page, walk.place, _USERS)
+            assert row is not None
+            some, is_whole = await self._catch_up_all(row["behind"], end, tell, walk)
+            done, walk.is_whole = done + some, walk.is_whole and is_whole
+            if monotonic() > end:
+                break
+            walk.place = row["last"] or ""
+            if row["users"] < _USERS:
+                if walk is self._behind and walk.is_whole:
+                    await self.pool.execute(_FILLED, VERSION)
+                walk.place, walk.is_whole = "", True
+                break
+        return done
+
+    async def _catch_up_all(
+        self, users: Sequence[str], end: float, tell: Tell, walk: "_Walk | None" = None
+    ) -> tuple[int, bool]:
+        """How many messages, and whether nothing of these is left."""
+        done, is_whole = 0, True
+        for user_id in users:
+            if monotonic() > end:
+                return done, is_whole
+            if walk is not None:
                 # Before it is tried: who cannot be done does not keep the others from it.
-                self._places[users] = after = row["user_id"]
-                messages, is_done = await self._catch_up(after, end, tell)
-                done, is_whole = done + messages, is_whole and is_done
-        self._places[users] = ""
+                walk.place = user_id
+            messages, is_done = await self._catch_up(user_id, end, tell)
+            done, is_whole = done + messages, is_whole and is_done
         return done, is_whole
 
     async def _catch_up(self, user_id: str, end: float, tell: Tell) -> tuple[int, bool]:
         """Everything of a user; whether nothing is left. Somebody else may be at it, or hold the user's chats."""
         done = 0
         try:
-            await self.pool.execute(_KNOW, user_id, VERSION)
-            while True:
-                messages, is_done = await self._piece(user_id)
+            piece = await self._piece(user_id)
+            if piece is None:
+                await self.pool.execute(_KNOW, user_id, VERSION)
+                piece = await self._piece(user_id)
+            while piece is not None:
+                messages, is_done = piece
                 done += messages
                 tell(messages)
                 if is_done or monotonic() > end:
-                    return done, bool(is_done)
+                    return done, is_done
+                piece = await self._piece(user_id)
         except CONFLICT as error:
             log.debug("message_words_waiting", error=type(error).__name__)
-            return done, False
+        return done, False
 
-    async def _piece(self, user_id: str) -> tuple[int, bool]:
-        """What has changed, or else what was there before; how many messages, and whether that was the last piece."""
+    async def _piece(self, user_id: str) -> tuple[int, bool] | None:
+        """What has changed, or else what was there before; how many messages, and whether that was the last piece.
+
+        None where the user is not known yet, or somebody else is at it.
+        """
         async with self.pool.acquire() as connection, connection.transaction():
             state = await connection.fetchrow(_TAKE, user_id)
             if state is None:
-                return 0, True
+                return None
             place = state["place"]
             seq, messages, is_current = await self._follow(connection, user_id, state["seq"])
             if is_current and place is not None:

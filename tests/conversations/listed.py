@@ -79,4 +79,6 @@ async def plan(connection: Connection, statement: tuple[str, list[Any]]) -> str:
 
 
 def _literal(value: object) -> str:
+    if isinstance(value, list):
+        return "array[" + ", ".join(map(_literal, value)) + "]"
     return str(value) if isinstance(value, int) else "'" + str(value).replace("'", "''") + "'"

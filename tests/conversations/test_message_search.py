@@ -2,20 +2,24 @@
 
 from collections.abc import AsyncGenerator
 from datetime import timedelta
+from itertools import product
 from random import Random
 from typing import Any
 
 import pytest
 
-from app.conversations import message_search
-from app.conversations.listing import Total, Wanted
+from app.conversations import message_search, message_words
+from app.conversations.listing import Place, Total, Wanted
+from app.conversations.message_search import Slice
 from app.conversations.recount import recount
+from app.conversations.search import look
+from app.conversations.words import tokens
 from app.postgres import Connection, open_connection, open_pool
 from app.wall import Reach, Wall, within
 from tests.conversations import listed
 from tests.conversations.listed import BEGAN
 from tests.conversations.worded import follow
-from tests.house import Open, flow
+from tests.house import House, Open, flow
 from tests.sync.test_gateway import add, delete, put, sync
 
 _CHATS = "insert into chats (user_id, id, title, is_deleted) values ($1, $2, '', $3)"
@@ -151,8 +155,15 @@ async def test_a_user_finds_what_is_theirs(connection: Connection, database: str
     pool.terminate()
 
 
+async def _alone(home: House) -> None:
+    """Have the server's own job have run, and not again."""
+    await home.row("select from job_runs where name = 'messages' and ended_at is not null")
+    await home.database.execute("update job_runs set next_at = now() + interval '1 hour' where name = 'messages'")
+
+
 async def test_over_http(house: Open, database: str) -> None:
     async with house(search_messages=True) as home:
+        await _alone(home)
         await home.apply(
             one={"flows": {"main": flow("The deposit is two months' rent, and " + "so on " * 30 + "Zebra!")}}
         )
@@ -195,6 +206,7 @@ async def test_it_is_off_unless_asked_for(house: Open) -> None:
 async def test_what_is_deleted_is_not_found_from_then_on(house: Open, database: str) -> None:
     """Nor is it kept."""
     async with house(search_messages=True) as home:
+        await _alone(home)
         ops = [
             put("c"),
             add("m1", "c", "the first zebra"),
@@ -214,3 +226,91 @@ async def test_what_is_deleted_is_not_found_from_then_on(house: Open, database: 
         assert (await found("zebra"), await found("giraffe")) == (set(), {"c"})
         await follow(database)
         assert [row[0] for row in await home.database.fetch("select message_id from message_words")] == ["m2"]
+
+
+_MANY = [
+    "insert into chats (user_id, id, title, seq) select 'u' || n % 3, n, '', n from generate_series(1, 20000) n",
+    """
+    insert into messages (user_id, id, chat_id, content, role, position, seq)
+    select 'u' || n % 3, n, n, 'common w' || n % 1000, 'user', 1, n from generate_series(1, 20000) n
+    """,
+    f"""
+    insert into message_words (username, conversation_id, message_id, words)
+    select user_id, chat_id, id, {tokens("content")} from messages
+    """,
+    """
+    insert into conversations (source, username, conversation_id, chatbot_id, model, first_message_at, last_message_at,
+        time_source, message_count, total_tokens)
+    select 'parley', 'u' || n % 3, n, 'b' || n % 3, 'm' || n % 3, now(), now() - n * interval '1 s', 'message', 1, 1
+    from generate_series(1, 20000) n
+    """,
+    "insert into conversation_counts values ('parley', 0, 20000)",
+    "insert into sync_head (user_id, seq) select 'u' || n, 1 from generate_series(1, 20000) n",
+    "insert into message_word_users (username, seq) select user_id, 1 from sync_head",
+]
+
+
+@pytest.fixture
+async def many(connection: Connection) -> Connection:
+    for statement in _MANY:
+        await connection.execute(statement)
+    for table in (
+        *("message_words", "message_word_users", "messages"),
+        *("chats", "conversations", "sync_head"),
+    ):
+        await connection.execute(f"vacuum analyze {table}")
+    return connection
+
+
+_WANTED = [
+    Wanted(query="x"),
+    Wanted(query="x", username="u1"),
+    Wanted(query="x", model="m1", since=BEGAN, newest_first=False),
+    Wanted(query="x", chatbot_id="b1", model="m1"),
+]
+# Of changes and of what was there before: nothing of what others have, or of what was done.
+_PIECES: dict[str, list[Any]] = {
+    message_words._FOLLOW: ["u1", 19_980, 50],
+    message_words._FILL: ["u1", "2", 50],
+    message_words._UNSHOWN: ["u1", ["1", "2"]],
+    message_words._SHOWN_AGAIN: ["u1", ["1", "2"], 50],
+    message_words._PAGE.format(only=message_words._BEHIND): ["", 5_000],
+    message_words._RECENT.format(only=message_words._BEHIND): [5_000],
+}
+
+
+async def test_each_statement_has_its_plan(many: Connection) -> None:
+    for wanted, after in product(_WANTED, (None, Place(BEGAN, 7, Total(1)))):
+        slice_ = Slice(50, after)
+        found = await listed.plan(many, message_search.matching(wanted, slice_, words="'x'"))
+        assert "Bitmap Index Scan on message_words_found" in found, found
+        for far in (None, 500):
+            walked = await listed.plan(many, message_search.walking(wanted, slice_, words="'x'", far=far))
+            walk = walked[walked.index("CTE page") : walked.index("CTE Scan on page")]
+            assert "Sort" not in walk, walked
+            assert "message_words_found" not in walked, walked
+            for plan in (found, walked):
+                assert "Index Scan using message_words_pkey" in plan, plan
+                assert "Index Scan using messages_pkey" in plan, plan
+                assert "Seq Scan" not in plan, plan
+        reached = await listed.plan(many, message_search.reaching(wanted, slice_, far=500))
+        assert "Seq Scan" not in reached, reached
+    for statement, values in _PIECES.items():
+        plan = await listed.plan(many, (statement, values))
+        for table in ("messages", "message_words", "chats", "conversations", "message_word_users"):
+            assert f"Seq Scan on {table}" not in plan, plan
+        if statement == message_words._FOLLOW:
+            assert "messages_changed" in plan, plan
+            assert "chats_changed" in plan, plan
+
+
+async def test_the_way_follows_what_is_common(many: Connection) -> None:
+    rare, common = [await look(many, query, [], table="message_words") for query in ("w7", "common")]
+    assert rare.rarest < 0.01 < 0.9 < common.rarest
+    assert (rare.conversations, rare.is_bound) == (20_000, False)
+    far = [await message_search._far(many, Slice(50), seen) for seen in (rare, common)]
+    assert far[0] == 0 < far[1]
+    page = await message_search.page(many, Wanted(query="common"), size=50)
+    assert (len(page.rows), page.total) == (50, Total(51, exact=False))
+    page = await message_search.page(many, Wanted(query="w7"), size=50)
+    assert (len(page.rows), page.total) == (20, Total(20))

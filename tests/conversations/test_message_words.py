@@ -48,6 +48,36 @@ async def test_what_was_there_and_what_comes(connection: asyncpg.Connection, dat
     assert len(await differing(connection)) == 4
     assert await follow(database) == 4
     assert not await differing(connection)
+    await connection.execute("""
+        update messages set content = 'another', seq = 10000
+        where user_id = 'u0' and id = (select max(id) from messages where user_id = 'u0')
+    """)
+    await connection.execute("update sync_head set seq = 10000 where user_id = 'u0'")
+    assert await follow(database) == 1
+    assert not await differing(connection)
+
+
+async def test_each_pass_looks_at_so_many_users(
+    connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And goes on where it was, until all have been looked at."""
+    saver = Saver(connection, Random(1))
+    for number in range(9):
+        await saver.save(Chat(f"u{number}", "c", "shop"))
+    monkeypatch.setattr(message_words, "_USERS", 2)
+    monkeypatch.setattr(message_words, "_LOOKS", 1)
+    monkeypatch.setattr(message_words, "_RECENT", "select array[]::text[] where $1 > 0")
+    pool = await open_pool(database, 2)
+    words = MessageWords(pool, True)
+    for _ in range(4):
+        assert await words.run_once() == 4
+        assert not (await status(connection)).is_complete
+    assert await words.run_once() == 2
+    assert (await status(connection)).is_complete
+    await saver.save(Chat("u7", "c", "shop"))
+    assert [await words.run_once() for _ in range(5)] == [0, 0, 0, 2, 0]
+    assert not await differing(connection)
+    pool.terminate()
 
 
 async def test_where_it_is_turned_off_nothing_is_left(connection: asyncpg.Connection, database: str) -> None:
