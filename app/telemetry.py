@@ -8,15 +8,14 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from functools import partial
 from time import time
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import orjson
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import CounterMetricFamily
-from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -26,134 +25,124 @@ _MILLISECONDS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.015, 0.03, 0.06, 0.125, 0
 _COUNTS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
+# Each gives how a metric is made, for the server that has it.
 def _counter(name: str, text: str, *labels: str) -> Counter:
-    return field(default_factory=lambda: Counter(name, text, labels, registry=None))
+    return cast(Counter, partial(Counter, name, text, labels))
 
 
 def _gauge(name: str, text: str, *labels: str) -> Gauge:
-    return field(default_factory=lambda: Gauge(name, text, labels, registry=None))
+    return cast(Gauge, partial(Gauge, name, text, labels))
 
 
 def _histogram(name: str, text: str, buckets: tuple[float, ...] = _MILLISECONDS) -> Histogram:
-    return field(default_factory=lambda: Histogram(name, text, buckets=buckets, registry=None))
+    return cast(Histogram, partial(Histogram, name, text, buckets=buckets))
 
 
-@dataclass(eq=False, slots=True)
 class Metrics:
-    """All metrics of one server. Times are seconds; the GenAI ones are named after OpenTelemetry's conventions."""
-
-    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    """All metrics of one server, made with it. Times are seconds; the GenAI ones are named after OpenTelemetry's
+    conventions.
+    """
 
     # Answers, and the providers that give them.
-    first_token: Histogram = _histogram(
+    first_token = _histogram(
         "gen_ai_client_time_to_first_token_seconds", "From the accepted message to the first token."
     )
-    tokens: Counter = _counter("gen_ai_client_token_usage_tokens", "Tokens as providers count them.", "kind")
-    attempts: Counter = _counter(
-        "parley_attempts", "Calls of providers, by provider and outcome.", "provider", "outcome"
-    )
-    active_streams: Gauge = _gauge("parley_active_streams", "Answers under way on this replica.")
-    streams_ended: Counter = _counter("parley_streams_ended", "Answers ended, by status.", "status")
-    takeovers: Counter = _counter(
-        "parley_takeovers", "Streams of dead replicas taken over, by what became of them.", "how"
-    )
+    tokens = _counter("gen_ai_client_token_usage_tokens", "Tokens as providers count them.", "kind")
+    attempts = _counter("parley_attempts", "Calls of providers, by provider and outcome.", "provider", "outcome")
+    active_streams = _gauge("parley_active_streams", "Answers under way on this replica.")
+    streams_ended = _counter("parley_streams_ended", "Answers ended, by status.", "status")
+    takeovers = _counter("parley_takeovers", "Streams of dead replicas taken over, by what became of them.", "how")
 
     # The log, its readers, and what the replicas tell each other of it. The integers are shown by _EventCounts.
-    added_latency: Histogram = _histogram(
+    added_latency = _histogram(
         "parley_event_added_latency_seconds", "From the arrival of a flush's oldest event to its commit."
     )
-    flush_events: Histogram = _histogram("parley_flush_events", "Events per flush of the log.", _COUNTS)
-    flush_seconds: Histogram = _histogram("parley_flush_seconds", "Time of a flush, commit included.")
-    readers: Gauge = _gauge("parley_readers", "Connected SSE readers.")
-    events_stored: int = 0
-    events_delivered: int = 0
-    events_lost: int = 0
-    events_doubled: int = 0
-    bus_notifications: Counter = _counter(
+    flush_events = _histogram("parley_flush_events", "Events per flush of the log.", _COUNTS)
+    flush_seconds = _histogram("parley_flush_seconds", "Time of a flush, commit included.")
+    readers = _gauge("parley_readers", "Connected SSE readers.")
+    events_stored = 0
+    events_delivered = 0
+    events_lost = 0
+    events_doubled = 0
+    bus_notifications = _counter(
         "parley_bus_notifications", "Notifications between replicas, by direction.", "direction"
     )
-    bus_echo: Histogram = _histogram(
-        "parley_bus_echo_seconds", "From a notification of this replica to itself to hearing it."
-    )
+    bus_echo = _histogram("parley_bus_echo_seconds", "From a notification of this replica to itself to hearing it.")
 
     # What was refused, and what went wrong.
-    errors: Counter = _counter("parley_errors", "Errors by their stable code.", "code")
-    limited: Counter = _counter(
-        "parley_limited", "Requests refused by a limit, by what and whose it is.", "limit", "of"
-    )
-    journal_dropped: Counter = _counter("parley_journal_dropped", "Error rows dropped because too many came at once.")
+    errors = _counter("parley_errors", "Errors by their stable code.", "code")
+    limited = _counter("parley_limited", "Requests refused by a limit, by what and whose it is.", "limit", "of")
+    journal_dropped = _counter("parley_journal_dropped", "Error rows dropped because too many came at once.")
 
     # Devices.
-    sync_exchanges: Counter = _counter(
+    sync_exchanges = _counter(
         "parley_sync_exchanges", "Exchanges of devices, by outcome: done, or an error's code.", "outcome"
     )
-    sync_seconds: Histogram = _histogram("parley_sync_seconds", "Time of an exchange.")
-    sync_mutations: Histogram = _histogram("parley_sync_mutations", "New mutations of an exchange.", (0, *_COUNTS))
-    sync_rows: Histogram = _histogram("parley_sync_rows", "Chats and messages an exchange has written.", (0, *_COUNTS))
-    sync_bytes: Counter = _counter("parley_sync_bytes", "Bytes of bodies of exchanges, by direction.", "direction")
-    sync_conflicts: Counter = _counter(
+    sync_seconds = _histogram("parley_sync_seconds", "Time of an exchange.")
+    sync_mutations = _histogram("parley_sync_mutations", "New mutations of an exchange.", (0, *_COUNTS))
+    sync_rows = _histogram("parley_sync_rows", "Chats and messages an exchange has written.", (0, *_COUNTS))
+    sync_bytes = _counter("parley_sync_bytes", "Bytes of bodies of exchanges, by direction.", "direction")
+    sync_conflicts = _counter(
         "parley_sync_conflicts", "Operations that did not become what they said, by status.", "status"
     )
-    sync_bootstraps: Counter = _counter("parley_sync_bootstraps", "Devices that began anew, by reason.", "why")
-    sync_failed: Counter = _counter(
+    sync_bootstraps = _counter("parley_sync_bootstraps", "Devices that began anew, by reason.", "why")
+    sync_failed = _counter(
         "parley_sync_failed_messages", "Failed messages that were brought, and that a retry has mended.", "what"
     )
-    nudges: Counter = _counter("parley_sync_nudges", "Nudges that devices were sent: there is something to pull.")
+    nudges = _counter("parley_sync_nudges", "Nudges that devices were sent: there is something to pull.")
 
     # Periodic jobs.
-    job_runs: Counter = _counter("parley_job_runs", "Passes of periodic jobs, by outcome.", "job", "outcome")
-    job_rows: Counter = _counter("parley_job_rows", "What periodic jobs have done, in rows.", "job")
-    job_seconds: Gauge = _gauge("parley_job_seconds", "Time of a job's last pass here.", "job")
-    job_due: Gauge = _gauge("parley_job_due_timestamp_seconds", "When a job is due next.", "job")
-    job_ended: Gauge = _gauge("parley_job_ended_timestamp_seconds", "When a job's last pass ended.", "job")
-    job_failures: Gauge = _gauge("parley_job_failures", "Failures of a job since it last went well.", "job")
+    job_runs = _counter("parley_job_runs", "Passes of periodic jobs, by outcome.", "job", "outcome")
+    job_rows = _counter("parley_job_rows", "What periodic jobs have done, in rows.", "job")
+    job_seconds = _gauge("parley_job_seconds", "Time of a job's last pass here.", "job")
+    job_due = _gauge("parley_job_due_timestamp_seconds", "When a job is due next.", "job")
+    job_ended = _gauge("parley_job_ended_timestamp_seconds", "When a job's last pass ended.", "job")
+    job_failures = _gauge("parley_job_failures", "Failures of a job since it last went well.", "job")
 
     # The sources of the index, and whether it is what they say.
-    discovery_seconds: Gauge = _gauge("parley_discovery_seconds", "Time of the last pass over a source.", "source")
-    discovery_rows: Counter = _counter("parley_discovery_rows", "Rows of sources that were read.", "source")
-    discovery_sessions: Counter = _counter(
+    discovery_seconds = _gauge("parley_discovery_seconds", "Time of the last pass over a source.", "source")
+    discovery_rows = _counter("parley_discovery_rows", "Rows of sources that were read.", "source")
+    discovery_sessions = _counter(
         "parley_discovery_sessions", "Conversations in which passes found something new.", "source"
     )
-    discovery_created: Counter = _counter(
+    discovery_created = _counter(
         "parley_discovery_created", "Conversations that passes found for the first time.", "source"
     )
-    discovery_skipped: Counter = _counter(
+    discovery_skipped = _counter(
         "parley_discovery_skipped", "Rows that are not indexed, by reason.", "source", "reason"
     )
-    discovery_conversations: Gauge = _gauge(
+    discovery_conversations = _gauge(
         "parley_discovery_conversations", "Conversations in the index.", "source", "client"
     )
-    discovery_lag: Gauge = _gauge(
-        "parley_discovery_lag_seconds", "Since a pass last came to the end of a source.", "source"
-    )
-    discovery_failures: Gauge = _gauge(
+    discovery_lag = _gauge("parley_discovery_lag_seconds", "Since a pass last came to the end of a source.", "source")
+    discovery_failures = _gauge(
         "parley_discovery_failures", "Failed passes over a source since one went well.", "source"
     )
-    discovery_error_rate: Gauge = _gauge(
+    discovery_error_rate = _gauge(
         "parley_discovery_error_ratio", "Share of failures among the last 100 passes here.", "source"
     )
-    discovery_last: Gauge = _gauge(
+    discovery_last = _gauge(
         "parley_discovery_last_timestamp_seconds", "When the last pass over a source ended.", "source"
     )
-    reconcile_compared: Counter = _counter(
+    reconcile_compared = _counter(
         "parley_reconcile_compared", "Conversations of the index that were compared.", "source"
     )
-    reconcile_drift: Counter = _counter(
+    reconcile_drift = _counter(
         "parley_reconcile_drift", "Conversations of the index that were wrong, and put right.", "source"
     )
-    reconcile_last: Gauge = _gauge(
+    reconcile_last = _gauge(
         "parley_reconcile_last_timestamp_seconds", "When a round of comparing last came to its end.", "source"
     )
-    index_drift: Gauge = _gauge(
+    index_drift = _gauge(
         "parley_index_drift", "Conversations that were put right in the round under way, or the last.", "source"
     )
 
-    def __post_init__(self) -> None:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
         self.registry.register(_EventCounts(self))
-        for one in fields(self):
-            metric = getattr(self, one.name)
-            if isinstance(metric, MetricWrapperBase):
-                self.registry.register(metric)
+        for name, make in vars(Metrics).items():
+            if isinstance(make, partial):
+                setattr(self, name, make(registry=self.registry))
 
 
 _EVENT_COUNTS = {
