@@ -22,6 +22,9 @@ def index_status() -> None:
     click.echo(f"{found.conversations:,} conversations, {found.size / 1e6:,.1f} MB, schema {found.version}, {synced}")
     for source, conversations in found.sources.items():
         click.echo(f"{source:<32} {conversations:,}")
+    if found.messages is not None and found.messages.is_on:
+        messages = found.messages
+        click.echo(f"All messages are searched, of {messages.filled:,} of {messages.users:,} users older ones, too.")
     if not found.exists:
         click.echo("The index was deleted; POST /api/sync/init and then `parley index sync`, or `parley index reset`.")
         sys.exit(1)

@@ -28,7 +28,7 @@ _USERS, _LOOKS = 5_000, 20
 
 # Deleting them keeps everybody who searches waiting.
 _LOCK = "set local lock_timeout = '1s'"
-_WORDS = tokens(f"left(content, {MOST})")
+_WORDS = tokens("content")
 # Of messages m of the user $1: those that a reader of the chat sees. Asked row by row: a user may have many chats.
 _SHOWN = """
 not m.is_deleted and m.status <> 'failed'
@@ -103,7 +103,7 @@ page as (
 span as (
     select rows < $3 as is_current, case when rows < $3 then head.seq else page.last end as last from head, page),
 changed as materialized (
-    select m.chat_id, m.id, case when {_SHOWN} then m.content end as content from messages m
+    select m.chat_id, m.id, case when {_SHOWN} then left(m.content, {MOST}) end as content from messages m
     where m.user_id = $1 and m.seq > $2 and m.seq > 0 and m.seq <= (select last from span)),
 gone as (
     delete from message_words w using changed where changed.content is null
@@ -126,7 +126,7 @@ where w.username = $1 and w.conversation_id = k.id and not exists (
 _SHOWN_AGAIN = f"""
 insert into message_words (username, conversation_id, message_id, words)
 select $1, chat_id, id, {_WORDS} from (
-    select m.chat_id, m.id, m.content from unnest($2::text[]) as k(id)
+    select m.chat_id, m.id, left(m.content, {MOST}) as content from unnest($2::text[]) as k(id)
     join messages m on m.user_id = $1 and m.chat_id = k.id
     where {_SHOWN} and not exists (select from message_words w
         where (w.username, w.conversation_id, w.message_id) = ($1, m.chat_id, m.id)) limit $3) missing
@@ -134,7 +134,7 @@ on conflict do nothing
 """
 _FILL = f"""
 with page as materialized (
-    select m.chat_id, m.id, case when {_SHOWN} then m.content end as content from messages m
+    select m.chat_id, m.id, case when {_SHOWN} then left(m.content, {MOST}) end as content from messages m
     where m.user_id = $1 and m.id > $2 order by m.id limit $3),
 written as (
     insert into message_words as w (username, conversation_id, message_id, words)
@@ -142,6 +142,19 @@ written as (
     on conflict (username, conversation_id, message_id) do update set words = excluded.words
         where w.words <> excluded.words)
 select count(*) as messages, max(id) as last from page
+"""
+# Users who were erased by a replica of the version before, which knew nothing of words.
+_GONE = """
+select array(select username from message_word_users w
+    where not exists (select from sync_head h where h.user_id = w.username) limit 100)
+"""
+_FORGET = """
+with piece as (select ctid from message_words where username = $1 limit 1000)
+delete from message_words where username = $1 and ctid = any(array(select ctid from piece))
+"""
+_FORGOTTEN = """
+delete from message_word_users w
+where username = $1 and not exists (select from sync_head h where h.user_id = w.username)
 """
 _MOVE = "update message_word_users set seq = $2, place = $3 where username = $1"
 _IS_COMPLETE = "select message_words_filled_at is not null from conversation_index"
@@ -249,11 +262,19 @@ class MessageWords:
                 break
             walk.place = row["last"] or ""
             if row["users"] < _USERS:
-                if walk is self._behind and walk.is_whole:
-                    await self.pool.execute(_FILLED, VERSION)
+                if walk is self._behind:
+                    await self._come_round(is_whole=walk.is_whole)
                 walk.place, walk.is_whole = "", True
                 break
         return done
+
+    async def _come_round(self, *, is_whole: bool) -> None:
+        if is_whole:
+            await self.pool.execute(_FILLED, VERSION)
+        for user_id in await self.pool.fetchval(_GONE):
+            while await self.pool.execute(_FORGET, user_id) != "DELETE 0":
+                pass
+            await self.pool.execute(_FORGOTTEN, user_id)
 
     async def _catch_up_all(
         self, users: Sequence[str], end: float, tell: Tell, walk: "_Walk | None" = None

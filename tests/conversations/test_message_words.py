@@ -91,6 +91,18 @@ async def test_where_it_is_turned_off_nothing_is_left(connection: asyncpg.Connec
     assert (await _count(connection), await _count(connection, "message_word_users")) == (0, 0)
 
 
+async def test_whom_another_version_has_erased_is_forgotten(connection: asyncpg.Connection, database: str) -> None:
+    saver = Saver(connection, Random(1))
+    for user in ("ann", "bob"):
+        await saver.save(Chat(user, "c1", "shop"))
+    await follow(database)
+    for table in ("messages", "chats", "sync_head"):
+        await connection.execute(f"delete from {table} where user_id = 'ann'")
+    await follow(database)
+    for table in ("message_words", "message_word_users"):
+        assert await connection.fetchval(f"select array_agg(distinct username) from {table}") == ["bob"]
+
+
 async def test_words_of_another_version_are_made_anew(
     connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +216,8 @@ async def test_the_command(connection: asyncpg.Connection, database: str) -> Non
     done = await run("index", "messages", DATABASE_URL=database, PARLEY_SEARCH_MESSAGES="true")
     assert (done.code, done.out[-1]) == (0, "2 messages; 1 of 1 users are ready")
     assert not await differing(connection)
+    told = await run("index", "status", DATABASE_URL=database)
+    assert told.out[-1] == "All messages are searched, of 1 of 1 users older ones, too."
     refused = await run("index", "messages", DATABASE_URL=database)
     assert refused.code == 2
     assert "PARLEY_SEARCH_MESSAGES" in refused.err[-1]
