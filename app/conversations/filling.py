@@ -1,5 +1,6 @@
 """`parley index messages`: the words of all messages made ready by hand, and how far that is."""
 
+import asyncio
 from collections.abc import AsyncGenerator
 from time import monotonic
 
@@ -9,8 +10,9 @@ from app.postgres import open_connection, open_pool, wait_for_database
 from app.schema import require_current
 from app.settings import Settings
 
-# Passes are short so that there is something to tell; so many without anything done are the end of it.
-_PASS_S, _IDLE = 2.0, 3
+# Passes are short so that there is something to tell. So many without anything done, and with a pause behind each, are
+# the end of it: together longer than the pass of a server that is at the same user.
+_PASS_S, _IDLE, _PAUSE_S = 2.0, 12, 2.0
 
 
 async def fill_messages(settings: Settings) -> AsyncGenerator[tuple[str, bool], None]:
@@ -30,9 +32,11 @@ async def fill_messages(settings: Settings) -> AsyncGenerator[tuple[str, bool], 
         while True:
             some = await words.until(monotonic() + _PASS_S)
             now, done, idle = await status(pool), done + some, 0 if some else idle + 1
-            is_end = (now.is_complete and not some) or idle == _IDLE
+            is_end = (now.is_complete and not some) or not now.is_on or idle == _IDLE
             yield f"{done:,} messages; {now.filled:,} of {now.users:,} users are ready", now.is_complete
             if is_end:
                 return
+            if not some:
+                await asyncio.sleep(_PAUSE_S)
     finally:
         await pool.close()

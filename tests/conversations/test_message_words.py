@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import suppress
+from contextlib import asynccontextmanager, suppress
 from random import Random
 from time import monotonic
 
@@ -10,10 +10,11 @@ import asyncpg
 import pytest
 
 from app.access.audit import Actor
-from app.conversations import message_words, upkeep
+from app.conversations import filling, message_words, upkeep
 from app.conversations.index import Chat
 from app.conversations.message_words import MOST, MessageWords, status
 from app.postgres import open_pool
+from app.settings import Settings
 from tests.command import run
 from tests.conversations.savers import Saver
 from tests.conversations.worded import differing, follow
@@ -209,6 +210,31 @@ async def test_a_storm_of_writers(connection: asyncpg.Connection, database: str,
         pass
     assert await _count(connection)
     assert not await differing(connection)
+
+
+async def test_who_is_held_by_another_is_not_ready(
+    connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(filling, "_PAUSE_S", 0.01)
+    saver = Saver(connection, Random(1))
+    for number in range(6):
+        await saver.save(Chat(f"u{number % 2}", f"c{number}", "shop"))
+    lines = filling.fill_messages(Settings(database_url=database, search_messages=True))
+    async with follower(connection):
+        assert await anext(lines) == ("6 messages; 1 of 2 users are ready", False)
+        assert await anext(lines) == ("6 messages; 1 of 2 users are ready", False)
+    assert [line async for line in lines][-1] == ("12 messages; 2 of 2 users are ready", True)
+    assert not await differing(connection)
+
+
+@asynccontextmanager
+async def follower(connection: asyncpg.Connection) -> AsyncGenerator[None, None]:
+    """Somebody who is at a piece of the first user in this block."""
+    await connection.execute("update conversation_index set message_words_version = $1", message_words.VERSION)
+    await connection.execute("insert into message_word_users select user_id, seq, '' from sync_head")
+    async with connection.transaction():
+        await connection.execute("select from message_word_users where username = 'u0' for update")
+        yield
 
 
 async def test_the_command(connection: asyncpg.Connection, database: str) -> None:
