@@ -13,6 +13,8 @@ from app.settings import Settings
 # Passes are short so that there is something to tell. So many without anything done, and with a pause behind each, are
 # the end of it: together longer than the pass of a server that is at the same user.
 _PASS_S, _IDLE, _PAUSE_S = 2.0, 12, 2.0
+# As many as there is time for: a pass without anything done has looked at everybody, as a rule.
+_LOOKS = 10_000
 
 
 async def fill_messages(settings: Settings) -> AsyncGenerator[tuple[str, bool], None]:
@@ -28,7 +30,7 @@ async def fill_messages(settings: Settings) -> AsyncGenerator[tuple[str, bool], 
         await connection.close()
     pool = await open_pool(settings.database_url, 2)
     try:
-        words, done, idle = MessageWords(pool, is_on=True), 0, 0
+        words, done, idle = MessageWords(pool, is_on=True, looks=_LOOKS), 0, 0
         while True:
             some = await words.until(monotonic() + _PASS_S)
             now, done, idle = await status(pool), done + some, 0 if some else idle + 1

@@ -212,6 +212,7 @@ class MessageWords:
     is_on: bool
     pass_s: float = _PASS_S
     piece: int = _PIECE
+    looks: int = _LOOKS
     _changed: _Walk = field(default_factory=lambda: _Walk(_CHANGED))
     _behind: _Walk = field(default_factory=lambda: _Walk(_BEHIND))
 
@@ -227,8 +228,7 @@ class MessageWords:
             await self._drop()
             return 0
         if state["version"] != VERSION:
-            await self._drop()
-            await self.pool.execute(_BEGIN, VERSION)
+            await self._begin()
         recent = await self.pool.fetchval(_RECENT.format(only=_BEHIND), _USERS)
         # However much there is of what was there before, what changes has its share of the time.
         third = (end - monotonic()) / 3
@@ -236,6 +236,12 @@ class MessageWords:
         if not state["is_complete"]:
             done += await self._go(self._changed, end - third, tell)
         return done + await self._go(self._behind, end, tell)
+
+    async def _begin(self) -> None:
+        await self._drop()
+        # Those who were done before have nothing any more.
+        self._changed, self._behind = _Walk(_CHANGED), _Walk(_BEHIND)
+        await self.pool.execute(_BEGIN, VERSION)
 
     async def _drop(self) -> None:
         if not await self.pool.fetchval(_LEFT):
@@ -253,7 +259,7 @@ class MessageWords:
     async def _go(self, walk: "_Walk", end: float, tell: Tell) -> int:
         """On along the users, to the last of them at the farthest; how many messages that was."""
         done, page = 0, _PAGE.format(only=walk.only)
-        for _ in range(_LOOKS):
+        for _ in range(self.looks):
             row = await self.pool.fetchrow(page, walk.place, _USERS)
             assert row is not None
             some, is_whole = await self._catch_up_all(row["behind"], end, tell, walk)

@@ -66,10 +66,9 @@ async def test_each_pass_looks_at_so_many_users(
     for number in range(9):
         await saver.save(Chat(f"u{number}", "c", "shop"))
     monkeypatch.setattr(message_words, "_USERS", 2)
-    monkeypatch.setattr(message_words, "_LOOKS", 1)
     monkeypatch.setattr(message_words, "_RECENT", "select array[]::text[] where $1 > 0")
     pool = await open_pool(database, 2)
-    words = MessageWords(pool, True)
+    words = MessageWords(pool, True, looks=1)
     for _ in range(4):
         assert await words.run_once() == 4
         assert not (await status(connection)).is_complete
@@ -255,3 +254,23 @@ async def test_a_server_does_it_by_itself_and_says_how_far_it_is(house: Open) ->
         stats = (await home.client.get("/api/sync/stats")).json()["messageSearch"]
         assert (stats["enabled"], stats["complete"]) == (True, True)
         assert (await home.client.get("/api/sync/stats?username=ann")).json()["messageSearch"] is None
+
+
+async def test_a_walk_that_was_begun_before_the_index_was_deleted_says_nothing(
+    connection: asyncpg.Connection, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(message_words, "_USERS", 1)
+    saver = Saver(connection, Random(1))
+    for number in range(4):
+        await saver.save(Chat(f"u{number}", "c", "shop"))
+    await connection.execute("update conversations set last_message_at = now() - interval '1 hour'")
+    pool = await open_pool(database, 2)
+    words = MessageWords(pool, True, looks=2)
+    await words.run_once()
+    async with upkeep.alone(database) as alone:
+        await upkeep.delete(alone, Actor("command:test"))
+        await upkeep.init(alone)
+    while not (await status(connection)).is_complete:
+        await words.run_once()
+    assert not await differing(connection)
+    await pool.close()
