@@ -6,6 +6,8 @@ import asyncpg
 import pytest
 
 from app import schema
+from app.conversations import rebuild
+from app.conversations.replacement import Replacement
 from app.errors import Misconfigured
 from app.schema import migrate, pending
 from tests.migrating import migrate_to
@@ -53,3 +55,21 @@ async def test_it_gives_up_with_a_sentence_and_goes_on_later(
         assert "0022" in (await migrate(empty_database, role=False)).revisions
     finally:
         await holding.close()
+
+
+@pytest.mark.parametrize("revision", ["0023", "0031"])
+async def test_what_a_killed_rebuild_of_the_index_has_left_is_in_nobodys_way(
+    empty_database: str, revision: str
+) -> None:
+    await migrate_to(empty_database, revision)
+    connection = await asyncpg.connect(empty_database)
+    try:
+        for statement in rebuild._WATCH:
+            await connection.execute(statement)
+        left = await Replacement.made(connection, "conversations")
+        for index in left.indexes:
+            await left.index(connection, index)
+        await migrate(empty_database, role=False)
+        assert not await rebuild.clean_up(connection)
+    finally:
+        await connection.close()

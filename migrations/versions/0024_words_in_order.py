@@ -16,6 +16,11 @@ WORDS = [
 ]
 # Nobody builds the index anew meanwhile, from what these change: the lock of app/conversations/upkeep.py.
 ALONE = "select pg_advisory_xact_lock(x'7061726c65790004'::bigint)"
+# What one that was killed has left has an index of the same name.
+LEFT = [
+    "drop function if exists conversation_changed() cascade",
+    "drop table if exists conversation_changes, conversations_next",
+]
 # Rows that have another model are passed over without being read. Readers wait only while names change.
 OF_USER = [
     """
@@ -28,7 +33,7 @@ OF_USER = [
 
 
 def upgrade() -> None:
-    for statement in [ALONE, *OF_USER, *WORDS]:
+    for statement in [ALONE, *LEFT, *OF_USER, *WORDS]:
         op.execute(statement)
 
 

@@ -7,6 +7,11 @@ down_revision = "0031"
 
 # Nobody builds the index anew meanwhile, from what these change: the lock of app/conversations/upkeep.py.
 ALONE = "select pg_advisory_xact_lock(x'7061726c65790004'::bigint)"
+# What one that was killed has left has indexes of these names.
+LEFT = [
+    "drop function if exists conversation_changed() cascade",
+    "drop table if exists conversation_changes, conversations_next",
+]
 # A page of 50 conversations names up to a hundred messages of each, which lie all over their table; of a chatbot's
 # conversations those of another model are passed over. Readers wait only while names change; who saves a message waits
 # until these are made, some two seconds for a million messages.
@@ -20,7 +25,8 @@ SEEN = "alter table messages set (autovacuum_vacuum_insert_scale_factor = 0.05)"
 
 
 def upgrade() -> None:
-    op.execute(ALONE)
+    for statement in [ALONE, *LEFT]:
+        op.execute(statement)
     for name, definition in INDEXES.items():
         op.execute(f"create index {name}_next on {definition}")
     for name in INDEXES:
