@@ -6,7 +6,7 @@ Everything here happens under the user's row of `sync_head` or after a look at i
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import asyncpg
 import orjson
@@ -39,7 +39,18 @@ _COUNTER = """
 _HEAD = f"select {_COUNTER}, {_ACTIVE} from sync_head where user_id = $1"
 _LOCK = f"select {_COUNTER} from sync_head where user_id = $1 for update"
 # A statement of its own, after the lock: the one that waits for it sees of other tables what was before.
-_LOOK = f"select {_ACTIVE}, {pages.UNSEEN}, {rows.found('$6::text[]')}"
+_SEEN = f"{_ACTIVE}, {pages.UNSEEN}, {rows.found('$6::text[]')}"
+_LOOK = f"select {_SEEN}"
+# Both at once: what it has seen beside the lock holds good where nobody has written the row since it began. Whoever
+# writes a user's chats or messages writes that row.
+_LOCK_AND_LOOK = f"""
+with head as materialized (select {_COUNTER}, ctid as place from sync_head where user_id = $1 for update)
+select epoch, seq, gc_seq, gc_failed, clients, at, now_ms,
+    place = (select ctid from sync_head where user_id = $1) as is_current, {_SEEN}
+from head
+"""
+# Users whose pushes met others last time, and so need the lock first.
+_MOST_CROWDED = 1_000
 _MAKE = "insert into sync_head (user_id) values ($1) on conflict do nothing"
 _NOTE = "update sync_head set clients = $2 where user_id = $1"
 _MOVE = "update sync_head set seq = $2 where user_id = $1"
@@ -81,6 +92,7 @@ class Changes:
         self._replica = replica
         self._wall = wall
         self._pushes = Pushes(self._write)
+        self._crowded: set[str] = set()
 
     async def exchange(self, user_id: str, asked: Asked) -> Answer:
         """Apply, then read. Raises Conflict for a gap or an unknown device, Unavailable where nothing can be written.
@@ -147,9 +159,10 @@ class Changes:
         self, user_id: str, take: Callable[[], Sequence[Push]]
     ) -> Sequence[tuple[Push, Answer | Conflict]]:
         async with self._replica.transaction(wall=self._wall) as connection:
-            head = await self._locked(connection, user_id)
+            head, found = await self._at_once(connection, user_id, take())
             pushes = _alike(head, take())
-            found = await _look(connection, user_id, [push.asked for push in pushes], head)
+            if found is None or len(pushes) > 1:
+                found = await _look(connection, user_id, [push.asked for push in pushes], head)
             shared = await _share(connection, user_id, head, pushes) if len(pushes) > 1 else None
             applied = _applied(head, found, pushes if shared else pushes[:1])
             done = [one for one in applied if isinstance(one, Done)]
@@ -170,6 +183,23 @@ class Changes:
                 if noted and (gone := work.gone()):
                     await note_gone(connection, user_id, gone, asker())
             return Written(work.found.state, work.marks.chats.keys(), work.marks.messages.keys())
+
+    async def _at_once(
+        self, connection: Connection, user_id: str, pushes: Sequence[Push]
+    ) -> tuple[Head, rows.Found | None]:
+        """The lock, and what one push has to know if it meets nobody: it did not last time, and does not now."""
+        asked, was_crowded = pushes[0].asked, user_id in self._crowded
+        self._crowded.discard(user_id)
+        ops = [op for mutation in asked.push for op in mutation.ops]
+        row = None
+        if len(pushes) == 1 and not was_crowded and not rows.deleted(ops):
+            row = await connection.fetchrow(_LOCK_AND_LOOK, user_id, *_values([asked], ops, ()))
+        head = await self._locked(connection, user_id) if row is None else _head_of(row)
+        if row is not None and row["is_current"]:
+            return head, await _seen(connection, user_id, [asked], head, ops, row)
+        if len(self._crowded) < _MOST_CROWDED and (row is not None or len(pushes) > 1):
+            self._crowded.add(user_id)
+        return head, None
 
     async def _locked(self, connection: Connection, user_id: str) -> Head:
         row = await connection.fetchrow(_LOCK, user_id)
@@ -206,12 +236,21 @@ def _head_of(row: asyncpg.Record) -> Head:
 async def _look(connection: Connection, user_id: str, those: Sequence[Asked], head: Head) -> rows.Found:
     """Whatever exchanges have to know, once they have the lock."""
     ops = [op for asked in those for mutation in asked.push for op in mutation.ops]
-    chats, messages = rows.named(ops)
-    seen = min(asked.cursor.seq if asked.cursor else 0 for asked in those)
-    client = those[0].client if len(those) == 1 else pages.NO_CLIENT
-    values = (list(chats), list(messages), seen, client or pages.NO_CLIENT, list(_unread(head, those, ops)))
-    row = await connection.fetchrow(_LOOK, user_id, *values)
+    row = await connection.fetchrow(_LOOK, user_id, *_values(those, ops, _unread(head, those, ops)))
     assert row is not None
+    return await _seen(connection, user_id, those, head, ops, row)
+
+
+def _values(those: Sequence[Asked], ops: Sequence[Op], unread: Collection[str]) -> tuple[Any, ...]:
+    chats, messages = rows.named(ops)
+    seen = min([asked.cursor.seq if asked.cursor else 0 for asked in those])
+    client = those[0].client if len(those) == 1 else pages.NO_CLIENT
+    return list(chats), list(messages), seen, client or pages.NO_CLIENT, list(unread)
+
+
+async def _seen(
+    connection: Connection, user_id: str, those: Sequence[Asked], head: Head, ops: Sequence[Op], row: asyncpg.Record
+) -> rows.Found:
     head.active = orjson.loads(row["active"] or b"[]")
     if all(is_plain(head, asked) for asked in those):
         head.unseen = (row["unseen_chats"], row["unseen_messages"])

@@ -100,7 +100,9 @@ class Exchanged(_Strict):
 
     @model_validator(mode="after")
     def _in_order(self) -> "Exchanged":
-        first = self.push[0].mid if self.push else 0
+        if len(self.push) < 2:
+            return self
+        first = self.push[0].mid
         if [mutation.mid for mutation in self.push] != list(range(first, first + len(self.push))):
             raise ValueError("the mids of a push follow on each other")
         if sum(len(mutation.ops) for mutation in self.push) > _MOST_IN_ALL:

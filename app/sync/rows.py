@@ -158,8 +158,13 @@ class Marks:
 
 def named(ops: Iterable[Op]) -> tuple[set[str], set[str]]:
     """The chats and the messages that these name."""
-    chats = {op.chat_id if isinstance(op, AddMessage) else op.id for op in ops if not isinstance(op, DeleteMessage)}
-    return chats, {op.id for op in ops if isinstance(op, AddMessage | DeleteMessage)}
+    chats: set[str] = set()
+    messages: set[str] = set()
+    for op in ops:
+        if isinstance(op, AddMessage):
+            chats.add(op.chat_id)
+        (messages if isinstance(op, _MESSAGE_OPS) else chats).add(op.id)
+    return chats, messages
 
 
 def deleted(ops: Iterable[Op]) -> set[str]:
@@ -179,10 +184,12 @@ async def load(connection: Connection, user_id: str, ops: Sequence[Op]) -> Found
 
 async def load_more(connection: Connection, user_id: str, ops: Sequence[Op], found: Found) -> None:
     """What they may look at because of what was found of what they name."""
+    state = found.state
+    if len(ops) == 1 and not state.messages and not any(chat.is_purged for chat in state.chats.values()):
+        return
     chats, messages = named(ops)
     sought = set(messages)
     while True:
-        state = found.state
         chats = {successor(name) for name in chats if name in state.chats and state.chats[name].is_purged}
         # A device may name what is derived from another of its ids: nothing is looked for twice.
         messages = _forks(ops, state) - sought if messages else set()
@@ -287,4 +294,5 @@ def message_of(row: asyncpg.Record | Mapping[str, Any]) -> Message:
     return Message(*map(row.__getitem__, _MESSAGE))
 
 
+_MESSAGE_OPS = (AddMessage, DeleteMessage)
 _CHAT, _MESSAGE = tuple(CHAT.split(", ")), tuple(MESSAGE.split(", "))

@@ -80,15 +80,22 @@ class Phone:
     mid: int = 0
 
     async def exchange(self, *ops: Json) -> tuple[bytes, bytes]:
-        """The bodies of the request and of its answer, after which the device is where the answer says."""
+        """The bodies of the request and of its answer."""
+        body = self.body(*ops)
+        return body, await self.served(body)
+
+    def body(self, *ops: Json) -> bytes:
         push = [{"mid": self.mid + 1, "ops": ops}] if ops else []
-        body = orjson.dumps({"client": self.client, "cursor": self.cursor} | ({"push": push} if push else {}))
+        return orjson.dumps({"client": self.client, "cursor": self.cursor} | ({"push": push} if push else {}))
+
+    async def served(self, body: bytes) -> bytes:
+        """The body of the answer, after which the device is where that says."""
         asked = endpoints._asked(validated(endpoints.SyncChats, parse_object(body)))
         with within(Reach(self.user)):
             answer = await self.changes.exchange(self.user, asked)
         told = orjson.dumps(endpoints.told_of(answer, str))
         self.mid, self.cursor = answer.acked, str(answer.cursor)
-        return body, told
+        return told
 
     async def everything(self) -> list[bytes]:
         """Page after page."""
@@ -129,9 +136,12 @@ async def opened(dsn: str) -> AsyncIterator[tuple[Changes, Pool]]:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """What is said again and again: returns the bodies and how much of the first is text. `server` is the process."""
+    """What is said again and again: a body and how much of it is text, and the body of its answer. `server` is the
+    process of the database.
+    """
 
-    say: Callable[[], Awaitable[tuple[bytes, bytes, int]]]
+    body: Callable[[], tuple[bytes, int]]
+    served: Callable[[bytes], Awaitable[bytes]]
     tell_counters: Callable[[], Awaitable[object]]
     server: int
 
@@ -144,9 +154,9 @@ async def costs(dsn: str, *, turns: int) -> dict[str, Cost]:
         await look.execute("create table naive (like messages including all)")
         alone, naive = await asyncpg.connect(dsn), await asyncpg.connect(dsn)
         kinds = {
-            ALONE: _plain(alone, _alone(alone)),
+            ALONE: _plain(alone, *_alone(alone)),
             **await _exchanges(changes, chat),
-            NAIVE: _plain(naive, _naive(naive, chat)),
+            NAIVE: _plain(naive, *_naive(naive, chat)),
         }
         spent: dict[str, list[tuple[float, float]]] = {name: [] for name in kinds}
         for turn in range(turns + 1):
@@ -175,20 +185,22 @@ async def _exchanges(changes: Changes, chat: str) -> dict[str, Kind]:
 
 
 async def _exchange(device: Phone, make: Callable[[], list[Json]]) -> Kind:
-    async def say() -> tuple[bytes, bytes, int]:
+    def body() -> tuple[bytes, int]:
         ops = make()
-        return *await device.exchange(*ops), sum(len(op.get("content", "").encode()) for op in ops)
+        return device.body(*ops), sum(len(op.get("content", "").encode()) for op in ops)
 
     async def tell_counters() -> None:
         with within(Reach(device.user)):
             async with device.changes._wall.connection() as connection:
                 await connection.execute(_TELL_COUNTERS)
 
-    return Kind(say, tell_counters, await _pid(device.changes))
+    return Kind(body, device.served, tell_counters, await _pid(device.changes))
 
 
-def _plain(connection: Connection, say: Callable[[], Awaitable[tuple[bytes, bytes, int]]]) -> Kind:
-    return Kind(say, lambda: connection.execute(_TELL_COUNTERS), connection.get_server_pid())
+def _plain(
+    connection: Connection, body: Callable[[], tuple[bytes, int]], served: Callable[[bytes], Awaitable[bytes]]
+) -> Kind:
+    return Kind(body, served, lambda: connection.execute(_TELL_COUNTERS), connection.get_server_pid())
 
 
 async def fill(dsn: str, user: str, many: int, chat: str | None = None) -> None:
@@ -207,11 +219,14 @@ async def _pid(changes: Changes) -> int:
 
 
 async def _turn(kind: Kind) -> tuple[float, float]:
-    """CPU of Python and of the server, µs for each."""
-    python, server = time.process_time(), ran_us(kind.server)
+    """CPU of Python, from the body to the answer's, and of the server, µs for each."""
+    python, server = 0.0, ran_us(kind.server)
     for _ in range(_TURN):
-        await kind.say()
-    return (time.process_time() - python) / _TURN * 1e6, (ran_us(kind.server) - server) / _TURN
+        body, _ = kind.body()
+        began = time.process_time()
+        await kind.served(body)
+        python += time.process_time() - began
+    return python / _TURN * 1e6, (ran_us(kind.server) - server) / _TURN
 
 
 async def _weighed(kind: Kind, look: Pool) -> Cost:
@@ -219,7 +234,8 @@ async def _weighed(kind: Kind, look: Pool) -> Cost:
     await kind.tell_counters()
     before, start = await _rows(look), await look.fetchval(_WAL, kind.server)
     for _ in range(_TURN):
-        up, down, text = await kind.say()
+        up, text = kind.body()
+        down = await kind.served(up)
     await kind.tell_counters()
     rows = {name: count / _TURN for name, count in (await _rows(look) - before).items()}
     wal = float(await look.fetchval(_WAL, kind.server) - start)
@@ -234,30 +250,35 @@ async def _rows(look: Pool) -> Counter[str]:
     return Counter({row["relname"]: row["rows"] for row in await look.fetch(_ROWS)})
 
 
-def _alone(connection: Connection) -> Callable[[], Awaitable[tuple[bytes, bytes, int]]]:
+Said = tuple[Callable[[], tuple[bytes, int]], Callable[[bytes], Awaitable[bytes]]]
+
+
+def _alone(connection: Connection) -> Said:
     """The least there is to do: a message with a new id into the table, and nobody is told."""
     numbers = iter(range(10_000_000))
 
-    async def say() -> tuple[bytes, bytes, int]:
-        body = orjson.dumps({"id": str(UUID(int=(number := next(numbers)))), "content": _WORDS})
+    def body() -> tuple[bytes, int]:
+        return orjson.dumps({"id": str(UUID(int=next(numbers))), "content": _WORDS}), len(_WORDS.encode())
+
+    async def served(body: bytes) -> bytes:
         given = orjson.loads(body)
         async with connection.transaction():
-            await connection.execute(_ALONE, given["id"], given["content"], number)
-        return body, b'{"success":true}', len(_WORDS.encode())
+            await connection.execute(_ALONE, given["id"], given["content"], UUID(given["id"]).int)
+        return b'{"success":true}'
 
-    return say
+    return body, served
 
 
-def _naive(connection: Connection, chat: str) -> Callable[[], Awaitable[tuple[bytes, bytes, int]]]:
+def _naive(connection: Connection, chat: str) -> Said:
     """A front end that sends its whole history at every change, to a server that writes what it is sent."""
     sent = [{"id": str(UUID(int=n)), "role": ("user", "assistant")[n % 2], "content": _WORDS} for n in range(_LONG)]
 
-    async def say() -> tuple[bytes, bytes, int]:
+    def body() -> tuple[bytes, int]:
         sent.append({**sent.pop(), "id": str(UUID(int=time.monotonic_ns()))})
-        body = orjson.dumps({"conversations": [{"id": chat, "title": "Trip", "messages": sent}]})
-        return body, await _upserted(connection, body), len(_WORDS.encode())
+        told = {"conversations": [{"id": chat, "title": "Trip", "messages": sent}]}
+        return orjson.dumps(told), len(_WORDS.encode())
 
-    return say
+    return body, lambda body: _upserted(connection, body)
 
 
 async def _upserted(connection: Connection, body: bytes) -> bytes:

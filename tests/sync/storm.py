@@ -18,10 +18,11 @@ from app.conversations import index, recount
 from app.errors import Conflict
 from app.postgres import Connection, open_pool, retry_conflicts
 from app.streams.replicas import Replica
-from app.sync import changes, compaction
+from app.sync import changes, compaction, rows
 from app.sync.changes import Changes
 from app.sync.exchange import Answer, Asked, Head
 from app.sync.merge import AddMessage, Chat, DeleteChat, DeleteMessage, Message, Op, PutChat, State, fork
+from app.sync.pushes import Push
 from app.wall import Reach, Wall, within
 from tests.sync.device import Device, shown
 
@@ -52,6 +53,11 @@ class Plain(Changes):
     """A control: numbers from a sequence, and nobody waits for anybody."""
 
     source = "nextval('control')"
+
+    async def _at_once(
+        self, connection: Connection, user_id: str, pushes: Sequence[Push]
+    ) -> tuple[Head, rows.Found | None]:
+        return await self._locked(connection, user_id), None
 
     async def _locked(self, connection: Connection, user_id: str) -> Head:
         await connection.execute(changes._MAKE, user_id)

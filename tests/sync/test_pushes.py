@@ -12,8 +12,10 @@ import orjson
 import pytest
 from structlog.contextvars import bound_contextvars
 
+from app.chats import store
 from app.chats.chat import MessageStatus
 from app.errors import Conflict, ParleyError, Unavailable
+from app.postgres import Connection
 from app.sync import pushes
 from app.sync.changes import Changes
 from app.sync.cursor import Cursor
@@ -182,11 +184,11 @@ def add(client: str, name: str, *, mid: int = 1, stamp: str = stamp_at(_NOW)) ->
 
 
 @asynccontextmanager
-async def held(look: asyncpg.Pool, user: str) -> AsyncGenerator[None]:
-    """Nobody writes the user's chats in this block, which others have begun to wait for at its end."""
+async def held(look: asyncpg.Pool, user: str) -> AsyncGenerator[Connection]:
+    """Nobody else writes the user's chats in this block."""
     async with look.acquire() as connection, connection.transaction():
         await connection.execute(_LOCKED, user)
-        yield
+        yield connection
 
 
 async def until_locked_out(look: asyncpg.Pool) -> None:
@@ -215,6 +217,20 @@ async def test_who_gives_up_takes_nobody_along(database: str) -> None:
         # The device whose words were taken back says them again.
         assert isinstance(await push(changes, "ann", add("phone-0", "m0")), Answer)
         assert changes._pushes._lines == {}
+
+
+async def test_what_is_written_while_a_push_waits_is_seen_by_it(database: str) -> None:
+    async with gateway(database) as (changes, look):
+        await _begun(changes, look, "ann")
+        async with held(look, "ann") as other:
+            task = asyncio.create_task(push(changes, "ann", add("phone", "m")))
+            await until_locked_out(look)
+            await store.save_question(other, user_id="ann", chat_id="c0", message_id="m", content="Another one's words")
+        told = await task
+        assert isinstance(told, Answer)
+        assert [one["status"] for result in told.results for one in result["ops"]] == ["forked"]
+        stored = await look.fetch("select content, position from messages where user_id = 'ann' order by position")
+        assert [tuple(row) for row in stored] == [("Another one's words", 1), ("m", 2)]
 
 
 async def test_what_one_alone_is_refused_for_concerns_no_other(database: str) -> None:
