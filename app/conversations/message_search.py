@@ -134,8 +134,8 @@ async def _walked(connection: Connection, wanted: Wanted, slice_: Slice, words: 
         if await connection.fetchval(sql, *values) >= far:
             return None
     if slice_.skip and not rows:
-        before = await _walked(connection, wanted, Slice(slice_.skip), words, far)
-        return None if before is None else Page([], before.total, None)
+        sql, values = walking(wanted, Slice(slice_.skip - 1), words=words, far=far, counts=True)
+        return Page([], Total(await connection.fetchval(sql, *values)), None)
     return _page(rows, slice_, Total(slice_.skip + len(rows), exact=is_end))
 
 
@@ -153,12 +153,16 @@ def _page(rows: Sequence[Any], slice_: Slice, total: Total) -> Page:
     return Page(rows, total, Place(rows[-1]["at"], rows[-1]["id"], total) if more else None)
 
 
-def walking(wanted: Wanted, slice_: Slice, *, words: str, far: int | None) -> tuple[str, list[Any]]:
-    """What looks through one conversation after the other, with its values."""
+def walking(
+    wanted: Wanted, slice_: Slice, *, words: str, far: int | None, counts: bool = False
+) -> tuple[str, list[Any]]:
+    """What looks through one conversation after the other, with its values; `counts`: how many it finds."""
     terms = _Terms(wanted)
     nearby, where = terms.nearby(slice_.after)
     query = terms.add(words)
-    return terms.page(_WALK, slice_, query, nearby=nearby, where=where, far=terms.add(_END if far is None else far))
+    far_ = terms.add(_END if far is None else far)
+    page = terms.chosen(_WALK, slice_, query, nearby=nearby, where=where, far=far_)
+    return (f"with {page} select count(*) from page", terms.values) if counts else terms.told(page, query)
 
 
 def reaching(wanted: Wanted, slice_: Slice, *, far: int) -> tuple[str, list[Any]]:
@@ -175,7 +179,7 @@ def matching(wanted: Wanted, slice_: Slice, *, words: str) -> tuple[str, list[An
     whose = f"username = {terms.add(wanted.username)}" if wanted.username is not None else "true"
     where = terms.all_of(terms.named(wanted.facets), terms.between(slice_.after))
     more = ", (select count(*) from matching) as matching"
-    return terms.page(_MATCHING, slice_, query, whose=whose, where=where, more=more)
+    return terms.told(terms.chosen(_MATCHING, slice_, query, whose=whose, where=where), query, more=more)
 
 
 @dataclass(slots=True)
@@ -224,9 +228,11 @@ class _Terms:
     def all_of(self, *conditions: list[str]) -> str:
         return " and ".join(chain.from_iterable(conditions)) or "true"
 
-    def page(self, which: str, slice_: Slice, query: str, *, more: str = "", **given: str) -> tuple[str, list[Any]]:
+    def chosen(self, which: str, slice_: Slice, query: str, **given: str) -> str:
         limit, offset = self.add(slice_.size + 1), self.add(slice_.skip)
-        chosen = which.format(way=self.way, limit=limit, offset=offset, query=query, **given)
+        return which.format(way=self.way, limit=limit, offset=offset, query=query, **given)
+
+    def told(self, page: str, query: str, *, more: str = "") -> tuple[str, list[Any]]:
         first = _WORD.search(self.wanted.query or "")
         word = f"{self.add(first[0].lower() if first else '')}::text"
-        return _PAGE.format(page=chosen, way=self.way, word=word, more=more, query=query), self.values
+        return _PAGE.format(page=page, way=self.way, word=word, more=more, query=query), self.values
