@@ -101,7 +101,8 @@ page as (
             union all (select seq from chats where user_id = $1 and seq > $2 and seq > 0 order by seq limit $3)) both_of
         order by seq limit $3) first),
 span as (
-    select rows < $3 as is_current, case when rows < $3 then head.seq else page.last end as last from head, page),
+    select rows < $3 as is_current, case when rows < $3 then head.seq else page.last end as last from head, page
+    where head.seq >= $2),
 changed as materialized (
     select m.chat_id, m.id, case when {_SHOWN} then left(m.content, {MOST}) end as content from messages m
     where m.user_id = $1 and m.seq > $2 and m.seq > 0 and m.seq <= (select last from span)),
@@ -143,19 +144,14 @@ written as (
         where w.words <> excluded.words)
 select count(*) as messages, max(id) as last from page
 """
-# Users who were erased by a replica of the version before, which knew nothing of words.
-_GONE = """
-select array(select username from message_word_users w
-    where not exists (select from sync_head h where h.user_id = w.username) limit 100)
-"""
+# Users who were erased by a replica of the version before, which knew nothing of words, and may have begun anew.
+_IS_GONE = "not exists (select from sync_head h where h.user_id = w.username and h.seq >= w.seq)"
+_GONE = f"select array(select username from message_word_users w where {_IS_GONE} limit 100)"
 _FORGET = """
 with piece as (select ctid from message_words where username = $1 limit 1000)
 delete from message_words where username = $1 and ctid = any(array(select ctid from piece))
 """
-_FORGOTTEN = """
-delete from message_word_users w
-where username = $1 and not exists (select from sync_head h where h.user_id = w.username)
-"""
+_FORGOTTEN = f"delete from message_word_users w where username = $1 and {_IS_GONE}"
 _MOVE = "update message_word_users set seq = $2, place = $3 where username = $1"
 _IS_COMPLETE = "select message_words_filled_at is not null from conversation_index"
 _STATUS = """

@@ -93,12 +93,17 @@ async def test_where_it_is_turned_off_nothing_is_left(connection: asyncpg.Connec
 
 async def test_whom_another_version_has_erased_is_forgotten(connection: asyncpg.Connection, database: str) -> None:
     saver = Saver(connection, Random(1))
-    for user in ("ann", "bob"):
+    for user in ("ann", "bob", "eve", "eve"):
         await saver.save(Chat(user, "c1", "shop"))
     await follow(database)
     for table in ("messages", "chats", "sync_head"):
-        await connection.execute(f"delete from {table} where user_id = 'ann'")
+        await connection.execute(f"delete from {table} where user_id <> 'bob'")
+    await saver.save(Chat("eve", "c2", "shop"))
     await follow(database)
+    assert await follow(database) == 2, "eve began anew"
+    assert not await differing(connection)
+    await connection.execute("delete from message_words where username = 'eve'")
+    await connection.execute("delete from message_word_users where username = 'eve'")
     for table in ("message_words", "message_word_users"):
         assert await connection.fetchval(f"select array_agg(distinct username) from {table}") == ["bob"]
 
