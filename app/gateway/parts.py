@@ -13,12 +13,10 @@ from app.gateway.resources import Resources
 from app.gateway.runs import Runs
 from app.gateway.streaming import Streaming
 from app.gateway.watch import Watch
-from app.journal import Journal
 from app.settings import Settings
 from app.sync.changes import Changes
 from app.sync.figures import Figures
 from app.sync.nudges import Nudges
-from app.telemetry import Metrics
 
 
 class Parts:
@@ -27,10 +25,10 @@ class Parts:
     def __init__(
         self, settings: Settings, resources: Resources, *, signing_keys: Sequence[SigningKey], tasks: asyncio.TaskGroup
     ) -> None:
-        pool, metrics = resources.pool, Metrics()
+        pool = resources.pool
         self.settings = settings
         self.resources = resources
-        self.watch = watch = Watch(metrics, Journal(pool, metrics))
+        self.watch = watch = Watch(pool)
         self.door = Door(settings, resources, watch=watch, signing_keys=signing_keys)
         self.allowances = Allowances(settings)
         self.streaming = streaming = Streaming(settings, resources, watch=watch)
@@ -38,6 +36,6 @@ class Parts:
         self.answering = answering = Answering(settings, resources, watch=watch, streaming=streaming, runs=runs)
         self.periodic = Periodic(settings, resources, watch=watch, streaming=streaming, runs=runs, answering=answering)
         self.changes = Changes(streaming.replica, resources.wall)
-        self.figures = Figures(pool, metrics)
+        self.figures = Figures(pool, watch.metrics)
         self.nudges = Nudges(pool, streaming.topics)
         self.news = News(pool, streaming.topics)

@@ -1,7 +1,6 @@
 """This server as a replica among others: it comes when the database is usable, stays alive, and leaves when asked."""
 
 import asyncio
-from dataclasses import dataclass, field
 from time import monotonic
 
 import asyncpg
@@ -21,13 +20,13 @@ _ACCEPTS_S = 5
 _GOODBYE_S = 1
 
 
-@dataclass(slots=True)
 class Life:
     """What the server's owner and the app tell each other: it serves; it shall leave; it has drained."""
 
-    serving: asyncio.Event = field(default_factory=asyncio.Event)
-    leave: asyncio.Event = field(default_factory=asyncio.Event)
-    drained: asyncio.Event = field(default_factory=asyncio.Event)
+    def __init__(self) -> None:
+        self.serving = asyncio.Event()
+        self.leave = asyncio.Event()
+        self.drained = asyncio.Event()
 
 
 class Presence:

@@ -2,7 +2,6 @@
 
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
 
 from app.chats.decoders import Decoders
 from app.chats.picture import Limits
@@ -20,20 +19,20 @@ _RESERVE = 2
 _ORDERS = 2
 
 
-@dataclass(frozen=True, slots=True)
 class Resources:
     """`share`: connections for readers, and as many for accepting messages, so that a flood of either leaves some for
     all the rest.
     """
 
-    dsn: str
-    share: int
-    pool: Pool
-    reserve: Pool
-    wall: Wall
-    safe: Safe
-    providers: Providers
-    decoders: Decoders
+    def __init__(self, settings: Settings, safe: Safe, *, dsn: str, pool: Pool, reserve: Pool) -> None:
+        self.dsn = dsn
+        self.share = max(1, (settings.pool_size - 2) // 2)
+        self.pool = pool
+        self.reserve = reserve
+        self.wall = Wall(pool, demand=settings.row_security)
+        self.safe = safe
+        self.providers = _providers(settings, safe)
+        self.decoders = Decoders(_limits(settings), processes=settings.image_decoders)
 
     async def distrust(self) -> None:
         """Use no connection again that is open now: one of them is dead without a word, and others may be."""
@@ -46,18 +45,16 @@ class Resources:
 async def opened(settings: Settings, safe: Safe) -> AsyncGenerator[Resources, None]:
     """Everything open while the block runs, whether the database is there or not."""
     assert settings.database_url is not None
-    dsn, share = settings.database_url, max(1, (settings.pool_size - 2) // 2)
+    dsn = settings.database_url
     async with AsyncExitStack() as stack:
         pool = await stack.enter_async_context(_pool(dsn, settings.pool_size))
         reserve = await stack.enter_async_context(_pool(dsn, _RESERVE))
-        wall = Wall(pool, demand=settings.row_security)
-        await stack.enter_async_context(wall.open(dsn, share + _ORDERS))
-        providers = _providers(settings, safe)
-        stack.push_async_callback(providers.aclose)
-        providers.preload()
-        decoders = Decoders(_limits(settings), processes=settings.image_decoders)
-        stack.push_async_callback(decoders.aclose)
-        yield Resources(dsn, share, pool, reserve, wall, safe, providers, decoders)
+        resources = Resources(settings, safe, dsn=dsn, pool=pool, reserve=reserve)
+        await stack.enter_async_context(resources.wall.open(dsn, resources.share + _ORDERS))
+        stack.push_async_callback(resources.providers.aclose)
+        resources.providers.preload()
+        stack.push_async_callback(resources.decoders.aclose)
+        yield resources
 
 
 @asynccontextmanager
