@@ -1,7 +1,7 @@
 """From the headers of a request to its principal, as PARLEY_AUTH says: nobody is asked, or all are for key or token."""
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from app.access.anybody import ANYBODY_HERE, Anybody, Headers, allowed_hosts, is_loopback
 from app.access.client import trusted_proxies
@@ -9,9 +9,11 @@ from app.access.keys import PREFIX, Keys
 from app.access.links import Links
 from app.access.origins import origins
 from app.access.principal import Principal
-from app.access.user_tokens import user_tokens
 from app.errors import Misconfigured, Unauthorized
 from app.settings import Settings
+
+if TYPE_CHECKING:
+    from app.access.user_tokens import UserTokens
 
 Mode = Literal["keys", "jwt", "keys,jwt", "open"]
 # A bearer token that is no API key, to its user. Raises Unauthorized.
@@ -84,11 +86,21 @@ def _given(headers: Headers) -> str:
     return rest.strip()
 
 
+def tokens_of(settings: Settings) -> "UserTokens | None":
+    """What checks users' tokens, where any are taken. Raises Misconfigured."""
+    if "jwt" not in settings.auth:
+        return None
+    # PyJWT with its algorithms takes some 50 ms of CPU to import: for those who take tokens.
+    from app.access.user_tokens import user_tokens
+
+    return user_tokens(settings)
+
+
 def require_safe(settings: Settings) -> None:
     """Raises Misconfigured where tokens cannot be checked, strangers would be believed or every web page allowed, or a
     whole network would be let in without a word of it, or a name is none.
     """
-    user_tokens(settings)
+    tokens_of(settings)
     trusted_proxies(settings)
     origins(settings)
     allowed_hosts(settings)

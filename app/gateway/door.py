@@ -4,13 +4,12 @@ from collections.abc import Sequence
 
 from app.access.anybody import anybody
 from app.access.client import trusted_proxies
-from app.access.credentials import Credentials
+from app.access.credentials import Credentials, tokens_of
 from app.access.keys import Keys
 from app.access.limits import limits_of
 from app.access.links import Links
 from app.access.signing import Signing
 from app.access.stream_token import SigningKey
-from app.access.user_tokens import user_tokens
 from app.gateway.resources import Resources
 from app.gateway.watch import Watch
 from app.settings import Settings
@@ -22,7 +21,7 @@ class Door:
     def __init__(
         self, settings: Settings, resources: Resources, *, watch: Watch, signing_keys: Sequence[SigningKey]
     ) -> None:
-        tokens = user_tokens(settings)
+        tokens = tokens_of(settings)
         self.issuer = tokens.issuer if tokens else None
         self.signing = Signing(resources.pool, given=signing_keys, safe=resources.safe)
         self.links = Links(
