@@ -22,6 +22,7 @@ from app.flows.run import Inputs, Run
 from app.flows.wishes import Wishes, allowed
 from app.postgres import Connection, Pool
 from app.providers.provider import Image
+from app.statement import Part
 from app.streams.stream import Orphan, Stream, Streams
 
 
@@ -109,10 +110,9 @@ class Beginning:
         """
         message_id = prepared.incoming.message_id or str(uuid.uuid4())
         incoming = replace(prepared.incoming, message_id=message_id)
+        names = (incoming.user_id, session_id, incoming.chatbot_id)
+        stream = Stream(stream_id, *names, prepared.version, prepared.flow_type)
         history = () if new and incoming.history is None else await self.history(connection, incoming, session_id)
-        chat = index.Chat(incoming.user_id, session_id, incoming.chatbot_id)
-        names = (stream_id, *(chat.user_id, chat.id, chat.chatbot_id))
-        stream = Stream(*names, prepared.version, prepared.flow_type)
         begun = self._streams.begun(
             stream,
             _start(stream, prepared.plan),
@@ -121,32 +121,12 @@ class Beginning:
             request=encode(incoming),
         )
         try:
-            saved = await store.save_question(
-                connection,
-                user_id=incoming.user_id,
-                chat_id=session_id,
-                message_id=message_id,
-                content=incoming.text,
-                attachments=[{"type": "image", "id": incoming.image_id}] if incoming.image_id else [],
-                seq=seq,
-                along=[index.asked(chat, incoming.text, client_ip=incoming.client_ip), begun],
-            )
+            saved = await _save(connection, incoming, index.Chat(*names), seq=seq, begun=begun)
         except Conflict:
             self._streams.settle(stream_id)  # it never was
             raise
-        if saved.brought_at is not None:
-            await index.asked_known(
-                connection,
-                chat,
-                incoming.text,
-                position=saved.position,
-                at=saved.brought_at,
-                client_ip=incoming.client_ip,
-            )
-            if incoming.history is None:
-                history = await self._stored(connection, incoming.user_id, session_id, before=saved.position)
-        if saved.came_back:
-            await recount.count_within(connection, [(incoming.user_id, session_id)])
+        if saved.brought_at is not None and incoming.history is None:
+            history = await self._stored(connection, incoming.user_id, session_id, before=saved.position)
         inputs = _inputs(prepared, history)
         return Run(stream, prepared.chatbot, prepared.plan, inputs, incoming.request_id, incoming.received)
 
@@ -180,6 +160,33 @@ class Beginning:
     ) -> list[Message]:
         bounds = {"limit": self._memory.messages, "max_bytes": self._memory.bytes}
         return await store.history(connection, user_id=user_id, chat_id=chat_id, **bounds, before=before)
+
+
+async def _save(
+    connection: Connection, incoming: Incoming, chat: index.Chat, *, seq: int | None, begun: Part
+) -> store.Saved:
+    """The question with its place in the index and with its stream, in one round trip; more only where the chat was
+    deleted before, or a device has brought the question already.
+    """
+    assert incoming.message_id is not None
+    saved = await store.save_question(
+        connection,
+        user_id=chat.user_id,
+        chat_id=chat.id,
+        message_id=incoming.message_id,
+        content=incoming.text,
+        attachments=[{"type": "image", "id": incoming.image_id}] if incoming.image_id else [],
+        seq=seq,
+        along=[index.asked(chat, incoming.text, client_ip=incoming.client_ip), begun],
+    )
+    if saved.brought_at is not None:
+        ip = incoming.client_ip
+        await index.asked_known(
+            connection, chat, incoming.text, position=saved.position, at=saved.brought_at, client_ip=ip
+        )
+    if saved.came_back:
+        await recount.count_within(connection, [(chat.user_id, chat.id)])
+    return saved
 
 
 def _inputs(prepared: Prepared, history: Sequence[Message]) -> Inputs:
