@@ -62,6 +62,19 @@ async def fill(connection: Connection, conversations: int, *, messages: bool = T
     await connection.execute("checkpoint", timeout=1200)
 
 
+async def restore(connection: Connection, conversations: int) -> None:
+    """Take out what an earlier run has added: messages that it saved, and what its passes have found."""
+    async with connection.transaction():
+        await connection.execute("delete from conversation_words where conversation > $1", conversations)
+        await connection.execute("delete from conversations where id > $1", conversations)
+        await connection.execute("delete from messages where user_id like 'saver-%'", timeout=1200)
+        await connection.execute("delete from conversation_counts")
+        await connection.execute(
+            "insert into conversation_counts select source, 0, count(*) from conversations group by 1"
+        )
+    await vacuum(connection)
+
+
 async def vacuum(connection: Connection) -> None:
     """As autovacuum does, which would come by while something is measured."""
     for table in ("conversations", "conversation_words", "messages", "chats"):
