@@ -49,6 +49,9 @@ select epoch, seq, gc_seq, gc_failed, clients, at, now_ms,
     place = (select ctid from sync_head where user_id = $1) as is_current, {_SEEN}
 from head
 """
+# What one of several deletes another one may look at: with its text.
+_NONE = "'{}'::text[]"
+_LOOK_TOGETHER = f"select {_ACTIVE}, {pages.SHARED}, {rows.found(_NONE)}"
 # Users whose pushes met others last time, and so need the lock first.
 _MOST_CROWDED = 1_000
 _MAKE = "insert into sync_head (user_id) values ($1) on conflict do nothing"
@@ -145,7 +148,7 @@ class Changes:
     async def _begin(self, user_id: str, asked: Asked) -> Answer:
         async with self._replica.transaction(wall=self._wall) as connection:
             head = await self._locked(connection, user_id)
-            await _look(connection, user_id, [asked], head)
+            await _look(connection, user_id, asked, head)
             if start(head, asked)[1] == 0:
                 await _adopt(connection, user_id, head)
             return await answer(connection, user_id, head, asked, stand(head, asked, Pushed()))
@@ -160,10 +163,11 @@ class Changes:
     ) -> Sequence[tuple[Push, Answer | Conflict]]:
         async with self._replica.transaction(wall=self._wall) as connection:
             head, found = await self._at_once(connection, user_id, take())
-            pushes = _alike(head, take())
-            if found is None or len(pushes) > 1:
-                found = await _look(connection, user_id, [push.asked for push in pushes], head)
-            shared = await _share(connection, user_id, head, pushes) if len(pushes) > 1 else None
+            pushes, shared = _alike(head, take()), None
+            if len(pushes) > 1:
+                found, shared = await _look_together(connection, user_id, [push.asked for push in pushes], head)
+            elif found is None:
+                found = await _look(connection, user_id, pushes[0].asked, head)
             applied = _applied(head, found, pushes if shared else pushes[:1])
             done = [one for one in applied if isinstance(one, Done)]
             await _save(connection, user_id, head, done)
@@ -190,13 +194,12 @@ class Changes:
         """The lock, and what one push has to know if it meets nobody: it did not last time, and does not now."""
         asked, was_crowded = pushes[0].asked, user_id in self._crowded
         self._crowded.discard(user_id)
-        ops = [op for mutation in asked.push for op in mutation.ops]
-        row = None
+        ops, row = _ops([asked]), None
         if len(pushes) == 1 and not was_crowded and not rows.deleted(ops):
-            row = await connection.fetchrow(_LOCK_AND_LOOK, user_id, *_values([asked], ops, ()))
+            row = await connection.fetchrow(_LOCK_AND_LOOK, user_id, *_values(asked, ops, ()))
         head = await self._locked(connection, user_id) if row is None else _head_of(row)
         if row is not None and row["is_current"]:
-            return head, await _seen(connection, user_id, [asked], head, ops, row)
+            return head, await _seen(connection, user_id, asked, head, row)
         if len(self._crowded) < _MOST_CROWDED and (row is not None or len(pushes) > 1):
             self._crowded.add(user_id)
         return head, None
@@ -233,39 +236,55 @@ def _head_of(row: asyncpg.Record) -> Head:
     return Head(*given, row["at"], row["now_ms"])
 
 
-async def _look(connection: Connection, user_id: str, those: Sequence[Asked], head: Head) -> rows.Found:
-    """Whatever exchanges have to know, once they have the lock."""
-    ops = [op for asked in those for mutation in asked.push for op in mutation.ops]
-    row = await connection.fetchrow(_LOOK, user_id, *_values(those, ops, _unread(head, those, ops)))
+async def _look(connection: Connection, user_id: str, asked: Asked, head: Head) -> rows.Found:
+    """Whatever an exchange has to know, once it has the lock."""
+    ops = _ops([asked])
+    row = await connection.fetchrow(_LOOK, user_id, *_values(asked, ops, _unread(head, asked, ops)))
     assert row is not None
-    return await _seen(connection, user_id, those, head, ops, row)
+    return await _seen(connection, user_id, asked, head, row)
 
 
-def _values(those: Sequence[Asked], ops: Sequence[Op], unread: Collection[str]) -> tuple[Any, ...]:
+def _values(asked: Asked, ops: Sequence[Op], unread: Collection[str]) -> tuple[Any, ...]:
     chats, messages = rows.named(ops)
-    seen = min([asked.cursor.seq if asked.cursor else 0 for asked in those])
-    client = those[0].client if len(those) == 1 else pages.NO_CLIENT
-    return list(chats), list(messages), seen, client or pages.NO_CLIENT, list(unread)
+    seen = asked.cursor.seq if asked.cursor else 0
+    return list(chats), list(messages), seen, asked.client or pages.NO_CLIENT, list(unread)
 
 
-async def _seen(
-    connection: Connection, user_id: str, those: Sequence[Asked], head: Head, ops: Sequence[Op], row: asyncpg.Record
+async def _seen(connection: Connection, user_id: str, asked: Asked, head: Head, row: asyncpg.Record) -> rows.Found:
+    if is_plain(head, asked):
+        head.unseen = (row["unseen_chats"], row["unseen_messages"])
+    return await _found(connection, user_id, [asked], head, row)
+
+
+async def _look_together(
+    connection: Connection, user_id: str, those: Sequence[Asked], head: Head
+) -> tuple[rows.Found, pages.Shared | None]:
+    """The same for several who are in no bootstrap, and what they have not seen."""
+    chats, messages = rows.named(_ops(those))
+    seen = min([asked.cursor.seq for asked in those if asked.cursor and asked.pull], default=head.seq)
+    row = await connection.fetchrow(_LOOK_TOGETHER, user_id, list(chats), list(messages), seen)
+    assert row is not None
+    return await _found(connection, user_id, those, head, row), pages.shared(row)
+
+
+async def _found(
+    connection: Connection, user_id: str, those: Sequence[Asked], head: Head, row: asyncpg.Record
 ) -> rows.Found:
     head.active = orjson.loads(row["active"] or b"[]")
-    if all(is_plain(head, asked) for asked in those):
-        head.unseen = (row["unseen_chats"], row["unseen_messages"])
     found = rows.Found()
     found.add(row)
-    await rows.load_more(connection, user_id, ops, found)
+    await rows.load_more(connection, user_id, _ops(those), found)
     return found
 
 
-def _unread(head: Head, those: Sequence[Asked], ops: Sequence[Op]) -> set[str]:
+def _ops(those: Sequence[Asked]) -> list[Op]:
+    return [op for asked in those for mutation in asked.push for op in mutation.ops]
+
+
+def _unread(head: Head, asked: Asked, ops: Sequence[Op]) -> set[str]:
     """Messages whose text nobody needs: they go. What is repeated is told as it is now, so with its text."""
-    if len(those) > 1:
-        return set()  # it may be another one's that is looked at before it goes
-    acked, gone = known_mid(head, those[0]), rows.deleted(ops)
-    return gone and gone - {op.id for mutation in those[0].push if mutation.mid <= acked for op in mutation.ops}
+    acked, gone = known_mid(head, asked), rows.deleted(ops)
+    return gone and gone - {op.id for mutation in asked.push if mutation.mid <= acked for op in mutation.ops}
 
 
 async def _adopt(connection: Connection, user_id: str, head: Head) -> None:
@@ -287,11 +306,6 @@ def _alike(head: Head, pushes: Sequence[Push]) -> Sequence[Push]:
     return list(takewhile(lambda push: is_plain(head, push.asked), pushes)) or pushes[:1]
 
 
-async def _share(connection: Connection, user_id: str, head: Head, pushes: Sequence[Push]) -> pages.Shared | None:
-    cursors = [push.asked.cursor for push in pushes if push.asked.cursor and push.asked.pull]
-    return await pages.share(connection, user_id, cursors, last=head.seq, unseen=head.unseen)
-
-
 def _applied(head: Head, found: rows.Found, pushes: Sequence[Push]) -> list[Done | Conflict]:
     """What becomes of them, up to one that names what another one has written: it waits for the next transaction.
 
@@ -300,8 +314,7 @@ def _applied(head: Head, found: rows.Found, pushes: Sequence[Push]) -> list[Done
     applied: list[Done | Conflict] = []
     written: set[str] = set()
     for push in pushes:
-        ops = [op for mutation in push.asked.push for op in mutation.ops]
-        if written and not written.isdisjoint(rows.touchable(ops, found.state)):
+        if written and not written.isdisjoint(rows.touchable(_ops([push.asked]), found.state)):
             break
         try:
             one = _push(head, found, push)

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import asyncpg
+import orjson
 
 from app.postgres import Connection
 from app.sync.cursor import Cursor
 from app.sync.merge import Chat, Message, State
-from app.sync.rows import CHAT, MESSAGE, Marks, message_of
+from app.sync.rows import CHAT, MESSAGE, Marks, chat_of, message_of
 
 Row = TypeVar("Row", Chat, Message)
 ROWS = 500
@@ -25,14 +26,28 @@ _CHATS = f"select seq, origin, {CHAT} from chats where {_UNSEEN} order by seq li
 _FIT = MESSAGE
 for _name in ("content", "attachments"):
     _FIT = _FIT.replace(_name, f"case when before < {BYTES} then {_name} end as {_name}")
-_MESSAGES = f"""
-select seq, origin, before < {BYTES} as fits, {_FIT}
+_SIZED = """
+select seq, origin, before < {most} as fits, {fit}
 from (
     select *, coalesce(sum(octet_length(content) + octet_length(attachments)) over (
         order by seq groups between unbounded preceding and 1 preceding), 0) as before
-    from (select seq, origin, {MESSAGE} from messages where {_UNSEEN} and ($6 or status <> 'failed' or is_deleted)
-        order by seq limit {ROWS + 1}) unseen) sized
+    from (select seq, origin, {message} from messages where {unseen} order by seq limit {rows}) unseen) sized
 order by seq
+"""
+
+
+def _sized(unseen: str, rows: int) -> str:
+    return _SIZED.format(most=BYTES, fit=_FIT, message=MESSAGE, unseen=unseen, rows=rows)
+
+
+_MESSAGES = _sized(f"{_UNSEEN} and ($6 or status <> 'failed' or is_deleted)", ROWS + 1)
+# Of what several have not seen: so much, as what they write comes on top.
+_HALF = ROWS // 2
+_BEHIND = "user_id = $1 and seq > 0 and seq > $4"
+SHARED = f"""
+    (select json_agg(c) from (
+        select seq, origin, {CHAT} from chats where {_BEHIND} order by seq limit {_HALF + 1}) c) as behind_chats,
+    (select json_agg(m) from ({_sized(_BEHIND, _HALF + 1)}) m) as behind_messages
 """
 # Whether there is anything of others for a device that is in no bootstrap.
 UNSEEN = """
@@ -71,7 +86,7 @@ async def read(
     end = _end(sorted([*(row["seq"] for row in chats), *(row["seq"] for row in messages)]), last)
     end = min([end, *(row["seq"] - 1 for row in messages if not row["fits"])])
     return Page(
-        [_chat(row) for row in chats if row["seq"] <= end],
+        [chat_of(row) for row in chats if row["seq"] <= end],
         [message_of(row) for row in messages if row["seq"] <= end],
         cursor.at(end, failed=cursor.failed),
         end < last,
@@ -104,23 +119,15 @@ def _news(rows: Rows[Row], cursor: Cursor, client: str) -> list[Row]:
     return [one for seq, origin, one in rows.values() if seq > cursor.seq and origin != client]
 
 
-async def share(
-    connection: Connection, user_id: str, cursors: Sequence[Cursor], *, last: int, unseen: tuple[bool, bool]
-) -> Shared | None:
-    """What several who are in no bootstrap have not seen, read once; None where that is more than half a page."""
-    values = (user_id, min((cursor.seq for cursor in cursors), default=last), last, NO_CLIENT, 0)
-    chats = await connection.fetch(_CHATS, *values) if unseen[0] else []
-    messages = await connection.fetch(_MESSAGES, *values, True) if unseen[1] else []
-    if len(chats) + len(messages) > ROWS // 2 or not all(row["fits"] for row in messages):
+def shared(row: asyncpg.Record) -> Shared | None:
+    """What `SHARED` has found; None where that is more than half a page."""
+    chats, messages = (orjson.loads(row[name] or b"[]") for name in ("behind_chats", "behind_messages"))
+    if len(chats) + len(messages) > _HALF or not all(one["fits"] for one in messages):
         return None
     return Shared(
-        {row["id"]: (row["seq"], row["origin"], _chat(row)) for row in chats},
-        {row["id"]: (row["seq"], row["origin"], message_of(row)) for row in messages},
+        {one["id"]: (one["seq"], one["origin"], chat_of(one)) for one in chats},
+        {one["id"]: (one["seq"], one["origin"], message_of(one)) for one in messages},
     )
-
-
-def _chat(row: asyncpg.Record) -> Chat:
-    return Chat(*list(row)[2:])
 
 
 def _end(seqs: Sequence[int], last: int) -> int:

@@ -122,7 +122,7 @@ class Found:
         for given in orjson.loads(row["chats"] or b"[]"):
             self.last[given["name"]] = given["position"]
             if given["id"] is not None:
-                self.state.chats[given["id"]] = Chat(*map(given.__getitem__, _CHAT))
+                self.state.chats[given["id"]] = chat_of(given)
                 self.seqs[given["id"]] = given["seq"]
         for given in orjson.loads(row["messages"] or b"[]"):
             if given["content"] is None:
@@ -288,6 +288,10 @@ async def keep(connection: Connection, user_id: str, losers: Sequence[Chat]) -> 
     ]
     await connection.execute(_KEEP, user_id, *map(list, zip(*lines, strict=True)))
     await connection.execute(_FORGET_VERSIONS, user_id, sorted({chat.id for chat in losers}))
+
+
+def chat_of(row: asyncpg.Record | Mapping[str, Any]) -> Chat:
+    return Chat(*map(row.__getitem__, _CHAT))
 
 
 def message_of(row: asyncpg.Record | Mapping[str, Any]) -> Message:

@@ -6,18 +6,23 @@ import pytest
 from app.conversations import transcript
 from app.errors import TooLarge
 from app.postgres import open_pool
-from app.sync import chats, claim, edits, pages, rows
+from app.sync import changes, chats, claim, edits, pages, rows
 from app.sync.cursor import Cursor, read
 from app.sync.merge import AddMessage, DeleteMessage, stamp_at
 from app.wall import Reach, Wall, within
 
 
 @pytest.mark.parametrize(
-    ("query", "index", "more"),
-    [(pages._CHATS, "chats_changed", ()), (pages._MESSAGES, "messages_changed", (False,))],
+    ("query", "index", "values"),
+    [
+        (pages._CHATS, "chats_changed", (5, 9, "phone", 0)),
+        (pages._MESSAGES, "messages_changed", (5, 9, "phone", 0, False)),
+        (changes._LOOK_TOGETHER, "chats_changed", (["c"], ["m"], 5)),
+        (changes._LOOK_TOGETHER, "messages_changed", (["c"], ["m"], 5)),
+    ],
 )
 async def test_changes_are_found_by_their_number(
-    database: str, query: str, index: str, more: tuple[object, ...]
+    database: str, query: str, index: str, values: tuple[object, ...]
 ) -> None:
     pool = await open_pool(database, 2)
     async with Wall(pool, demand="require").open(database, 2) as wall:
@@ -26,8 +31,7 @@ async def test_changes_are_found_by_their_number(
         with within(Reach("ann")):
             async with wall.connection() as connection:
                 await connection.execute("set local enable_seqscan = off")
-                values = ("ann", 5, 9, "phone", 0, *more)
-                plan = [row[0] for row in await connection.fetch(f"explain (costs off) {query}", *values)]
+                plan = [row[0] for row in await connection.fetch(f"explain (costs off) {query}", "ann", *values)]
     pool.terminate()
     assert any(index in line for line in plan), plan
     assert any("Index Cond" in line and "seq > " in line for line in plan), plan

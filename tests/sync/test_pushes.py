@@ -16,7 +16,7 @@ from app.chats import store
 from app.chats.chat import MessageStatus
 from app.errors import Conflict, ParleyError, Unavailable
 from app.postgres import Connection
-from app.sync import pushes
+from app.sync import pages, pushes
 from app.sync.changes import Changes
 from app.sync.cursor import Cursor
 from app.sync.exchange import Answer, Asked, Mutation
@@ -130,6 +130,15 @@ async def test_together_is_as_one_after_the_other(database: str) -> None:
         connection = await asyncpg.connect(database)
         await agreed(connection)
         await connection.close()
+
+
+async def test_what_is_too_much_to_be_read_for_all_is_read_for_each(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "_HALF", 3)
+    async with gateway(database) as (changes, look):
+        await _compared(changes, look, Random(1), "together", "apart")
+        assert changes.sizes.count(1) > 100
 
 
 async def _compared(changes: Changes, look: asyncpg.Pool, chance: Random, together: str, apart: str) -> None:
