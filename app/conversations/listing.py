@@ -3,7 +3,7 @@
 import base64
 import binascii
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from itertools import chain
 from math import inf
@@ -199,13 +199,19 @@ async def page(connection: Connection, wanted: Wanted, *, size: int, after: Plac
     slice_ = Slice(size, after, skip)
     if wanted.query is None and len(wanted.facets) < 2:
         return await _walked(connection, wanted, slice_)
+    newest = None
+    if wanted.query is None and wanted.username is not None:
+        newest = slice_.total or await _total_newest(connection, wanted)
+        if newest.exact and (own := await _own(connection, wanted, slice_, newest)):
+            return own
     seen = await look(connection, wanted.query or "", facets(wanted.facets), facets(wanted.along))
     if wanted.query is not None and not seen.words:
         return Page([], Total(0), None)
     if seen.is_bound:
         # Row security would ask for each of everybody's words: the user's own conversations are fewer.
         return await _walked(connection, wanted, slice_, words=seen.words)
-    return await _strolled(connection, wanted, slice_, seen) or await _found(connection, wanted, slice_, seen)
+    strolled = await _strolled(connection, wanted, slice_, seen, newest)
+    return strolled or await _found(connection, wanted, slice_, seen)
 
 
 async def _walked(connection: Connection, wanted: Wanted, slice_: Slice, words: str = "") -> Page:
@@ -215,7 +221,19 @@ async def _walked(connection: Connection, wanted: Wanted, slice_: Slice, words: 
     return _page(await connection.fetch(sql, *values), slice_, total)
 
 
-async def _strolled(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page | None:
+async def _own(connection: Connection, wanted: Wanted, slice_: Slice, total: Total) -> Page | None:
+    """Of a user with few enough conversations to walk along all of them; None where that is not known to be so."""
+    # More than were counted: some may have come since.
+    sql, values = strolling(wanted, slice_, far=2 * _NEWEST)
+    rows = await connection.fetch(sql, *values)
+    # A cursor does not say how far its total was counted, but a page that is full is as it should be.
+    is_whole = slice_.total is None or len(rows) > slice_.size
+    return _page(rows, slice_, total) if is_whole else None
+
+
+async def _strolled(
+    connection: Connection, wanted: Wanted, slice_: Slice, seen: Look, newest: Total | None
+) -> Page | None:
     """Where much fits a page is full soon; None where it was not, or where the index of words is cheaper."""
     if not (far := _far(wanted, slice_, seen)):
         return None
@@ -223,7 +241,9 @@ async def _strolled(connection: Connection, wanted: Wanted, slice_: Slice, seen:
     rows = await connection.fetch(sql, *values)
     if len(rows) <= slice_.size:
         return None
-    return _page(rows, slice_, slice_.total or await _total_found(connection, wanted, seen, least=slice_.needed))
+    if (total := slice_.total) is None:
+        total = await _total_found(connection, wanted, seen, least=slice_.needed, newest=newest)
+    return _page(rows, slice_, total)
 
 
 def _far(wanted: Wanted, slice_: Slice, seen: Look) -> int:
@@ -267,7 +287,7 @@ def statement(wanted: Wanted, slice_: Slice, *, words: str = "") -> tuple[str, l
     return terms.page(_WALK, wanted, slice_, where=where)
 
 
-def strolling(wanted: Wanted, slice_: Slice, seen: Look, *, far: int) -> tuple[str, list[Any]]:
+def strolling(wanted: Wanted, slice_: Slice, seen: Look | None = None, *, far: int) -> tuple[str, list[Any]]:
     """Likewise, but only so far along the index of one filter, or along the words."""
     terms = _Terms()
     walk, where = terms.nearby(wanted, slice_.after, seen, far)
@@ -291,7 +311,7 @@ def counting(wanted: Wanted, *, query: str) -> tuple[str, list[Any]]:
     return _COUNT_WORDS.format(query=terms.add(query), where=where, far=terms.add(_COUNTED + 1)), terms.values
 
 
-def counting_newest(wanted: Wanted, seen: Look, *, far: int) -> tuple[str, list[Any]]:
+def counting_newest(wanted: Wanted, seen: Look | None = None, *, far: int) -> tuple[str, list[Any]]:
     """What counts among so many of those that a walk would come to first."""
     terms = _Terms()
     walk, where = terms.nearby(wanted, None, seen, far)
@@ -306,20 +326,29 @@ async def _total(connection: Connection, wanted: Wanted, words: str) -> Total:
     return _counted(await connection.fetchval(_COUNT.format(where=where, far=terms.add(FAR + 1)), *terms.values), FAR)
 
 
-async def _total_found(connection: Connection, wanted: Wanted, seen: Look, *, least: int = 0) -> Total:
-    """At least so many. Of a single word or facet that many have the statistics are enough to know it."""
+async def _total_found(
+    connection: Connection, wanted: Wanted, seen: Look, *, least: int = 0, newest: Total | None = None
+) -> Total:
+    """At least so many. Of a single word or facet that many have the statistics are enough to know it. `newest` is
+    what a walk along the newest has counted, where there was one."""
     if _is_known(wanted, seen):
         return Total(_COUNTED + 1, exact=False)
     if not _is_asked(wanted, seen):
-        sql, values = counting_newest(wanted, seen, far=_NEWEST)
-        row = await connection.fetchrow(sql, *values)
-        assert row is not None
-        return Total(max(row["found"], least), exact=row["walked"] < _NEWEST)
+        newest = newest or await _total_newest(connection, wanted, seen)
+        return replace(newest, count=max(newest.count, least))
     sql, values = counting(wanted, query=seen.query)
     async with connection.transaction():
         # Whether the index is worth it depends on how common the words are; our connections plan without looking.
         await connection.execute("set local plan_cache_mode = force_custom_plan")
         return _counted(await connection.fetchval(sql, *values), _COUNTED)
+
+
+async def _total_newest(connection: Connection, wanted: Wanted, seen: Look | None = None) -> Total:
+    """Exact where all were looked at."""
+    sql, values = counting_newest(wanted, seen, far=_NEWEST)
+    row = await connection.fetchrow(sql, *values)
+    assert row is not None
+    return Total(row["found"], exact=row["walked"] < _NEWEST)
 
 
 def _is_known(wanted: Wanted, seen: Look) -> bool:
@@ -382,15 +411,16 @@ class _Terms:
     def is_named(self, wanted: Wanted) -> str:
         return self.all_of(self.named({name: value for name, value in wanted.facets.items() if name != "username"}))
 
-    def nearby(self, wanted: Wanted, after: Place | None, seen: Look, far: int) -> tuple[str, str]:
-        """A walk, and which of its rows are wanted."""
+    def nearby(self, wanted: Wanted, after: Place | None, seen: Look | None, far: int) -> tuple[str, str]:
+        """A walk, and which of its rows are wanted. Words are asked for in what was seen of them."""
         way = "desc" if wanted.newest_first else "asc"
         if not wanted.along:
+            assert seen is not None
             walk = _SPOKEN.format(nearby=self.spoken(wanted, after), way=way, far=self.add(far))
             return walk, f"words @@ {self.add(seen.query)}"
         nearby = self.all_of(self.named(wanted.along), self.between(wanted, after))
         rest = {name: value for name, value in wanted.facets.items() if name not in wanted.along}
-        where = self.all_of(self.named(rest), self.has(seen.words, "walked.id"))
+        where = self.all_of(self.named(rest), self.has(seen.words if seen else "", "walked.id"))
         return _NEARBY.format(nearby=nearby, way=way, far=self.add(far)), where
 
     def page(self, which: str, wanted: Wanted, slice_: Slice, **given: str) -> tuple[str, list[Any]]:

@@ -140,6 +140,27 @@ async def test_every_way_finds_the_same(database: str, monkeypatch: pytest.Monke
     await connection.close()
 
 
+async def test_all_of_a_user_are_listed_however_many_they_are(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few are walked along; of many it depends, and a cursor does not say which it was."""
+    rows = listed.rows(Random(3), 200)
+    await listed.store(database, rows)
+    connection = await open_connection(database)
+    await connection.execute("analyze conversation_words")
+    expected = sorted(row["conversation_id"] for row in rows if (row["username"], row["model"]) == ("ann", "large"))
+    for newest, far in ((1, 0), (1, 10), (20, 0), (20, 100), (1000, 0)):
+        monkeypatch.setattr(listing, "_NEWEST", newest)
+        monkeypatch.setattr(listing, "_far", lambda *_, far=far: far)
+        for size in (3, 40):
+            wanted = listing.Wanted(username="ann", model="large")
+            page = await listing.page(connection, wanted, size=size)
+            found = list(page.rows)
+            while page.behind is not None:
+                page = await listing.page(connection, wanted, size=size, after=page.behind)
+                found += page.rows
+            assert sorted(row["conversation_id"] for row in found) == expected
+    await connection.close()
+
+
 async def test_a_user_finds_what_is_theirs(database: str) -> None:
     """Behind the second wall, where the words of others cannot be seen."""
     rows = listed.rows(Random(9), 200, "rare common common")
