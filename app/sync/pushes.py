@@ -110,14 +110,21 @@ class Pushes:
 
 
 def _together(line: Line) -> Line:
-    """The first, and those behind it while all of them are about as large as one may be."""
+    """The first, and those behind it while all of them are about as large as one may be, up to one that names what
+    another one is likely to write: it would be left for the next transaction anyway, and looked at twice.
+    """
     if len(line) == 1:
         return line[:]
     ops = text = 0
+    written: set[str] = set()
     for many, push in enumerate(line[:_MOST]):
         more = [op for mutation in push.asked.push for op in mutation.ops]
+        added = [op for op in more if isinstance(op, AddMessage)]
         ops += len(more)
-        text += sum(len(op.content) + len(op.attachments) for op in more if isinstance(op, AddMessage))
-        if many and (ops > _MOST_OPS or text > _MOST_TEXT):
+        text += sum(len(op.content) + len(op.attachments) for op in added)
+        its = {op.id for op in more}
+        is_apart = written.isdisjoint(its) and written.isdisjoint([op.chat_id for op in added])
+        if many and not (is_apart and ops <= _MOST_OPS and text <= _MOST_TEXT):
             return line[:many]
+        written |= its
     return line[:_MOST]

@@ -286,9 +286,27 @@ async def test_more_than_may_wait_are_told_to_come_again(database: str, monkeypa
 
 
 def test_as_much_as_one_push_may_have_is_taken_together() -> None:
-    large = Asked("phone", None, [Mutation(1, [AddMessage("m", "c", "user", "x" * 600_000, stamp_at(_NOW))])])
-    many = Asked("phone", None, [Mutation(1, [DeleteMessage(str(n)) for n in range(60)])])
-    small = add("phone", "m")
-    for asked, most in ((large, 1), (many, 1), (small, 32)):
-        assert len(pushes._together([Push(asked) for _ in range(40)])) == most
-    assert len(pushes._together([Push(many), Push(small), Push(large), Push(small), Push(large)])) == 4
+    def large(n: int) -> Push:
+        return _waiting(AddMessage(f"m{n}", "c", "user", "x" * 600_000, stamp_at(_NOW)))
+
+    def many(n: int) -> Push:
+        return _waiting(*(DeleteMessage(f"m{n} {op}") for op in range(60)))
+
+    def small(n: int) -> Push:
+        return _waiting(AddMessage(f"m{n}", "c", "user", "x", stamp_at(_NOW)))
+
+    for of, most in ((large, 1), (many, 1), (small, 32)):
+        assert len(pushes._together([of(n) for n in range(40)])) == most
+    assert len(pushes._together([many(0), small(1), large(2), small(3), large(4)])) == 4
+
+
+def test_who_names_what_another_one_writes_is_not_taken_along() -> None:
+    said = AddMessage("m", "c", "user", "x", stamp_at(_NOW))
+    titled, gone = PutChat("c", "Trip", stamp_at(_NOW)), DeleteMessage("m")
+    for first, second in ((said, said), (said, gone), (gone, said), (titled, said), (titled, titled)):
+        assert len(pushes._together([_waiting(first), _waiting(second)])) == 1
+    assert len(pushes._together([_waiting(said), _waiting(titled)])) == 2
+
+
+def _waiting(*ops: Op) -> Push:
+    return Push(Asked("phone", None, [Mutation(1, ops)]))
