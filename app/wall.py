@@ -177,7 +177,9 @@ def _told(select: str, user: int) -> str:
 
 def _settings(reach: Reach, streams: Collection[UUID]) -> str:
     """Until the transaction's end. One text with BEGIN is one round trip, but takes no parameters."""
-    given = {"streams": _array(streams), "leave": _array(reach.streams or ()), "user_id": reach.user_id or ""}
+    given = {"user_id": reach.user_id or ""}
+    if streams or reach.streams:
+        given |= {"streams": _array(streams), "leave": _array(reach.streams or ())}
     return "".join(f"; set local parley.{name} = {_literal(value)}" for name, value in given.items() if value)
 
 

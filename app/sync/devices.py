@@ -40,7 +40,7 @@ def remember(head: Head, asked: Asked, results: Sequence[Mapping[str, Any]]) -> 
     known = head.clients.get(asked.client, {})
     kept = {name: known[name] for name in ("told", "has") if name in known}
     head.clients[asked.client] = kept | {"mid": asked.push[-1].mid, "at": head.now_ms}
-    if few := _few(results):
+    if results and (few := _few(results)):
         head.clients[asked.client]["results"] = few
     _forget(head)
 

@@ -273,6 +273,8 @@ def _op(given: PutChat | DeleteChat | AddMessage | DeleteMessage) -> merge.Op:
 
 def _attached(given: AddMessage) -> str:
     """Numbers may be longer than they were in the body."""
+    if not given.attachments:
+        return "[]"
     kept = orjson.dumps(given.attachments)
     if len(kept) > MOST_ATTACHED:
         raise Invalid("invalid_request", f"The attachments of {given.id} have more than {MOST_ATTACHED} bytes.")
