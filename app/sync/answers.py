@@ -53,11 +53,13 @@ def stand(head: Head, asked: Asked, pushed: Pushed) -> Pushed:
 
 
 def no_news(head: Head, asked: Asked, pushed: Pushed) -> Answer | None:
-    """The answer to who has seen everything, while no answer of a model is in the making."""
+    """The answer to who has seen everything of others, while no answer of a model is in the making."""
     cursor = asked.cursor
-    if head.active or cursor is None or cursor.seq < head.seq:
+    if head.active or cursor is None or pushed.until == 0:
         return None
-    return _answer(head, asked, pushed, pages.Page((), (), cursor.at(cursor.seq, failed=asked.failed), False), ())
+    if cursor.seq < pushed.seq and head.unseen != (False, False):
+        return None
+    return _answer(head, asked, pushed, pages.Page((), (), cursor.at(pushed.seq, failed=asked.failed), False), [])
 
 
 async def answer(connection: Connection, user_id: str, head: Head, asked: Asked, pushed: Pushed) -> Answer:
@@ -83,7 +85,8 @@ async def answers(
 ) -> list[Answer]:
     """To those whose pushes are written now. `shared`: what was there before, for several."""
     if shared is None:
-        return [await answer(connection, user_id, head, one.push.asked, one.pushed) for one in done]
+        alone = ((one.push.asked, one.pushed) for one in done)
+        return [no_news(head, *one) or await answer(connection, user_id, head, *one) for one in alone]
     streams, told = await _streams(connection, head.active), []
     for one in done:
         shared.write(one.work.found.state, one.work.marks)

@@ -78,8 +78,6 @@ async def read(
     """Rows behind the cursor, up to the change `last`. `unseen`: whether to look for chats, and for messages."""
     if cursor.seq >= last:
         return Page((), (), cursor, False)
-    if unseen == (False, False):
-        return Page((), (), cursor.at(last, failed=cursor.failed), False)
     values = (user_id, cursor.seq, last, client or NO_CLIENT, cursor.until)
     chats = await connection.fetch(_CHATS, *values) if unseen[0] else []
     messages = await connection.fetch(_MESSAGES, *values, cursor.failed) if unseen[1] else []
