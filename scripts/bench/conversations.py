@@ -59,7 +59,6 @@ async def fill(connection: Connection, conversations: int, *, messages: bool = T
     ):
         await connection.execute(statement, timeout=1200)
     await vacuum(connection)
-    await connection.execute("checkpoint", timeout=1200)
 
 
 async def restore(connection: Connection, conversations: int) -> None:
@@ -76,6 +75,7 @@ async def restore(connection: Connection, conversations: int) -> None:
 
 
 async def vacuum(connection: Connection) -> None:
-    """As autovacuum does, which would come by while something is measured."""
+    """As autovacuum and the checkpointer do, which would come by while something is measured."""
     for table in ("conversations", "conversation_words", "messages", "chats"):
         await connection.execute(f"vacuum analyze {table}", timeout=1200)
+    await connection.execute("checkpoint", timeout=1200)
