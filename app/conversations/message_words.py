@@ -23,6 +23,8 @@ VERSION = 1
 MOST = 32_000
 # Messages and chats of one transaction, of which those of one change may be more; seconds of a pass.
 _PIECE, _PASS_S = 50, 20.0
+# Of a chat that came back so many times more, as those that are there are looked at again for each piece.
+_AGAIN = 10
 # Users of one look, and those that one pass looks at; all others have their turn in the next ones.
 _USERS, _LOOKS = 5_000, 20
 
@@ -118,19 +120,20 @@ select span.last, span.is_current, (select count(*) from changed) as messages,
     array(select id from chats where user_id = $1 and seq > $2 and seq > 0 and seq <= span.last) as chats
 from span
 """
-# A chat that was deleted, or that came back: its messages have no new numbers.
+# A chat that was deleted, or that came back: its messages have no new numbers. Asked row by row, by their keys:
+# PostgreSQL would compare each message of a chat with each.
 _UNSHOWN = f"""
 delete from message_words w using unnest($2::text[]) as k(id)
-where w.username = $1 and w.conversation_id = k.id and not exists (
-    select from messages m where m.user_id = $1 and m.id = w.message_id and {_SHOWN})
+where w.username = $1 and w.conversation_id = k.id and (
+    select true from messages m where m.user_id = $1 and m.id = w.message_id and {_SHOWN}) is null
 """
 _SHOWN_AGAIN = f"""
 insert into message_words (username, conversation_id, message_id, words)
 select $1, chat_id, id, {_WORDS} from (
     select m.chat_id, m.id, left(m.content, {MOST}) as content from unnest($2::text[]) as k(id)
-    join messages m on m.user_id = $1 and m.chat_id = k.id
-    where {_SHOWN} and not exists (select from message_words w
-        where (w.username, w.conversation_id, w.message_id) = ($1, m.chat_id, m.id)) limit $3) missing
+    cross join lateral (select * from messages where user_id = $1 and chat_id = k.id offset 0) m
+    where {_SHOWN} and (select true from message_words w
+        where (w.username, w.conversation_id, w.message_id) = ($1, m.chat_id, m.id)) is null limit $3) missing
 on conflict do nothing
 """
 _FILL = f"""
@@ -338,7 +341,8 @@ class MessageWords:
             return seq, 0, True
         if row["chats"]:
             await connection.execute(_UNSHOWN, user_id, row["chats"])
-            again = await connection.execute(_SHOWN_AGAIN, user_id, row["chats"], self.piece)
-            if again == f"INSERT 0 {self.piece}":
-                return seq, self.piece, False
+            most = _AGAIN * self.piece
+            again = await connection.execute(_SHOWN_AGAIN, user_id, row["chats"], most)
+            if again == f"INSERT 0 {most}":
+                return seq, most, False
         return row["last"], row["messages"], row["is_current"]

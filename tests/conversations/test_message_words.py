@@ -279,3 +279,10 @@ async def test_a_walk_that_was_begun_before_the_index_was_deleted_says_nothing(
         await words.run_once()
     assert not await differing(connection)
     await pool.close()
+
+
+async def test_a_chat_is_compared_message_by_message(connection: asyncpg.Connection) -> None:
+    for query, values in ((message_words._UNSHOWN, ()), (message_words._SHOWN_AGAIN, (50,))):
+        plan = [row[0] for row in await connection.fetch(f"explain {query}", "ann", ["c"], *values)]
+        assert any("SubPlan" in line for line in plan), plan
+        assert not any("Anti Join" in line for line in plan), plan
