@@ -19,6 +19,7 @@ _RECOUNT = "What unfinished runs have cost is left out of a recount; elsewhere, 
 _ERRORS = "Errors name their stream only; elsewhere, the ids of a user's streams would be asked for first."
 ALLOWED = {
     **{("conversations/recount.py", name): _RECOUNT for name in ("COUNTED", "_DIFFERING", "_WRITE")},
+    ("conversations/tally.py", "_COUNTED"): _RECOUNT,
     ("flows/erasure.py", "_ERRORS"): _ERRORS,
 }
 
