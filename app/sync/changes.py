@@ -6,9 +6,8 @@ Everything here happens under the user's row of `sync_head` or after a look at i
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import asyncpg
 import orjson
 
 from app.access.audit import asker
@@ -16,9 +15,9 @@ from app.chats.head import moved
 from app.errors import Conflict, Unavailable
 from app.postgres import Connection, retry_conflicts
 from app.streams.replicas import Fenced, Replica
-from app.sync import pages, rows
+from app.sync import looks, rows
 from app.sync.answers import answer, answers, is_plain, no_news, stand, start
-from app.sync.devices import acked_of, known_mid, noted, remember
+from app.sync.devices import acked_of, noted, remember
 from app.sync.exchange import Answer, Asked, Head, Mutation, Pushed
 from app.sync.merge import Op, State
 from app.sync.mutations import Done, Work, note_gone, save
@@ -29,29 +28,6 @@ T = TypeVar("T")
 # Operations under one number: a page ends between two numbers, so all rows of one have to fit into it.
 MOST_OPS = 100
 
-_ACTIVE = """
-    (select json_agg(json_build_array(s.id, s.streaming_session_id)) from conversation_sessions s
-     where s.user_id = $1 and s.status = 'active') as active
-"""
-_COUNTER = """
-    epoch, seq, gc_seq, gc_failed, clients, now() as at, (extract(epoch from parley_now()) * 1000)::bigint as now_ms
-"""
-_HEAD = f"select {_COUNTER}, {_ACTIVE} from sync_head where user_id = $1"
-_LOCK = f"select {_COUNTER} from sync_head where user_id = $1 for update"
-# A statement of its own, after the lock: the one that waits for it sees of other tables what was before.
-_SEEN = f"{_ACTIVE}, {pages.UNSEEN}, {rows.found('$6::text[]')}"
-_LOOK = f"select {_SEEN}"
-# Both at once: what it has seen beside the lock holds good where nobody has written the row since it began. Whoever
-# writes a user's chats or messages writes that row.
-_LOCK_AND_LOOK = f"""
-with head as materialized (select {_COUNTER}, ctid as place from sync_head where user_id = $1 for update)
-select epoch, seq, gc_seq, gc_failed, clients, at, now_ms,
-    place = (select ctid from sync_head where user_id = $1) as is_current, {_SEEN}
-from head
-"""
-# What one of several deletes another one may look at: with its text.
-_NONE = "'{}'::text[]"
-_LOOK_TOGETHER = f"select {_ACTIVE}, {pages.SHARED}, {rows.found(_NONE)}"
 # Users whose pushes met others last time, and so need the lock first.
 _MOST_CROWDED = 1_000
 _MAKE = "insert into sync_head (user_id) values ($1) on conflict do nothing"
@@ -124,7 +100,7 @@ class Changes:
         """Up to where a device was told, and has shown to have it, for those that do not keep it; None: no news."""
         given = {name: seq for name, seq in (("told", told), ("has", has)) if seq is not None}
         async with self._wall.connection() as connection:
-            head = await _head(connection, user_id)
+            head = await looks.head_now(connection, user_id)
         if head is None or noted(head, client, given):
             await _until_written(lambda: self._note(user_id, client, given))
 
@@ -136,8 +112,8 @@ class Changes:
 
     async def _read(self, user_id: str, asked: Asked) -> Answer | None:
         """The answer to who pushes nothing; None where something has to be written for it: before a bootstrap."""
-        row = await self._wall.fetchrow(_HEAD, user_id)
-        if row is None or start(head := _whole_head(row), asked)[1] == 0:
+        row = await self._wall.fetchrow(looks.HEAD, user_id)
+        if row is None or start(head := looks.whole_head(row), asked)[1] == 0:
             return None
         pushed = stand(head, asked, Pushed())
         if (nothing := no_news(head, asked, pushed)) is not None:
@@ -148,7 +124,7 @@ class Changes:
     async def _begin(self, user_id: str, asked: Asked) -> Answer:
         async with self._replica.transaction(wall=self._wall) as connection:
             head = await self._locked(connection, user_id)
-            await _look(connection, user_id, asked, head)
+            await looks.one(connection, user_id, asked, head)
             if start(head, asked)[1] == 0:
                 await _adopt(connection, user_id, head)
             return await answer(connection, user_id, head, asked, stand(head, asked, Pushed()))
@@ -165,9 +141,9 @@ class Changes:
             head, found = await self._at_once(connection, user_id, take())
             pushes, shared = _alike(head, take()), None
             if len(pushes) > 1:
-                found, shared = await _look_together(connection, user_id, [push.asked for push in pushes], head)
+                found, shared = await looks.several(connection, user_id, [push.asked for push in pushes], head)
             elif found is None:
-                found = await _look(connection, user_id, pushes[0].asked, head)
+                found = await looks.one(connection, user_id, pushes[0].asked, head)
             applied = _applied(head, found, pushes if shared else pushes[:1])
             done = [one for one in applied if isinstance(one, Done)]
             await _save(connection, user_id, head, done)
@@ -194,23 +170,22 @@ class Changes:
         """The lock, and what one push has to know if it meets nobody: it did not last time, and does not now."""
         asked, was_crowded = pushes[0].asked, user_id in self._crowded
         self._crowded.discard(user_id)
-        ops, row = _ops([asked]), None
-        if len(pushes) == 1 and not was_crowded and not rows.deleted(ops):
-            row = await connection.fetchrow(_LOCK_AND_LOOK, user_id, *_values(asked, ops, ()))
-        head = await self._locked(connection, user_id) if row is None else _head_of(row)
-        if row is not None and row["is_current"]:
-            return head, await _seen(connection, user_id, asked, head, row)
-        if len(self._crowded) < _MOST_CROWDED and (row is not None or len(pushes) > 1):
+        looked = None
+        if len(pushes) == 1 and not was_crowded and not rows.deleted(looks.ops_of([asked])):
+            looked = await looks.at_once(connection, user_id, asked)
+            if looked is not None and looked[1] is not None:
+                return looked
+        if len(self._crowded) < _MOST_CROWDED and (looked or len(pushes) > 1):
             self._crowded.add(user_id)
-        return head, None
+        return looked or (await self._locked(connection, user_id), None)
 
     async def _locked(self, connection: Connection, user_id: str) -> Head:
-        row = await connection.fetchrow(_LOCK, user_id)
+        row = await connection.fetchrow(looks.LOCK, user_id)
         if row is None:
             await connection.execute(_MAKE, user_id)
-            row = await connection.fetchrow(_LOCK, user_id)
+            row = await connection.fetchrow(looks.LOCK, user_id)
         assert row is not None
-        return _head_of(row)
+        return looks.head_of(row)
 
 
 async def _until_written(work: Callable[[], Awaitable[T]]) -> T:
@@ -218,73 +193,6 @@ async def _until_written(work: Callable[[], Awaitable[T]]) -> T:
         return await retry_conflicts(work)
     except Fenced:
         raise Unavailable("replica_lost", "The server is recovering; send it again.", retry_after=2) from None
-
-
-async def _head(connection: Connection, user_id: str) -> Head | None:
-    row = await connection.fetchrow(_HEAD, user_id)
-    return None if row is None else _whole_head(row)
-
-
-def _whole_head(row: asyncpg.Record) -> Head:
-    head = _head_of(row)
-    head.active = orjson.loads(row["active"] or b"[]")
-    return head
-
-
-def _head_of(row: asyncpg.Record) -> Head:
-    given = (row["epoch"], row["seq"], row["gc_seq"], row["gc_failed"], orjson.loads(row["clients"]))
-    return Head(*given, row["at"], row["now_ms"])
-
-
-async def _look(connection: Connection, user_id: str, asked: Asked, head: Head) -> rows.Found:
-    """Whatever an exchange has to know, once it has the lock."""
-    ops = _ops([asked])
-    row = await connection.fetchrow(_LOOK, user_id, *_values(asked, ops, _unread(head, asked, ops)))
-    assert row is not None
-    return await _seen(connection, user_id, asked, head, row)
-
-
-def _values(asked: Asked, ops: Sequence[Op], unread: Collection[str]) -> tuple[Any, ...]:
-    chats, messages = rows.named(ops)
-    seen = asked.cursor.seq if asked.cursor else 0
-    return list(chats), list(messages), seen, asked.client or pages.NO_CLIENT, list(unread)
-
-
-async def _seen(connection: Connection, user_id: str, asked: Asked, head: Head, row: asyncpg.Record) -> rows.Found:
-    if is_plain(head, asked):
-        head.unseen = (row["unseen_chats"], row["unseen_messages"])
-    return await _found(connection, user_id, [asked], head, row)
-
-
-async def _look_together(
-    connection: Connection, user_id: str, those: Sequence[Asked], head: Head
-) -> tuple[rows.Found, pages.Shared | None]:
-    """The same for several who are in no bootstrap, and what they have not seen."""
-    chats, messages = rows.named(_ops(those))
-    seen = min([asked.cursor.seq for asked in those if asked.cursor and asked.pull], default=head.seq)
-    row = await connection.fetchrow(_LOOK_TOGETHER, user_id, list(chats), list(messages), seen)
-    assert row is not None
-    return await _found(connection, user_id, those, head, row), pages.shared(row)
-
-
-async def _found(
-    connection: Connection, user_id: str, those: Sequence[Asked], head: Head, row: asyncpg.Record
-) -> rows.Found:
-    head.active = orjson.loads(row["active"] or b"[]")
-    found = rows.Found()
-    found.add(row)
-    await rows.load_more(connection, user_id, _ops(those), found)
-    return found
-
-
-def _ops(those: Sequence[Asked]) -> list[Op]:
-    return [op for asked in those for mutation in asked.push for op in mutation.ops]
-
-
-def _unread(head: Head, asked: Asked, ops: Sequence[Op]) -> set[str]:
-    """Messages whose text nobody needs: they go. What is repeated is told as it is now, so with its text."""
-    acked, gone = known_mid(head, asked), rows.deleted(ops)
-    return gone and gone - {op.id for mutation in asked.push if mutation.mid <= acked for op in mutation.ops}
 
 
 async def _adopt(connection: Connection, user_id: str, head: Head) -> None:
@@ -314,7 +222,7 @@ def _applied(head: Head, found: rows.Found, pushes: Sequence[Push]) -> list[Done
     applied: list[Done | Conflict] = []
     written: set[str] = set()
     for push in pushes:
-        if written and not written.isdisjoint(rows.touchable(_ops([push.asked]), found.state)):
+        if written and not written.isdisjoint(rows.touchable(looks.ops_of([push.asked]), found.state)):
             break
         try:
             one = _push(head, found, push)

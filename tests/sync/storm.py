@@ -18,7 +18,7 @@ from app.conversations import index, recount
 from app.errors import Conflict
 from app.postgres import Connection, open_pool, retry_conflicts
 from app.streams.replicas import Replica
-from app.sync import changes, compaction, rows
+from app.sync import changes, compaction, looks, rows
 from app.sync.changes import Changes
 from app.sync.exchange import Answer, Asked, Head
 from app.sync.merge import AddMessage, Chat, DeleteChat, DeleteMessage, Message, Op, PutChat, State, fork
@@ -61,7 +61,7 @@ class Plain(Changes):
 
     async def _locked(self, connection: Connection, user_id: str) -> Head:
         await connection.execute(changes._MAKE, user_id)
-        head = await changes._head(connection, user_id)
+        head = await looks.head_now(connection, user_id)
         assert head is not None
         head.seq = await connection.fetchval(f"select {self.source}")
         await asyncio.sleep(0.005 * Random().random())

@@ -6,7 +6,7 @@ import pytest
 from app.conversations import transcript
 from app.errors import TooLarge
 from app.postgres import open_pool
-from app.sync import changes, chats, claim, edits, pages, rows
+from app.sync import chats, claim, edits, looks, pages, rows
 from app.sync.cursor import Cursor, read
 from app.sync.merge import AddMessage, DeleteMessage, stamp_at
 from app.wall import Reach, Wall, within
@@ -17,8 +17,8 @@ from app.wall import Reach, Wall, within
     [
         (pages._CHATS, "chats_changed", (5, 9, "phone", 0)),
         (pages._MESSAGES, "messages_changed", (5, 9, "phone", 0, False)),
-        (changes._LOOK_TOGETHER, "chats_changed", (["c"], ["m"], 5)),
-        (changes._LOOK_TOGETHER, "messages_changed", (["c"], ["m"], 5)),
+        (looks._LOOK_TOGETHER, "chats_changed", (["c"], ["m"], 5)),
+        (looks._LOOK_TOGETHER, "messages_changed", (["c"], ["m"], 5)),
     ],
 )
 async def test_changes_are_found_by_their_number(
