@@ -1,8 +1,9 @@
 """The pause between flushes: none while little arrives, the whole gap under load."""
 
 import asyncio
-import itertools
 from time import perf_counter
+
+import pytest
 
 from app.streams.pace import Pace
 
@@ -16,15 +17,14 @@ async def test_a_calm_log_flushes_at_once() -> None:
 
 
 async def test_a_busy_log_keeps_the_gap_between_the_starts_of_flushes() -> None:
-    pace = Pace(0.02)
+    pace, begun = Pace(0.02), perf_counter()
     await pace.wait()
     pace.flushed(10_000)
-    starts = []
-    for _ in range(5):
+    for flushes in range(1, 6):
         await pace.wait()
-        starts.append(perf_counter())
+        # One that wakes up late does not keep the next one: only the whole is never too soon.
+        assert perf_counter() - begun > flushes * 0.019
         pace.flushed(100)
-    assert all(later - earlier >= 0.018 for earlier, later in itertools.pairwise(starts))
 
 
 async def test_a_pause_is_over_when_the_gap_has_passed_anyway() -> None:
@@ -32,6 +32,5 @@ async def test_a_pause_is_over_when_the_gap_has_passed_anyway() -> None:
     await pace.wait()
     pace.flushed(10_000)
     await asyncio.sleep(0.03)
-    before = perf_counter()
-    await pace.wait()
-    assert perf_counter() - before < 0.02
+    with pytest.raises(StopIteration):  # it does not wait at all
+        pace.wait().send(None)
