@@ -16,7 +16,8 @@ from app.chats.allowance import Allowance, shares_of
 from app.conversations import listing, message_search, message_words, transcript
 from app.conversations.foreign_transcript import find_source, foreign_messages
 from app.conversations.index import OWN
-from app.conversations.listing import FAR, Place, Wanted
+from app.conversations.listing import FAR
+from app.conversations.pages import Place, Wanted, place
 from app.conversations.parameters import days, moment, one_of, whole_number, whose, word
 from app.conversations.sources.shape import Message
 from app.conversations.statistics import Group, statistics
@@ -173,7 +174,7 @@ def _where(request: Request[Needs], wanted: Wanted, size: int) -> tuple[Place | 
     """Behind which conversation, or else which page."""
     cursor, number = word(request, "cursor"), whole_number(request, "page", 1)
     if cursor is not None:
-        return listing.place(cursor, newest_first=wanted.newest_first), number
+        return place(cursor, newest_first=wanted.newest_first), number
     if (number - 1) * size > FAR:
         detail = f"Pages are turned by number up to the {FAR}th conversation; go on with nextCursor as cursor."
         raise BadRequest("page_too_deep", detail)

@@ -1,26 +1,19 @@
 """Lists of conversations, newest first or oldest first, from any place in the list at the same cost."""
 
-import base64
-import binascii
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
-from itertools import chain
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
-import asyncpg
-
 from app.conversations.index import OWN
+from app.conversations.pages import Page, Place, Slice, Total, Wanted
 from app.conversations.search import Look, look
+from app.conversations.terms import ENTRY, EVERY, OWN_IDS, Terms
 from app.conversations.words import facets
-from app.errors import BadRequest, Conflict
+from app.errors import Conflict
 from app.postgres import Connection
 
 # How far a total is counted, and pages are turned by number: beyond that, both cost more than anybody wants to pay.
 FAR = 10_000
-# Ids of messages that an entry of ours names; those of other sources are as many as the index keeps.
-_IDS = 100
 # What one row costs, in µs: one that the index of words finds, and what it looks through before; one of a walk along
 # the words, and along the conversations of a filter, of which the index says everything; and its words, where they are
 # asked for by its key. In memory that takes 1.2, but each is a page that nobody has asked for ahead.
@@ -34,10 +27,7 @@ _SHORT, _LIKELY = 5_000, 1.5
 _COUNTED, _SURELY = 1_000, 3
 # Where the index of words would look through more than this, what is newest is counted instead, so many rows of it.
 _LOOKED, _NEWEST = 25_000, 10_000
-# Always true, and what the index for lists without filters asks for.
-_EVERY = "message_count >= 0"
 
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _IS_THERE = "select is_there from conversation_index"
 _ALL = "select coalesce(sum(conversations), 0)::bigint from conversation_counts"
 _COUNT = "select count(*) from (select from conversations where {where} limit {far}) counted"
@@ -78,111 +68,12 @@ page as materialized (
 _COUNT_WORDS = """
 select count(*) from (select from conversation_words where words @@ {query} and {where} limit {far}) counted
 """
-_PAGE = """
-with {page}
-select c.id, c.source, c.username, c.conversation_id, c.chatbot_id, c.model, c.client_ip, c.first_message_at,
-    c.last_message_at, c.message_count, c.total_tokens, c.first_question, c.last_question, c.created_at, c.updated_at,
-    page.at, case when c.source = '{own}' then array(
-        select m.id from messages m where m.user_id = c.username and m.chat_id = c.conversation_id and not m.is_deleted
-        order by m.position desc limit {ids}) else c.message_ids end as message_ids
+_PAGE = f"""
+with {{page}}
+select {ENTRY}, case when c.source = '{OWN}' then {OWN_IDS} else c.message_ids end as message_ids
 from page cross join lateral (select * from conversations where id = page.id offset 0) c
-order by page.at {way}, page.id {way}
+order by page.at {{way}}, page.id {{way}}
 """
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Wanted:
-    """Which conversations, and from which end. Times are of the last message: from `since`, before `until`."""
-
-    username: str | None = None
-    model: str | None = None
-    chatbot_id: str | None = None
-    source: str | None = None
-    query: str | None = None
-    since: datetime | None = None
-    until: datetime | None = None
-    newest_first: bool = True
-
-    @property
-    def is_all(self) -> bool:
-        """Whether nothing is left out."""
-        return self == Wanted(newest_first=self.newest_first)
-
-    @property
-    def facets(self) -> dict[str, str]:
-        """The filters that were given, by column; the one that leaves least comes first, as a rule."""
-        named = {name: getattr(self, name) for name in ("username", "chatbot_id", "model", "source")}
-        return {name: value for name, value in named.items() if value is not None}
-
-    @property
-    def along(self) -> dict[str, str]:
-        """The filter whose conversations are walked along: a user's, or without words the first. Else there is none."""
-        return dict(list(self.facets.items())[:1]) if self.username is not None or self.query is None else {}
-
-
-@dataclass(frozen=True, slots=True)
-class Total:
-    """How many there are; where `exact` is false, at least so many."""
-
-    count: int
-    exact: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Behind a conversation in a list, with the list's total as it was at its beginning."""
-
-    at: datetime
-    id: int
-    total: Total
-
-    def told(self, *, newest_first: bool) -> str:
-        """As a client gets it: opaque, and good for a list in the same order."""
-        micros = (self.at - _EPOCH) // timedelta(microseconds=1)
-        parts = ("d" if newest_first else "a", micros, self.id, self.total.count, int(self.total.exact))
-        return base64.urlsafe_b64encode(".".join(map(str, parts)).encode()).decode().rstrip("=")
-
-
-def place(cursor: str, *, newest_first: bool) -> Place:
-    """What `Place.told` has told. Raises BadRequest for anything else, or for a list in the other order."""
-    refused = BadRequest("bad_cursor", "cursor is none of a list in this order; begin without one.")
-    try:
-        way, *numbers = base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True).decode().split(".")
-        micros, id_, count, exact = map(int, numbers)
-        at = _EPOCH + timedelta(microseconds=micros)
-    except (binascii.Error, ValueError, OverflowError):
-        raise refused from None
-    if way != ("d" if newest_first else "a") or not 0 <= id_ < 1 << 63 or not 0 <= count < 1 << 63:
-        raise refused
-    return Place(at, id_, Total(count, bool(exact)))
-
-
-@dataclass(frozen=True, slots=True)
-class Page:
-    """Rows of a list; `behind` is where the next page begins, None at the end."""
-
-    rows: Sequence[asyncpg.Record]
-    total: Total
-    behind: Place | None
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Which part of a list: so many, behind a place or behind as many as `skip` says."""
-
-    size: int
-    after: Place | None = None
-    skip: int = 0
-
-    @property
-    def needed(self) -> int:
-        """How many have to be found: one more tells whether there is more."""
-        return self.skip + self.size + 1
-
-    @property
-    def total(self) -> Total | None:
-        """As the list's first page has told it."""
-        return self.after.total if self.after else None
 
 
 async def require_index(connection: Connection) -> None:
@@ -218,7 +109,7 @@ async def _walked(connection: Connection, wanted: Wanted, slice_: Slice, words: 
     """From the beginning to where the page is full."""
     total = slice_.total or await _total(connection, wanted, words)
     sql, values = statement(wanted, slice_, words=words)
-    return _page(await connection.fetch(sql, *values), slice_, total)
+    return Page.of(await connection.fetch(sql, *values), slice_, total)
 
 
 async def _own(connection: Connection, wanted: Wanted, slice_: Slice, total: Total) -> Page | None:
@@ -228,7 +119,7 @@ async def _own(connection: Connection, wanted: Wanted, slice_: Slice, total: Tot
     rows = await connection.fetch(sql, *values)
     # A cursor does not say how far its total was counted, but a page that is full is as it should be.
     is_whole = slice_.total is None or len(rows) > slice_.size
-    return _page(rows, slice_, total) if is_whole else None
+    return Page.of(rows, slice_, total) if is_whole else None
 
 
 async def _strolled(
@@ -243,7 +134,7 @@ async def _strolled(
         return None
     if (total := slice_.total) is None:
         total = await _total_found(connection, wanted, seen, least=slice_.needed, newest=newest)
-    return _page(rows, slice_, total)
+    return Page.of(rows, slice_, total)
 
 
 def _far(wanted: Wanted, slice_: Slice, seen: Look) -> int:
@@ -271,19 +162,13 @@ async def _found(connection: Connection, wanted: Wanted, slice_: Slice, seen: Lo
     total = slice_.total or (Total(rows[0]["matching"]) if rows else None)
     if total is None:
         total = await _total_found(connection, wanted, seen) if slice_.skip else Total(0)
-    return _page(rows, slice_, total)
-
-
-def _page(rows: Sequence[asyncpg.Record], slice_: Slice, total: Total) -> Page:
-    more, rows = len(rows) > slice_.size, rows[: slice_.size]
-    behind = Place(rows[-1]["at"], rows[-1]["id"], total) if more else None
-    return Page(rows, total, behind)
+    return Page.of(rows, slice_, total)
 
 
 def statement(wanted: Wanted, slice_: Slice, *, words: str = "") -> tuple[str, list[Any]]:
     """What walks along an index to the page and one row more, with its values."""
     terms = _Terms()
-    where = terms.all_of(terms.named(wanted.facets) or [_EVERY], terms.between(wanted, slice_.after), terms.has(words))
+    where = terms.all_of(terms.named(wanted.facets) or [EVERY], terms.between(wanted, slice_.after), terms.has(words))
     return terms.page(_WALK, wanted, slice_, where=where)
 
 
@@ -322,7 +207,7 @@ async def _total(connection: Connection, wanted: Wanted, words: str) -> Total:
     if wanted.is_all:
         return Total(await connection.fetchval(_ALL))
     terms = _Terms()
-    where = terms.all_of(terms.named(wanted.facets) or [_EVERY], terms.between(wanted, None), terms.has(words))
+    where = terms.all_of(terms.named(wanted.facets) or [EVERY], terms.between(wanted, None), terms.has(words))
     return _counted(await connection.fetchval(_COUNT.format(where=where, far=terms.add(FAR + 1)), *terms.values), FAR)
 
 
@@ -368,40 +253,11 @@ def _counted(count: int, far: int) -> Total:
 
 
 @dataclass(slots=True)
-class _Terms:
-    """Conditions and their values. The texts are ours, and few: one statement per combination of filters."""
-
-    values: list[Any] = field(default_factory=list)
-
-    def add(self, value: Any) -> str:
-        self.values.append(value)
-        return f"${len(self.values)}"
-
-    def named(self, facets: Mapping[str, str]) -> list[str]:
-        return [f"{column} = {self.add(value)}" for column, value in facets.items()]
-
-    def between(self, wanted: Wanted, after: Place | None, at: str = "last_message_at", id_: str = "id") -> list[str]:
-        """Where a list begins is said once: of two conditions PostgreSQL might begin at the farther one."""
-        since, until = wanted.since, wanted.until
-        if after is not None and wanted.newest_first and until is not None:
-            after, until = (after, None) if after.at < until else (None, until)
-        if after is not None and not wanted.newest_first and since is not None:
-            after, since = (after, None) if after.at >= since else (None, since)
-        conditions = []
-        if since is not None:
-            conditions.append(f"{at} >= {self.add(since)}")
-        if until is not None:
-            conditions.append(f"{at} < {self.add(until)}")
-        if after is not None:
-            than = "<" if wanted.newest_first else ">"
-            conditions.append(f"({at}, {id_}) {than} ({self.add(after.at)}, {self.add(after.id)})")
-        return conditions
+class _Terms(Terms):
+    """Those that ask for words, and along which index a list is walked."""
 
     def has(self, words: str, id_: str = "conversations.id") -> list[str]:
         return [_HAS.format(query=self.add(words), id=id_)] if words else []
-
-    def all_of(self, *conditions: Sequence[str]) -> str:
-        return " and ".join(chain.from_iterable(conditions)) or "true"
 
     def spoken(self, wanted: Wanted, after: Place | None) -> str:
         """Of words. A facet holds the beginning of a name; whose they are is never left to that."""
@@ -427,4 +283,4 @@ class _Terms:
         way = "desc" if wanted.newest_first else "asc"
         limit, offset = self.add(slice_.size + 1), self.add(slice_.skip)
         chosen = which.format(way=way, limit=limit, offset=offset, **given)
-        return _PAGE.format(page=chosen, way=way, own=OWN, ids=_IDS), self.values
+        return _PAGE.format(page=chosen, way=way), self.values

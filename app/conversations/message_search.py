@@ -6,19 +6,19 @@ goes the second way along their own.
 """
 
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 from app.conversations.index import OWN
-from app.conversations.listing import Page, Place, Total, Wanted, require_index
+from app.conversations.listing import require_index
 from app.conversations.message_words import MOST
+from app.conversations.pages import Page, Place, Slice, Total, Wanted
 from app.conversations.search import Look, look
+from app.conversations.terms import ENTRY, EVERY, OWN_IDS, Terms
 from app.postgres import Connection
 
-# Ids of messages that an entry names, and characters around a match that are shown of it: before, and in all.
-_IDS, _BEFORE, _AROUND = 100, 60, 200
+# Characters around a match that are shown of it: before, and in all.
+_BEFORE, _AROUND = 60, 200
 # What it costs, in µs: to find a message by its words, to look one up that has the rarest of them, and to look through
 # the messages of a conversation.
 _FOUND_US, _LOOKED_US, _ASKED_US = 12.0, 0.2, 40.0
@@ -64,11 +64,7 @@ page as materialized (
 """
 _PAGE = f"""
 with {{page}}
-select c.id, c.source, c.username, c.conversation_id, c.chatbot_id, c.model, c.client_ip, c.first_message_at,
-    c.last_message_at, c.message_count, c.total_tokens, c.first_question, c.last_question, c.created_at, c.updated_at,
-    page.at, array(
-        select m.id from messages m where m.user_id = c.username and m.chat_id = c.conversation_id and not m.is_deleted
-        order by m.position desc limit {_IDS}) as message_ids,
+select {ENTRY}, {OWN_IDS} as message_ids,
     hit.id as match_id, hit.role as match_role, hit.snippet{{more}}
 from page cross join lateral (select * from conversations where id = page.id offset 0) c
 cross join lateral (
@@ -81,19 +77,6 @@ cross join lateral (
 order by page.at {{way}}, page.id {{way}}
 """
 _WORD = re.compile(r"\w+")
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """Which part of a list: so many and one more, behind a place or behind as many as `skip` says."""
-
-    size: int
-    after: Place | None = None
-    skip: int = 0
-
-    @property
-    def needed(self) -> int:
-        return self.skip + self.size + 1
 
 
 async def page(connection: Connection, wanted: Wanted, *, size: int, after: Place | None = None, skip: int = 0) -> Page:
@@ -136,7 +119,7 @@ async def _walked(connection: Connection, wanted: Wanted, slice_: Slice, words: 
     if slice_.skip and not rows:
         sql, values = walking(wanted, Slice(slice_.skip - 1), words=words, far=far, counts=True)
         return Page([], Total(await connection.fetchval(sql, *values)), None)
-    return _page(rows, slice_, Total(slice_.skip + len(rows), exact=is_end))
+    return Page.of(rows, slice_, Total(slice_.skip + len(rows), exact=is_end))
 
 
 async def _found(connection: Connection, wanted: Wanted, slice_: Slice, words: str) -> Page:
@@ -144,20 +127,14 @@ async def _found(connection: Connection, wanted: Wanted, slice_: Slice, words: s
     rows = await connection.fetch(sql, *values)
     if slice_.skip and not rows:
         return Page([], (await _found(connection, wanted, Slice(1), words)).total, None)
-    return _page(rows, slice_, Total(rows[0]["matching"] if rows else 0))
-
-
-def _page(rows: Sequence[Any], slice_: Slice, total: Total) -> Page:
-    total = slice_.after.total if slice_.after else total
-    more, rows = len(rows) > slice_.size, rows[: slice_.size]
-    return Page(rows, total, Place(rows[-1]["at"], rows[-1]["id"], total) if more else None)
+    return Page.of(rows, slice_, Total(rows[0]["matching"] if rows else 0))
 
 
 def walking(
     wanted: Wanted, slice_: Slice, *, words: str, far: int | None, counts: bool = False
 ) -> tuple[str, list[Any]]:
     """What looks through one conversation after the other, with its values; `counts`: how many it finds."""
-    terms = _Terms(wanted)
+    terms = _Terms(wanted=wanted)
     nearby, where = terms.nearby(slice_.after)
     query = terms.add(words)
     far_ = terms.add(_END if far is None else far)
@@ -167,66 +144,43 @@ def walking(
 
 def reaching(wanted: Wanted, slice_: Slice, *, far: int) -> tuple[str, list[Any]]:
     """What counts how many conversations a walk has come to."""
-    terms = _Terms(wanted)
+    terms = _Terms(wanted=wanted)
     nearby, _ = terms.nearby(slice_.after, alone=True)
     return _WALKED.format(nearby=nearby, way=terms.way, far=terms.add(far)), terms.values
 
 
 def matching(wanted: Wanted, slice_: Slice, *, words: str) -> tuple[str, list[Any]]:
     """What finds messages by their words, and counts their conversations."""
-    terms = _Terms(wanted)
+    terms = _Terms(wanted=wanted)
     query = terms.add(words)
     whose = f"username = {terms.add(wanted.username)}" if wanted.username is not None else "true"
-    where = terms.all_of(terms.named(wanted.facets), terms.between(slice_.after))
+    where = terms.all_of(terms.named(wanted.facets, "c."), terms.behind(slice_.after))
     more = ", (select count(*) from matching) as matching"
     return terms.told(terms.chosen(_MATCHING, slice_, query, whose=whose, where=where), query, more=more)
 
 
 @dataclass(slots=True)
-class _Terms:
-    """Conditions on conversations `c`, and their values."""
+class _Terms(Terms):
+    """Those on conversations `c`."""
 
-    wanted: Wanted
-    values: list[Any] = field(default_factory=list)
+    wanted: Wanted = field(kw_only=True)
 
     @property
     def way(self) -> str:
         return "desc" if self.wanted.newest_first else "asc"
 
-    def add(self, value: Any) -> str:
-        self.values.append(value)
-        return f"${len(self.values)}"
-
-    def named(self, facets: Any, of: str = "c") -> list[str]:
-        return [f"{of}.{column} = {self.add(value)}" for column, value in facets.items()]
-
-    def between(self, after: Place | None) -> list[str]:
-        """Where a list begins is said once, as in `listing`."""
-        newest_first, since, until = self.wanted.newest_first, self.wanted.since, self.wanted.until
-        if after is not None and newest_first and until is not None:
-            after, until = (after, None) if after.at < until else (None, until)
-        if after is not None and not newest_first and since is not None:
-            after, since = (after, None) if after.at >= since else (None, since)
-        conditions = [f"c.last_message_at >= {self.add(since)}"] if since is not None else []
-        if until is not None:
-            conditions.append(f"c.last_message_at < {self.add(until)}")
-        if after is not None:
-            than = "<" if newest_first else ">"
-            conditions.append(f"(c.last_message_at, c.id) {than} ({self.add(after.at)}, {self.add(after.id)})")
-        return conditions
+    def behind(self, after: Place | None) -> list[str]:
+        return self.between(self.wanted, after, "c.last_message_at", "c.id")
 
     def nearby(self, after: Place | None, *, alone: bool = False) -> tuple[str, str]:
         """Along which conversations a walk goes, and which of those are wanted."""
         facets = self.wanted.facets
         along = dict(list(facets.items())[:1])
-        nearby = self.all_of(self.named(along) or ["c.message_count >= 0"], self.between(after))
+        nearby = self.all_of(self.named(along, "c.") or [f"c.{EVERY}"], self.behind(after))
         if alone:
             return nearby, ""
         rest = {name: value for name, value in facets.items() if name not in along}
-        return nearby, self.all_of([f"walked.source = '{OWN}'"], self.named(rest, "walked"))
-
-    def all_of(self, *conditions: list[str]) -> str:
-        return " and ".join(chain.from_iterable(conditions)) or "true"
+        return nearby, self.all_of([f"walked.source = '{OWN}'"], self.named(rest, "walked."))
 
     def chosen(self, which: str, slice_: Slice, query: str, **given: str) -> str:
         limit, offset = self.add(slice_.size + 1), self.add(slice_.skip)

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 
 from app.conversations import message_search, message_words
-from app.conversations.listing import Place, Total, Wanted
-from app.conversations.message_search import Slice
+from app.conversations.pages import Place, Slice, Total, Wanted
 from app.conversations.recount import recount
 from app.conversations.search import look
 from app.conversations.words import tokens

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from app.conversations import listing, search
+from app.conversations import listing, pages, search
 from app.postgres import Connection, open_connection, open_pool
 from app.wall import Reach, Wall, within
 from tests.conversations import listed
@@ -133,7 +133,7 @@ async def test_every_way_finds_the_same(database: str, monkeypatch: pytest.Monke
             and all(row[name] == value for name, value in given.items())
             and (since is None or row["last"] >= since)
         }
-        wanted = listing.Wanted(**given, since=since, query=" ".join(terms) or None, newest_first=chance.random() < 0.5)
+        wanted = pages.Wanted(**given, since=since, query=" ".join(terms) or None, newest_first=chance.random() < 0.5)
         for far in (0, 1, 100, 1000):
             monkeypatch.setattr(listing, "_far", lambda *_, far=far: far)
             assert await _all(connection, wanted, chance.randint(1, 50)) == expected
@@ -151,7 +151,7 @@ async def test_all_of_a_user_are_listed_however_many_they_are(database: str, mon
         monkeypatch.setattr(listing, "_NEWEST", newest)
         monkeypatch.setattr(listing, "_far", lambda *_, far=far: far)
         for size in (3, 40):
-            wanted = listing.Wanted(username="ann", model="large")
+            wanted = pages.Wanted(username="ann", model="large")
             page = await listing.page(connection, wanted, size=size)
             found = list(page.rows)
             while page.behind is not None:
@@ -177,8 +177,8 @@ async def test_a_user_finds_what_is_theirs(database: str) -> None:
                     assert await connection.fetchval("select count(*) from conversation_words") == sum(
                         row["username"] == "ann" for row in rows
                     )
-                    found = await _all(connection, listing.Wanted(username="ann", query=query, model=model), 7)
-                    assert not await _all(connection, listing.Wanted(username="bob", query=query, model=model), 7)
+                    found = await _all(connection, pages.Wanted(username="ann", query=query, model=model), 7)
+                    assert not await _all(connection, pages.Wanted(username="bob", query=query, model=model), 7)
             assert found == {
                 row["conversation_id"]
                 for row in rows
@@ -201,7 +201,7 @@ async def test_what_is_said_is_found_at_once(house: Open) -> None:
     assert "'M:" in rows[0][0]
 
 
-async def _all(connection: Connection, wanted: listing.Wanted, size: int) -> set[str]:
+async def _all(connection: Connection, wanted: pages.Wanted, size: int) -> set[str]:
     """Of all pages by cursor, in order; the second page is also what its number gives."""
     page = await listing.page(connection, wanted, size=size)
     second = await listing.page(connection, wanted, size=size, skip=size)
@@ -214,11 +214,11 @@ async def _all(connection: Connection, wanted: listing.Wanted, size: int) -> set
         found += page.rows
     places = [(row["last_message_at"], row["id"]) for row in found]
     assert places == sorted(places, reverse=wanted.newest_first)
-    assert (len(places), total) == (len(set(places)), listing.Total(len(places)))
+    assert (len(places), total) == (len(set(places)), pages.Total(len(places)))
     return {row["conversation_id"] for row in found}
 
 
-def _ids(page: listing.Page) -> list[int]:
+def _ids(page: pages.Page) -> list[int]:
     return [row["id"] for row in page.rows]
 
 
@@ -243,20 +243,20 @@ async def many(database: str) -> AsyncGenerator[Connection, None]:
 
 
 _WANTED = [
-    listing.Wanted(query="x"),
-    listing.Wanted(query="x", username="u1"),
-    listing.Wanted(query="x", model="m1", since=BEGAN, newest_first=False),
-    listing.Wanted(model="m1", chatbot_id="b2"),
-    listing.Wanted(username="u1", model="m1"),
+    pages.Wanted(query="x"),
+    pages.Wanted(query="x", username="u1"),
+    pages.Wanted(query="x", model="m1", since=BEGAN, newest_first=False),
+    pages.Wanted(model="m1", chatbot_id="b2"),
+    pages.Wanted(username="u1", model="m1"),
 ]
-_AFTER = listing.Place(BEGAN, 7, listing.Total(1))
+_AFTER = pages.Place(BEGAN, 7, pages.Total(1))
 _LOOK = search.Look("'x'", "'x'", 0.1, 0.1, 0.1, 1, 20_000, is_bound=False)
 
 
 @pytest.mark.parametrize("wanted", _WANTED)
-async def test_each_search_has_its_plan(many: Connection, wanted: listing.Wanted) -> None:
+async def test_each_search_has_its_plan(many: Connection, wanted: pages.Wanted) -> None:
     for after in (None, _AFTER):
-        slice_, seen = listing.Slice(50, after), replace(_LOOK, words="'x'" if wanted.query else "")
+        slice_, seen = pages.Slice(50, after), replace(_LOOK, words="'x'" if wanted.query else "")
         walked = await listed.plan(many, listing.statement(wanted, slice_, words=seen.words))
         strolled = await listed.plan(many, listing.strolling(wanted, slice_, seen, far=2000))
         counted = await listed.plan(many, listing.counting_newest(wanted, seen, far=2000))
@@ -295,33 +295,33 @@ async def test_the_way_follows_what_is_common(many: Connection) -> None:
 @pytest.mark.parametrize(("within", "is_walked"), [(0.3, True), (0.045, False)])
 def test_a_first_page_is_walked_to_only_where_that_pays_for_its_total(within: float, is_walked: bool) -> None:
     """What the index of words finds it has counted. A page behind a cursor needs no total."""
-    wanted = listing.Wanted(query="x", username="u1")
+    wanted = pages.Wanted(query="x", username="u1")
     seen = replace(_LOOK, rarest=0.02, share=within * 0.02, within=within, terms=2, conversations=1_000_000)
-    walks = [listing._far(wanted, listing.Slice(50, after), seen) > 0 for after in (None, _AFTER)]
+    walks = [listing._far(wanted, pages.Slice(50, after), seen) > 0 for after in (None, _AFTER)]
     assert walks == [is_walked, True]
 
 
 async def test_totals_of_searches_are_counted_so_far(many: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def total(**wanted: Any) -> listing.Total:
-        page = await listing.page(many, listing.Wanted(**wanted), size=5)
+    async def total(**wanted: Any) -> pages.Total:
+        page = await listing.page(many, pages.Wanted(**wanted), size=5)
         assert len(page.rows) == min(5, page.total.count)
         return page.total
 
-    assert await total(query="w7") == listing.Total(20)
-    assert await total(query="common") == listing.Total(1_001, exact=False)
-    assert await total(query="common w7") == listing.Total(20)
-    assert await total(query="w7", username="u1") == listing.Total(7)
-    assert await total(username="u1", model="m1") == listing.Total(6667)
-    assert await total(username="u1", model="m2") == listing.Total(0)
-    assert await total(query="common the") == listing.Total(1_001, exact=False)
+    assert await total(query="w7") == pages.Total(20)
+    assert await total(query="common") == pages.Total(1_001, exact=False)
+    assert await total(query="common w7") == pages.Total(20)
+    assert await total(query="w7", username="u1") == pages.Total(7)
+    assert await total(username="u1", model="m1") == pages.Total(6667)
+    assert await total(username="u1", model="m2") == pages.Total(0)
+    assert await total(query="common the") == pages.Total(1_001, exact=False)
     monkeypatch.setattr(listing, "_LOOKED", 10)
-    assert await total(query="common the") == listing.Total(10_000, exact=False)
-    assert await total(query="common last", username="u1") == listing.Total(6667)
+    assert await total(query="common the") == pages.Total(10_000, exact=False)
+    assert await total(query="common last", username="u1") == pages.Total(6667)
     monkeypatch.setattr(listing, "_NEWEST", 3)
-    assert await total(query="common the") == listing.Total(6, exact=False)
-    assert await total(model="m1", chatbot_id="b1") == listing.Total(1_001, exact=False)
-    assert await total(model="m1", chatbot_id="b2") == listing.Total(0)
-    assert await total(model="m1", chatbot_id="b1", query="w7") == listing.Total(7)
+    assert await total(query="common the") == pages.Total(6, exact=False)
+    assert await total(model="m1", chatbot_id="b1") == pages.Total(1_001, exact=False)
+    assert await total(model="m1", chatbot_id="b2") == pages.Total(0)
+    assert await total(model="m1", chatbot_id="b1", query="w7") == pages.Total(7)
 
 
 async def test_words_of_what_is_gone_leave_no_hole(many: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -332,7 +332,7 @@ async def test_words_of_what_is_gone_leave_no_hole(many: Connection, monkeypatch
     for far in (0, 30_000):
         monkeypatch.setattr(listing, "_far", lambda *_, far=far: far)
         for model in (None, "m" * 100 + "1"):
-            page = await listing.page(many, listing.Wanted(query="common", model=model), size=300)
+            page = await listing.page(many, pages.Wanted(query="common", model=model), size=300)
             assert len(page.rows) == 300
             assert page.behind is not None
             assert model is None or {row["model"] for row in page.rows} == {model}
