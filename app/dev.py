@@ -124,7 +124,8 @@ async def _watching(postgres: EmbeddedPostgres, leave: asyncio.Event) -> AsyncGe
 
 
 async def _either(*events: asyncio.Event) -> None:
-    waiters = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
-    for waiter in waiters:
-        waiter.cancel()
+    async with asyncio.TaskGroup() as tasks:
+        waiters = [tasks.create_task(event.wait()) for event in events]
+        await asyncio.wait(waiters, return_when=asyncio.FIRST_COMPLETED)
+        for waiter in waiters:
+            waiter.cancel()

@@ -7,10 +7,14 @@ from collections.abc import Awaitable, Callable
 from contextvars import Context, copy_context
 from dataclasses import dataclass, field
 
+import structlog
+
 from app.errors import ParleyError, Unavailable
 from app.sync.exchange import Answer, Asked
 from app.sync.merge import AddMessage
 from app.wall import Reach, reach
+
+log = structlog.get_logger(__name__)
 
 # Pushes of one user that wait on one replica, each of a body's size at most.
 MOST_WAITING = 100
@@ -89,10 +93,11 @@ class Pushes:
         except Unavailable as away:
             for push in line:
                 push.outcome = away
-        except Exception:
+        except Exception as error:
             if len(taken) < 2:
                 raise
-            # It may be what one of them is about, or all of them at once.
+            # It may be what one of them is about, or all of them at once: whose fault it is comes out alone.
+            log.warning("pushes_apart", pushes=len(taken), error=type(error).__name__, detail=str(error)[:300])
             await self._write(user_id, lambda: line[:1])
         done = [push for push in line if push.outcome is not None]
         line[:] = [push for push in line if push.outcome is None]

@@ -26,15 +26,14 @@ async def _measured(upstream: str, model: str, count: int) -> float:
     provider = OpenAI("bench", upstream)
     # What only the first one costs.
     await _asked(provider, "demo?clock=1&tokens=1&delay_ms=0")
-    calls: list[asyncio.Task[None]] = []
     waiting_s = await _cpu_s(count, lambda: None)
-    cpu_s = await _cpu_s(count, lambda: calls.append(asyncio.create_task(_asked(provider, model))))
-    await asyncio.gather(*calls)
+    async with asyncio.TaskGroup() as calls:
+        cpu_s = await _cpu_s(count, lambda: calls.create_task(_asked(provider, model)))
     await provider.aclose()
     return cpu_s - waiting_s
 
 
-async def _cpu_s(count: int, work: Callable[[], None]) -> float:
+async def _cpu_s(count: int, work: Callable[[], object]) -> float:
     before = time.process_time()
     for _ in range(count):
         work()
