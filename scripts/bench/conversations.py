@@ -57,7 +57,7 @@ async def fill(connection: Connection, conversations: int, *, messages: bool = T
         words.saved(_WRITTEN),
         "create index conversation_words_found on conversation_words using gin (words) with (fastupdate = off)",
     ):
-        await connection.execute(statement, timeout=1200)
+        await connection.execute(statement, timeout=3600)
     await vacuum(connection)
 
 
