@@ -8,7 +8,7 @@ import asyncpg
 import httpx2
 import pytest
 
-from app.conversations import listing, pages
+from app.conversations import list_statements, pages
 from app.postgres import open_connection
 from tests.conversations import listed
 from tests.serving import serving
@@ -181,7 +181,7 @@ async def test_lists_walk_an_index_and_sort_nothing(database: str) -> None:
     for filters, index in _PLANS:
         for after in (None, pages.Place(listed.BEGAN, 7, pages.Total(1))):
             wanted = pages.Wanted(**filters)
-            plan = await listed.plan(connection, listing.statement(wanted, pages.Slice(50, after)))
+            plan = await listed.plan(connection, list_statements.walking(wanted, pages.Slice(50, after)))
             assert index in plan, plan
             assert "Seq Scan" not in plan, plan
             walk = plan[plan.index("CTE page") : plan.index("CTE Scan")]

@@ -9,7 +9,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from app.conversations import listing, pages, search
+from app.conversations import list_statements, listing, pages, search
 from app.postgres import Connection, open_connection, open_pool
 from app.wall import Reach, Wall, within
 from tests.conversations import listed
@@ -257,9 +257,9 @@ _LOOK = search.Look("'x'", "'x'", 0.1, 0.1, 0.1, 1, 20_000, is_bound=False)
 async def test_each_search_has_its_plan(many: Connection, wanted: pages.Wanted) -> None:
     for after in (None, _AFTER):
         slice_, seen = pages.Slice(50, after), replace(_LOOK, words="'x'" if wanted.query else "")
-        walked = await listed.plan(many, listing.statement(wanted, slice_, words=seen.words))
-        strolled = await listed.plan(many, listing.strolling(wanted, slice_, seen, far=2000))
-        counted = await listed.plan(many, listing.counting_newest(wanted, seen, far=2000))
+        walked = await listed.plan(many, list_statements.walking(wanted, slice_, words=seen.words))
+        strolled = await listed.plan(many, list_statements.strolling(wanted, slice_, seen, far=2000))
+        counted = await listed.plan(many, list_statements.counting_newest(wanted, seen, far=2000))
         for plan in (walked, strolled):
             walk = plan[plan.index("CTE page") : plan.index("CTE Scan on page")]
             assert "Sort" not in walk, plan
@@ -275,7 +275,7 @@ async def test_each_search_has_its_plan(many: Connection, wanted: pages.Wanted) 
             assert "Seq Scan" not in plan, plan
             asks = by_words and (by_user or plan is walked)
             assert ("Index Scan using conversation_words_pkey" in plan) == asks, plan
-        plan = await listed.plan(many, listing.matching(wanted, slice_, query="'x'"))
+        plan = await listed.plan(many, list_statements.matching(wanted, slice_, query="'x'"))
         assert "Bitmap Index Scan on conversation_words_found" in plan, plan
         assert "conversation_words_said" not in plan, plan
         assert "using conversations_pkey" in plan, plan
@@ -288,7 +288,10 @@ async def test_the_way_follows_what_is_common(many: Connection) -> None:
     assert rare.rarest < 0.01 < 0.9 < common.rarest
     assert (rare.conversations, rare.is_bound) == (20_000, False)
     await many.execute("set plan_cache_mode = force_custom_plan")
-    asked = [await listed.plan(many, listing.counting(_WANTED[0], query=query)) for query in ("'w7'", "'common'")]
+    asked = [
+        await listed.plan(many, list_statements.counting(_WANTED[0], query=query, far=1_001))
+        for query in ("'w7'", "'common'")
+    ]
     assert ["Bitmap Index Scan on conversation_words_found" in plan for plan in asked] == [True, False], asked
 
 

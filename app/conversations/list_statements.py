@@ -1,0 +1,133 @@
+"""The statements of lists and searches: one shape for each way of finding, so that its plan needs no estimates."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from app.conversations.index import OWN
+from app.conversations.pages import Place, Slice, Wanted
+from app.conversations.search import Look
+from app.conversations.terms import ENTRY, EVERY, OWN_IDS, Terms
+
+_COUNT = "select count(*) from (select from conversations where {where} limit {far}) counted"
+# Only the index is walked to where the page begins, and rows are read for the page alone. A subquery in a condition is
+# asked row by row: what has an order keeps it, and is left where the page is full.
+_WALK = """
+page as materialized (
+    select id, last_message_at as at from conversations where {where}
+    order by last_message_at {way}, id {way} limit {limit} offset {offset})
+"""
+_HAS = "(select w.words @@ {query} from conversation_words w where w.conversation = {id})"
+# So far and no further, along the conversations of one filter or along the words of all.
+_NEARBY = """
+select id, last_message_at as at, model, chatbot_id, source from conversations where {nearby}
+order by last_message_at {way}, id {way} limit {far}
+"""
+_SPOKEN = """
+select conversation as id, said_at as at, words from conversation_words where {nearby}
+order by said_at {way}, conversation {way} limit {far}
+"""
+_STROLL = """
+page as materialized (
+    select id, at from ({walk}) walked where {where} order by at {way}, id {way} limit {limit} offset {offset})
+"""
+_COUNT_NEWEST = "select count(*) filter (where {where}) as found, count(*) as walked from ({walk}) walked"
+# What the index of words finds is put in order by what stands beside the words; `offset 0` keeps another index out of
+# it, which would find half of all. Whether a conversation is gone, or has a longer name than a facet, says its own row.
+_IS = "(select {named} from conversations c where c.id = found.id)"
+_MATCHING = """
+matching as materialized (
+    select conversation as id, said_at as at from (
+        select conversation, said_at, username from conversation_words where words @@ {query} offset 0) all_of_it
+    where {where}),
+page as materialized (
+    select id, at from (select id, at from matching order by at {way}, id {way}) found where {is_it}
+    limit {limit} offset {offset})
+"""
+_COUNT_WORDS = """
+select count(*) from (select from conversation_words where words @@ {query} and {where} limit {far}) counted
+"""
+_PAGE = f"""
+with {{page}}
+select {ENTRY}, case when c.source = '{OWN}' then {OWN_IDS} else c.message_ids end as message_ids
+from page cross join lateral (select * from conversations where id = page.id offset 0) c
+order by page.at {{way}}, page.id {{way}}
+"""
+
+
+def walking(wanted: Wanted, slice_: Slice, *, words: str = "") -> tuple[str, list[Any]]:
+    """What walks along an index to the page and one row more, with its values."""
+    terms = _Terms()
+    where = terms.all_of(terms.named(wanted.facets) or [EVERY], terms.between(wanted, slice_.after), terms.has(words))
+    return terms.page(_WALK, wanted, slice_, where=where)
+
+
+def strolling(wanted: Wanted, slice_: Slice, seen: Look | None = None, *, far: int) -> tuple[str, list[Any]]:
+    """Likewise, but only so far along the index of one filter, or along the words."""
+    terms = _Terms()
+    walk, where = terms.nearby(wanted, slice_.after, seen, far)
+    if not wanted.along:
+        where += f" and {_IS.format(named=terms.is_named(wanted)).replace('found.', 'walked.')}"
+    return terms.page(_STROLL, wanted, slice_, walk=walk, where=where)
+
+
+def matching(wanted: Wanted, slice_: Slice, *, query: str) -> tuple[str, list[Any]]:
+    """What finds by words and facets, and counts what it has found."""
+    terms = _Terms()
+    where, is_it = terms.spoken(wanted, slice_.after), _IS.format(named=terms.is_named(wanted))
+    sql, values = terms.page(_MATCHING, wanted, slice_, query=terms.add(query), where=where, is_it=is_it)
+    return sql.replace("as message_ids\n", "as message_ids, (select count(*) from matching) as matching\n"), values
+
+
+def counting_walked(wanted: Wanted, *, words: str, far: int) -> tuple[str, list[Any]]:
+    """What counts those that a walk would come to, up to so many."""
+    terms = _Terms()
+    where = terms.all_of(terms.named(wanted.facets) or [EVERY], terms.between(wanted, None), terms.has(words))
+    return _COUNT.format(where=where, far=terms.add(far)), terms.values
+
+
+def counting(wanted: Wanted, *, query: str, far: int) -> tuple[str, list[Any]]:
+    """What counts how many the index of words finds, up to so many."""
+    terms = _Terms()
+    where = terms.spoken(wanted, None)
+    return _COUNT_WORDS.format(query=terms.add(query), where=where, far=terms.add(far)), terms.values
+
+
+def counting_newest(wanted: Wanted, seen: Look | None = None, *, far: int) -> tuple[str, list[Any]]:
+    """What counts among so many of those that a walk would come to first."""
+    terms = _Terms()
+    walk, where = terms.nearby(wanted, None, seen, far)
+    return _COUNT_NEWEST.format(walk=walk, where=where), terms.values
+
+
+@dataclass(slots=True)
+class _Terms(Terms):
+    """Those that ask for words, and along which index a list is walked."""
+
+    def has(self, words: str, id_: str = "conversations.id") -> list[str]:
+        return [_HAS.format(query=self.add(words), id=id_)] if words else []
+
+    def spoken(self, wanted: Wanted, after: Place | None) -> str:
+        """Of words. A facet holds the beginning of a name; whose they are is never left to that."""
+        user = {name: value for name, value in wanted.facets.items() if name == "username"}
+        return self.all_of(self.named(user), self.between(wanted, after, "said_at", "conversation"))
+
+    def is_named(self, wanted: Wanted) -> str:
+        return self.all_of(self.named({name: value for name, value in wanted.facets.items() if name != "username"}))
+
+    def nearby(self, wanted: Wanted, after: Place | None, seen: Look | None, far: int) -> tuple[str, str]:
+        """A walk, and which of its rows are wanted. Words are asked for in what was seen of them."""
+        way = "desc" if wanted.newest_first else "asc"
+        if not wanted.along:
+            assert seen is not None
+            walk = _SPOKEN.format(nearby=self.spoken(wanted, after), way=way, far=self.add(far))
+            return walk, f"words @@ {self.add(seen.query)}"
+        nearby = self.all_of(self.named(wanted.along), self.between(wanted, after))
+        rest = {name: value for name, value in wanted.facets.items() if name not in wanted.along}
+        where = self.all_of(self.named(rest), self.has(seen.words if seen else "", "walked.id"))
+        return _NEARBY.format(nearby=nearby, way=way, far=self.add(far)), where
+
+    def page(self, which: str, wanted: Wanted, slice_: Slice, **given: str) -> tuple[str, list[Any]]:
+        way = "desc" if wanted.newest_first else "asc"
+        limit, offset = self.add(slice_.size + 1), self.add(slice_.skip)
+        chosen = which.format(way=way, limit=limit, offset=offset, **given)
+        return _PAGE.format(page=chosen, way=way), self.values
