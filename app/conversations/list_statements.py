@@ -43,6 +43,21 @@ page as materialized (
     select id, at from (select id, at from matching order by at {way}, id {way}) found where {is_it}
     limit {limit} offset {offset})
 """
+# Of what the index of words finds only what is among so many conversations: the index of times is put beside it before
+# any row is read. Times are asked for from both ends, as only then a plan without values takes them for selective.
+_NEAR = """
+edge as materialized (
+    select said_at from conversation_words where {spoken}
+    order by said_at {way}, conversation {way} limit 1 offset {far}),
+page as materialized (
+    select id, at from (
+        select conversation as id, said_at as at from (
+            select conversation, said_at, username from conversation_words
+            where words @@ {query} and said_at between {first} and {last} offset 0) all_of_it
+        where {spoken} order by at {way}, id {way}) found
+    where {is_it} limit {limit} offset {offset})
+"""
+_EDGE = "coalesce((select said_at from edge), '{forever}')"
 _COUNT_WORDS = """
 select count(*) from (select from conversation_words where words @@ {query} and {where} limit {far}) counted
 """
@@ -70,12 +85,34 @@ def strolling(wanted: Wanted, slice_: Slice, seen: Look | None = None, *, far: i
     return terms.page(_STROLL, wanted, slice_, walk=walk, where=where)
 
 
-def matching(wanted: Wanted, slice_: Slice, *, query: str) -> tuple[str, list[Any]]:
-    """What finds by words and facets, and counts what it has found."""
+def matching(wanted: Wanted, slice_: Slice, *, query: str, far: int | None = None) -> tuple[str, list[Any]]:
+    """What finds by words and facets, and counts what it has found: all, or so many of it, whichever they are."""
     terms = _Terms()
     where, is_it = terms.spoken(wanted, slice_.after), _IS.format(named=terms.is_named(wanted))
+    if far is not None:
+        where += f" limit {terms.add(far)}"
     sql, values = terms.page(_MATCHING, wanted, slice_, query=terms.add(query), where=where, is_it=is_it)
-    return sql.replace("as message_ids\n", "as message_ids, (select count(*) from matching) as matching\n"), values
+    return _with(sql, "(select count(*) from matching) as matching"), values
+
+
+def near(wanted: Wanted, slice_: Slice, *, query: str, far: int) -> tuple[str, list[Any]]:
+    """What finds by words and facets among so many conversations; `is_all` says that no more are behind the place."""
+    terms = _Terms()
+    spoken, is_it = terms.spoken(wanted, slice_.after), _IS.format(named=terms.is_named(wanted))
+    begins = [slice_.after.at if slice_.after else None, wanted.until if wanted.newest_first else wanted.since]
+    known = [at for at in begins if at is not None]
+    if wanted.newest_first:
+        first, last = _EDGE.format(forever="-infinity"), terms.add(min(known)) if known else "'infinity'"
+    else:
+        first, last = terms.add(max(known)) if known else "'-infinity'", _EDGE.format(forever="infinity")
+    given = {"query": terms.add(query), "spoken": spoken, "is_it": is_it, "far": terms.add(far)}
+    sql, values = terms.page(_NEAR, wanted, slice_, **given, first=first, last=last)
+    return _with(sql, "not exists (select from edge) as is_all"), values
+
+
+def _with(sql: str, more: str) -> str:
+    """A page's statement with one column more."""
+    return sql.replace("as message_ids\n", f"as message_ids, {more}\n")
 
 
 def counting_walked(wanted: Wanted, *, words: str, far: int) -> tuple[str, list[Any]]:

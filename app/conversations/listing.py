@@ -1,9 +1,17 @@
 """Lists of conversations, newest first or oldest first, from any place in the list at the same cost."""
 
 from dataclasses import replace
-from math import inf
+from math import inf, isqrt
 
-from app.conversations.list_statements import counting, counting_newest, counting_walked, matching, strolling, walking
+from app.conversations.list_statements import (
+    counting,
+    counting_newest,
+    counting_walked,
+    matching,
+    near,
+    strolling,
+    walking,
+)
 from app.conversations.pages import Page, Place, Slice, Total, Wanted
 from app.conversations.search import Look, look
 from app.conversations.words import facets
@@ -14,9 +22,11 @@ from app.postgres import Connection
 FAR = 10_000
 # What one row costs, in µs: one that the index of words finds, and what it looks through before; one of a walk along
 # the words, and along the conversations of a filter, of which the index says everything; and its words, where they are
-# asked for by its key. In memory that takes 1.2, but each is a page that nobody has asked for ahead.
+# asked for by its key. In memory that takes 1.2, but each is a page that nobody has asked for ahead. At last, a time
+# that is put beside what the index of words finds.
 _FOUND_US, _LOOKED_US = 2.5, 0.2
 _READ_US, _NAMED_US, _ASKED_US = 0.4, 0.3, 3.0
+_TIMED_US = 0.2
 # A walk goes as far as costs what the index of words would, and so far at least, as not everything comes evenly. One
 # that would have to be luckier than likely is not begun.
 _SHORT, _LIKELY = 5_000, 1.5
@@ -97,6 +107,8 @@ def _far(wanted: Wanted, slice_: Slice, seen: Look) -> int:
     if wanted.along:
         row_us = _ASKED_US if seen.words else _NAMED_US
     found_us = _found_us(seen)
+    if not wanted.along:
+        found_us = min(found_us, _LOOKED_US * seen.rarest * seen.conversations + _TIMED_US * _how_near(slice_, seen))
     # What the index of words finds is counted with it; a walk needs the index for that.
     counted_us = _found_us(seen, most=_COUNTED) if slice_.total is None and _is_asked(wanted, seen) else 0.0
     if not seen.within or _LIKELY * slice_.needed / seen.within * row_us + counted_us > found_us:
@@ -110,13 +122,47 @@ def _found_us(seen: Look, *, most: float = inf) -> float:
 
 
 async def _found(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page:
-    """All that the index of words finds, put in order. What is found this way is little, as a rule."""
-    sql, values = matching(wanted, slice_, query=seen.query)
+    """What the index of words finds, put in order: all of it where that is little, else what is near the page."""
+    total = slice_.total
+    if total is None and not slice_.skip and not wanted.along and _is_asked(wanted, seen):
+        # How common a word is that statistics do not name, nobody knows: this finds all, or that it is too much.
+        few = await _matching(connection, wanted, slice_, seen, far=_COUNTED + 1)
+        if few.total.count <= _COUNTED:
+            return few
+        total = replace(few.total, exact=False)
+    if not wanted.along and (total is None or total.count > _COUNTED):
+        nearest = await _near(connection, wanted, slice_, seen, total)
+        if nearest is not None:
+            return nearest
+    found = await _matching(connection, wanted, slice_, seen)
+    if not found.rows and slice_.skip:
+        return replace(found, total=await _total_found(connection, wanted, seen))
+    return found
+
+
+async def _matching(
+    connection: Connection, wanted: Wanted, slice_: Slice, seen: Look, *, far: int | None = None
+) -> Page:
+    """Of all that the index of words finds, or of so many of it. The total is how many those are."""
+    sql, values = matching(wanted, slice_, query=seen.query, far=far)
     rows = await connection.fetch(sql, *values)
-    total = slice_.total or (Total(rows[0]["matching"]) if rows else None)
-    if total is None:
-        total = await _total_found(connection, wanted, seen) if slice_.skip else Total(0)
-    return Page.of(rows, slice_, total)
+    return Page.of(rows, slice_, Total(rows[0]["matching"] if rows else 0))
+
+
+async def _near(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look, total: Total | None) -> Page | None:
+    """What the index of words finds among those that come first; None where the page was not full then."""
+    sql, values = near(wanted, slice_, query=seen.query, far=_how_near(slice_, seen))
+    rows = await connection.fetch(sql, *values)
+    if len(rows) <= slice_.size and not (rows and rows[0]["is_all"]):
+        return None
+    return Page.of(rows, slice_, total or await _total_found(connection, wanted, seen, least=slice_.needed))
+
+
+def _how_near(slice_: Slice, seen: Look) -> int:
+    """Among how many to look for a page. What is rarer than expected would make it long: no longer than where it costs
+    as much as all that is found, if the page is just full then."""
+    fair = isqrt(int(slice_.needed * seen.conversations * (_FOUND_US + _LOOKED_US) / _TIMED_US))
+    return min(int(_LIKELY * slice_.needed / seen.share), fair) if seen.share else fair
 
 
 async def _total(connection: Connection, wanted: Wanted, words: str) -> Total:

@@ -140,6 +140,55 @@ async def test_every_way_finds_the_same(database: str, monkeypatch: pytest.Monke
     await connection.close()
 
 
+async def test_what_is_near_is_found_without_what_is_far(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages of what is not rare, by cursor, with any bounds: looked for among one conversation, some, or all."""
+    chance = Random(14)
+    rows = listed.rows(chance, 300, "rare common common other")
+    await listed.store(database, rows)
+    connection = await open_connection(database)
+    await connection.execute("analyze conversation_words")
+    monkeypatch.setattr(listing, "_far", lambda *_: 0)
+    monkeypatch.setattr(listing, "_COUNTED", 3)
+    near, filled = listing._near, dict.fromkeys((0, 1, 40, 1000), 0)
+
+    async def noted(*given: Any) -> pages.Page | None:
+        page = await near(*given)
+        filled[far] += page is not None
+        return page
+
+    monkeypatch.setattr(listing, "_near", noted)
+    for _ in range(40):
+        terms = chance.choice([("common",), ("rare",), ("common", "other"), ("com*",)])
+        model = chance.choice([None, "large"])
+        since = BEGAN + timedelta(minutes=chance.randrange(40)) if chance.random() < 0.4 else None
+        until = BEGAN + timedelta(minutes=chance.randrange(40, 76)) if chance.random() < 0.4 else None
+        expected = {
+            row["conversation_id"]
+            for row in rows
+            if _says(row, *terms)
+            and model in (None, row["model"])
+            and (since is None or row["last"] >= since)
+            and (until is None or row["last"] < until)
+        }
+        wanted = pages.Wanted(
+            query=" ".join(terms), model=model, since=since, until=until, newest_first=chance.random() < 0.5
+        )
+        for far in filled:
+            monkeypatch.setattr(listing, "_how_near", lambda *_, far=far: far)
+            page = await listing.page(connection, wanted, size=7)
+            found, total = list(page.rows), page.total
+            while page.behind is not None:
+                page = await listing.page(connection, wanted, size=7, after=page.behind)
+                found += page.rows
+            places = [(row["last_message_at"], row["id"]) for row in found]
+            assert places == sorted(places, reverse=wanted.newest_first)
+            assert len(places) == len(set(places))
+            assert {row["conversation_id"] for row in found} == expected
+            assert total == pages.Total(len(found)) or (total == pages.Total(4, exact=False) and len(found) > 3)
+    assert filled[0] < filled[40] < filled[1000], filled
+    await connection.close()
+
+
 async def test_all_of_a_user_are_listed_however_many_they_are(database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Few are walked along; of many it depends, and a cursor does not say which it was."""
     rows = listed.rows(Random(3), 200)
@@ -280,6 +329,24 @@ async def test_each_search_has_its_plan(many: Connection, wanted: pages.Wanted) 
         assert "conversation_words_said" not in plan, plan
         assert "using conversations_pkey" in plan, plan
         assert "Seq Scan" not in plan, plan
+        if by_words and not by_user:
+            plan = await listed.plan(many, list_statements.near(wanted, slice_, query="'x'", far=2000))
+            edge, found = plan[plan.index("CTE edge") :].split("BitmapAnd")
+            way = "" if wanted.newest_first else "Backward "
+            assert f"Index Only Scan {way}using conversation_words_said" in edge, plan
+            assert "Bitmap Index Scan on conversation_words_found" in found, plan
+            assert "Bitmap Index Scan on conversation_words_said" in found, plan
+            assert "Seq Scan" not in plan, plan
+
+
+def test_what_is_rarer_than_expected_is_not_looked_for_too_far() -> None:
+    """Where it would be just enough for a page, looking near costs what finding all does."""
+    seen = replace(_LOOK, rarest=0.01, share=0.01, within=0.01, conversations=1_000_000)
+    likely = listing._how_near(pages.Slice(50), seen)
+    assert likely == int(51 / 0.01 * listing._LIKELY)
+    rare = listing._how_near(pages.Slice(50), replace(seen, rarest=1e-6, share=1e-6, within=1e-6))
+    assert likely < rare < 100_000
+    assert rare == listing._how_near(pages.Slice(50), replace(seen, rarest=0.0, share=0.0, within=0.0))
 
 
 async def test_the_way_follows_what_is_common(many: Connection) -> None:
