@@ -69,7 +69,7 @@ async def restore(connection: Connection, conversations: int) -> None:
         await connection.execute("delete from messages where user_id like 'saver-%'", timeout=1200)
         await connection.execute("delete from conversation_counts")
         await connection.execute(
-            "insert into conversation_counts select source, 0, count(*) from conversations group by 1"
+            "insert into conversation_counts select source, 0, count(*) from conversations group by 1", timeout=600
         )
     await vacuum(connection)
 
