@@ -1,6 +1,7 @@
 """The statements of lists and searches: one shape for each way of finding, so that its plan needs no estimates."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from app.conversations.index import OWN
@@ -34,33 +35,28 @@ _COUNT_NEWEST = "select count(*) filter (where {where}) as found, count(*) as wa
 # What the index of words finds is put in order by what stands beside the words; `offset 0` keeps another index out of
 # it, which would find half of all. Whether a conversation is gone, or has a longer name than a facet, says its own row.
 _IS = "(select {named} from conversations c where c.id = found.id)"
+_ASKED = """
+    select conversation, said_at, username, words, ctid from conversation_words where words @@ {asked}{among} offset 0
+"""
 _MATCHING = """
 matching as materialized (
-    select conversation as id, said_at as at from (
-        select conversation, said_at, username from conversation_words where words @@ {query} offset 0) all_of_it
-    where {where}),
+    select conversation as id, said_at as at, ctid as place from ({found}) all_of_it where {where}),
 page as materialized (
     select id, at from (select id, at from matching order by at {way}, id {way}) found where {is_it}
     limit {limit} offset {offset})
 """
-# Of what the index of words finds only what is among so many conversations: the index of times is put beside it before
-# any row is read. Times are asked for from both ends, as only then a plan without values takes them for selective.
-_NEAR = """
+# Only what is among so many conversations: the index of times is put beside the index of words before any row is read.
+# Times are asked for from both ends, as only then a plan without values takes them for selective.
+_EDGE = """
 edge as materialized (
-    select said_at from conversation_words where {spoken}
-    order by said_at {way}, conversation {way} limit 1 offset {far}),
-page as materialized (
-    select id, at from (
-        select conversation as id, said_at as at from (
-            select conversation, said_at, username from conversation_words
-            where words @@ {query} and said_at between {first} and {last} offset 0) all_of_it
-        where {spoken} order by at {way}, id {way}) found
-    where {is_it} limit {limit} offset {offset})
+    select said_at from conversation_words where {where}
+    order by said_at {way}, conversation {way} limit 1 offset {far})
 """
-_EDGE = "coalesce((select said_at from edge), '{forever}')"
-_COUNT_WORDS = """
-select count(*) from (select from conversation_words where words @@ {query} and {where} limit {far}) counted
-"""
+_AMONG = " and said_at between {first} and {last}"
+_AT_EDGE = "coalesce((select said_at from edge), {end})"
+_COUNT_WORDS = "select count(*) from (select from ({found}) all_of_it where {where} limit {far}) counted"
+_MATCHED = "(select count(*) from matching) as matching"
+_BLOCKS = "(select min(place) from matching) as first, (select max(place) from matching) as last"
 _PAGE = f"""
 with {{page}}
 select {ENTRY}, case when c.source = '{OWN}' then {OWN_IDS} else c.message_ids end as message_ids
@@ -81,37 +77,56 @@ def strolling(wanted: Wanted, slice_: Slice, seen: Look | None = None, *, far: i
     terms = _Terms()
     walk, where = terms.nearby(wanted, slice_.after, seen, far)
     if not wanted.along:
-        where += f" and {_IS.format(named=terms.is_named(wanted)).replace('found.', 'walked.')}"
+        where += f" and {terms.is_it(wanted).replace('found.', 'walked.')}"
     return terms.page(_STROLL, wanted, slice_, walk=walk, where=where)
 
 
-def matching(wanted: Wanted, slice_: Slice, *, query: str, far: int | None = None) -> tuple[str, list[Any]]:
-    """What finds by words and facets, and counts what it has found: all, or so many of it, whichever they are."""
+def matching(wanted: Wanted, slice_: Slice, seen: Look, *, far: int | None = None) -> tuple[str, list[Any]]:
+    """What finds by words and facets: all, or so many, whichever those are.
+
+    Each row has how many those are (`matching`) and the blocks of the first and the last of them (`first`, `last`).
+    """
     terms = _Terms()
-    where, is_it = terms.spoken(wanted, slice_.after), _IS.format(named=terms.is_named(wanted))
+    found, where = terms.found(wanted, slice_.after, seen)
     if far is not None:
         where += f" limit {terms.add(far)}"
-    sql, values = terms.page(_MATCHING, wanted, slice_, query=terms.add(query), where=where, is_it=is_it)
-    return _with(sql, "(select count(*) from matching) as matching"), values
+    sql, values = terms.page(_MATCHING, wanted, slice_, found=found, where=where, is_it=terms.is_it(wanted))
+    return _with(sql, f"{_MATCHED}, {_BLOCKS}"), values
 
 
-def near(wanted: Wanted, slice_: Slice, *, query: str, far: int) -> tuple[str, list[Any]]:
+def near(wanted: Wanted, slice_: Slice, seen: Look, *, far: int) -> tuple[str, list[Any]]:
     """What finds by words and facets among so many conversations; `is_all` says that no more are behind the place."""
     terms = _Terms()
-    spoken, is_it = terms.spoken(wanted, slice_.after), _IS.format(named=terms.is_named(wanted))
-    begins = [slice_.after.at if slice_.after else None, wanted.until if wanted.newest_first else wanted.since]
-    known = [at for at in begins if at is not None]
+    edge = terms.edge(wanted, slice_, far)
+    since, until = _span(wanted, slice_.after)
+    first, last = terms.add(since) if since else "'-infinity'", terms.add(until) if until else "'infinity'"
     if wanted.newest_first:
-        first, last = _EDGE.format(forever="-infinity"), terms.add(min(known)) if known else "'infinity'"
+        first = _AT_EDGE.format(end=first)
     else:
-        first, last = terms.add(max(known)) if known else "'-infinity'", _EDGE.format(forever="infinity")
-    given = {"query": terms.add(query), "spoken": spoken, "is_it": is_it, "far": terms.add(far)}
-    sql, values = terms.page(_NEAR, wanted, slice_, **given, first=first, last=last)
-    return _with(sql, "not exists (select from edge) as is_all"), values
+        last = _AT_EDGE.format(end=last)
+    found, where = terms.found(wanted, slice_.after, seen, among=_AMONG.format(first=first, last=last))
+    sql, values = terms.page(f"{edge},{_MATCHING}", wanted, slice_, found=found, where=where, is_it=terms.is_it(wanted))
+    return _with(sql, f"{_MATCHED}, not exists (select from edge) as is_all"), values
+
+
+def reaching(wanted: Wanted, slice_: Slice, *, far: int) -> tuple[str, list[Any]]:
+    """What says whether there are more than so many conversations."""
+    terms = _Terms()
+    return f"with {terms.edge(wanted, slice_, far)} select exists (select from edge)", terms.values
+
+
+def _span(wanted: Wanted, after: Place | None) -> tuple[datetime | None, datetime | None]:
+    """From when until when there can be anything behind a place; None where that is open."""
+    since, until = wanted.since, wanted.until
+    if after is not None and wanted.newest_first:
+        until = min(until or after.at, after.at)
+    elif after is not None:
+        since = max(since or after.at, after.at)
+    return since, until
 
 
 def _with(sql: str, more: str) -> str:
-    """A page's statement with one column more."""
+    """A page's statement with more columns."""
     return sql.replace("as message_ids\n", f"as message_ids, {more}\n")
 
 
@@ -122,11 +137,11 @@ def counting_walked(wanted: Wanted, *, words: str, far: int) -> tuple[str, list[
     return _COUNT.format(where=where, far=terms.add(far)), terms.values
 
 
-def counting(wanted: Wanted, *, query: str, far: int) -> tuple[str, list[Any]]:
+def counting(wanted: Wanted, seen: Look, *, far: int) -> tuple[str, list[Any]]:
     """What counts how many the index of words finds, up to so many."""
     terms = _Terms()
-    where = terms.spoken(wanted, None)
-    return _COUNT_WORDS.format(query=terms.add(query), where=where, far=terms.add(far)), terms.values
+    found, where = terms.found(wanted, None, seen)
+    return _COUNT_WORDS.format(found=found, where=where, far=terms.add(far)), terms.values
 
 
 def counting_newest(wanted: Wanted, seen: Look | None = None, *, far: int) -> tuple[str, list[Any]]:
@@ -147,6 +162,20 @@ class _Terms(Terms):
         """Of words. A facet holds the beginning of a name; whose they are is never left to that."""
         user = {name: value for name, value in wanted.facets.items() if name == "username"}
         return self.all_of(self.named(user), self.between(wanted, after, "said_at", "conversation"))
+
+    def edge(self, wanted: Wanted, slice_: Slice, far: int) -> str:
+        """The one behind so many conversations; none where there are fewer."""
+        way = "desc" if wanted.newest_first else "asc"
+        return _EDGE.format(where=self.spoken(wanted, slice_.after), way=way, far=self.add(far))
+
+    def found(self, wanted: Wanted, after: Place | None, seen: Look, among: str = "") -> tuple[str, str]:
+        """What the index of words finds, and which of it is wanted."""
+        found = _ASKED.format(asked=self.add(seen.asked), among=among)
+        rest = [f"words @@ {self.add(seen.query)}"] if seen.query != seen.asked else []
+        return found, self.all_of([self.spoken(wanted, after)], rest)
+
+    def is_it(self, wanted: Wanted) -> str:
+        return _IS.format(named=self.is_named(wanted))
 
     def is_named(self, wanted: Wanted) -> str:
         return self.all_of(self.named({name: value for name, value in wanted.facets.items() if name != "username"}))

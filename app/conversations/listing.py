@@ -9,6 +9,7 @@ from app.conversations.list_statements import (
     counting_walked,
     matching,
     near,
+    reaching,
     strolling,
     walking,
 )
@@ -33,8 +34,9 @@ _SHORT, _LIKELY = 5_000, 1.5
 # How far a total of several filters, or of words, is counted where more than that is found: it would be the dearest
 # part of a first page. Statistics that say so many times more are believed.
 _COUNTED, _SURELY = 1_000, 3
-# Where the index of words would look through more than this, what is newest is counted instead, so many rows of it.
-_LOOKED, _NEWEST = 25_000, 10_000
+# Where the index of words would look through more than this, what is newest is counted instead: so many rows of it, and
+# fewer where each one's words are asked for by its key.
+_LOOKED, _NEWEST, _NEWEST_ASKED = 25_000, 10_000, 2_500
 
 _IS_THERE = "select is_there from conversation_index"
 _ALL = "select coalesce(sum(conversations), 0)::bigint from conversation_counts"
@@ -108,7 +110,7 @@ def _far(wanted: Wanted, slice_: Slice, seen: Look) -> int:
         row_us = _ASKED_US if seen.words else _NAMED_US
     found_us = _found_us(seen)
     if not wanted.along:
-        found_us = min(found_us, _LOOKED_US * seen.rarest * seen.conversations + _TIMED_US * _how_near(slice_, seen))
+        found_us = min(found_us, _near_us(slice_, seen))
     # What the index of words finds is counted with it; a walk needs the index for that.
     counted_us = _found_us(seen, most=_COUNTED) if slice_.total is None and _is_asked(wanted, seen) else 0.0
     if not seen.within or _LIKELY * slice_.needed / seen.within * row_us + counted_us > found_us:
@@ -118,22 +120,24 @@ def _far(wanted: Wanted, slice_: Slice, seen: Look) -> int:
 
 def _found_us(seen: Look, *, most: float = inf) -> float:
     """What it costs to have the index of words find so many."""
-    return _LOOKED_US * seen.rarest * seen.conversations + _FOUND_US * min(seen.share * seen.conversations, most)
+    return _LOOKED_US * seen.rarest * seen.conversations + _FOUND_US * min(seen.share_asked * seen.conversations, most)
 
 
 async def _found(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page:
-    """What the index of words finds, put in order: all of it where that is little, else what is near the page."""
+    """What the index of words finds, put in order: all of it where that is little, else what is among the next rows."""
     total = slice_.total
-    if total is None and not slice_.skip and not wanted.along and _is_asked(wanted, seen):
-        # How common a word is that statistics do not name, nobody knows: this finds all, or that it is too much.
-        few = await _matching(connection, wanted, slice_, seen, far=_COUNTED + 1)
-        if few.total.count <= _COUNTED:
-            return few
-        total = replace(few.total, exact=False)
-    if not wanted.along and (total is None or total.count > _COUNTED):
-        nearest = await _near(connection, wanted, slice_, seen, total)
-        if nearest is not None:
-            return nearest
+    if not wanted.along:
+        is_blind = seen.is_guess
+        if total is None and not slice_.skip and _is_asked(wanted, seen):
+            few = await _matching(connection, wanted, slice_, seen, far=_COUNTED + 1)
+            if few.total.count <= _COUNTED:
+                return few
+            total, seen, is_blind = replace(few.total, exact=False), _as_dense_as(few, seen), False
+        is_much = total is None or total.count > _COUNTED
+        if is_much and (is_blind or _near_us(slice_, seen) < _found_us(seen)):
+            nearest = await _near(connection, wanted, slice_, seen, total)
+            if nearest is not None:
+                return nearest
     found = await _matching(connection, wanted, slice_, seen)
     if not found.rows and slice_.skip:
         return replace(found, total=await _total_found(connection, wanted, seen))
@@ -144,25 +148,49 @@ async def _matching(
     connection: Connection, wanted: Wanted, slice_: Slice, seen: Look, *, far: int | None = None
 ) -> Page:
     """Of all that the index of words finds, or of so many of it. The total is how many those are."""
-    sql, values = matching(wanted, slice_, query=seen.query, far=far)
+    sql, values = matching(wanted, slice_, seen, far=far)
     rows = await connection.fetch(sql, *values)
     return Page.of(rows, slice_, Total(rows[0]["matching"] if rows else 0))
 
 
+def _as_dense_as(few: Page, seen: Look) -> Look:
+    """How common it is what only some were found of: those are the first ones in the order of the table's blocks."""
+    if not seen.conversations:
+        return seen
+    (first, _), (last, _) = few.rows[0]["first"], few.rows[0]["last"]
+    share = min(few.total.count / (last - first + 1) * seen.blocks / seen.conversations, 1.0)
+    asked = min(share * (seen.share_asked / seen.share if seen.share else 1.0), 1.0)
+    return replace(seen, share=share, share_asked=asked, within=share)
+
+
 async def _near(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look, total: Total | None) -> Page | None:
     """What the index of words finds among those that come first; None where the page was not full then."""
-    sql, values = near(wanted, slice_, query=seen.query, far=_how_near(slice_, seen))
+    far = _how_near(slice_, seen)
+    sql, values = near(wanted, slice_, seen, far=far)
     rows = await connection.fetch(sql, *values)
-    if len(rows) <= slice_.size and not (rows and rows[0]["is_all"]):
-        return None
+    if len(rows) <= slice_.size:
+        if rows:
+            is_all = rows[0]["is_all"]
+        else:
+            sql, values = reaching(wanted, slice_, far=far)
+            is_all = not await connection.fetchval(sql, *values)
+        if not is_all:
+            return None
+        total = total or Total(rows[0]["matching"] if rows else 0)
     return Page.of(rows, slice_, total or await _total_found(connection, wanted, seen, least=slice_.needed))
 
 
 def _how_near(slice_: Slice, seen: Look) -> int:
-    """Among how many to look for a page. What is rarer than expected would make it long: no longer than where it costs
-    as much as all that is found, if the page is just full then."""
+    """Among how many to look for a page: no farther than where that costs as much as all that is found, if the page is
+    just full then. Words come in bursts, so that what some of them say is believed less."""
+    likely = _SURELY if seen.is_guess else _LIKELY
     fair = isqrt(int(slice_.needed * seen.conversations * (_FOUND_US + _LOOKED_US) / _TIMED_US))
-    return min(int(_LIKELY * slice_.needed / seen.share), fair) if seen.share else fair
+    return min(int(likely * slice_.needed / seen.share), fair) if seen.share else fair
+
+
+def _near_us(slice_: Slice, seen: Look) -> float:
+    """What it costs to have the index of words find what is that near."""
+    return _LOOKED_US * seen.rarest * seen.conversations + _TIMED_US * _how_near(slice_, seen)
 
 
 async def _total(connection: Connection, wanted: Wanted, words: str) -> Total:
@@ -182,7 +210,7 @@ async def _total_found(
     if not _is_asked(wanted, seen):
         newest = newest or await _total_newest(connection, wanted, seen)
         return replace(newest, count=max(newest.count, least))
-    sql, values = counting(wanted, query=seen.query, far=_COUNTED + 1)
+    sql, values = counting(wanted, seen, far=_COUNTED + 1)
     async with connection.transaction():
         # Whether the index is worth it depends on how common the words are; our connections plan without looking.
         await connection.execute("set local plan_cache_mode = force_custom_plan")
@@ -191,21 +219,24 @@ async def _total_found(
 
 async def _total_newest(connection: Connection, wanted: Wanted, seen: Look | None = None) -> Total:
     """Exact where all were looked at."""
-    sql, values = counting_newest(wanted, seen, far=_NEWEST)
+    far = _NEWEST_ASKED if wanted.along and seen and seen.words else _NEWEST
+    sql, values = counting_newest(wanted, seen, far=far)
     row = await connection.fetchrow(sql, *values)
     assert row is not None
-    return Total(row["found"], exact=row["walked"] < _NEWEST)
+    return Total(row["found"], exact=row["walked"] < far)
 
 
 def _is_known(wanted: Wanted, seen: Look) -> bool:
     """Whether statistics say that there are more than anybody counts."""
-    unbounded = wanted.since is None and wanted.until is None
-    return seen.terms == 1 and unbounded and seen.rarest * seen.conversations > _SURELY * _COUNTED
+    is_named = seen.terms == 1 and not seen.is_guess
+    return is_named and not wanted.is_bounded and seen.rarest * seen.conversations > _SURELY * _COUNTED
 
 
 def _is_asked(wanted: Wanted, seen: Look) -> bool:
     """Whether the index of words is asked for the total: not where that is known, or is looked for along a walk."""
     is_along = seen.rarest * seen.conversations > _LOOKED or ("username" in wanted.along and not seen.words)
+    # It finds what has the words at any time.
+    is_along = is_along or (wanted.is_bounded and not wanted.along)
     return not (is_along or _is_known(wanted, seen))
 
 

@@ -32,6 +32,11 @@ class Wanted:
         return self == Wanted(newest_first=self.newest_first)
 
     @property
+    def is_bounded(self) -> bool:
+        """Whether times are given."""
+        return self.since is not None or self.until is not None
+
+    @property
     def facets(self) -> dict[str, str]:
         """The filters that were given, by column; the one that leaves least comes first, as a rule."""
         named = {name: getattr(self, name) for name in ("username", "chatbot_id", "model", "source")}

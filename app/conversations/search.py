@@ -19,6 +19,9 @@ from app.postgres import Connection
 _PART = re.compile(r'"([^"]*)"|([^\s"]+)')
 # Letters before a star. With one it would be a tenth of all words, which no index finds quickly.
 _STEM = 2
+# What is more common than that is not asked of the index, where there is something rarer: its list is long to read, and
+# most of what the rarer one finds has it. "How do I" is in every other question.
+_COMMON = 0.2
 _TABLE = "conversation_words"
 
 # The words of each part, in their order, and each one's share of all conversations, as the last ANALYZE has seen it.
@@ -35,16 +38,19 @@ common as (
     select most_common_elems::text::text[] as words, most_common_elem_freqs as shares
     from pg_stats where (schemaname, tablename, attname) = ((select relnamespace::regnamespace::text from pg_class
         where oid = 'conversation_words'::regclass), 'conversation_words', 'words'))
-select t.n, t.lexeme, t.position, t.is_stem, coalesce(
+select t.n, t.lexeme, t.position, t.is_stem, seen.share is null as is_guess, coalesce(
+    seen.share,
+    (select shares[cardinality(words) + 1] / case when t.n > 0 then 10 else 3 end from common),
+    0)::float8 as share
+from terms t cross join lateral (select coalesce(
     case when t.is_stem then (select sum(share) from common, unnest(words, shares) as s(word, share)
         where starts_with(word, t.lexeme)) end,
-    (select coalesce(shares[array_position(words, t.lexeme)],
-        shares[cardinality(words) + 1] / case when t.n > 0 then 10 else 3 end) from common),
-    0)::float8 as share
-from terms t order by t.n, t.position, t.lexeme
+    (select shares[array_position(words, t.lexeme)] from common)) as share) seen
+order by t.n, t.position, t.lexeme
 """
 _ALL = """
-select greatest(reltuples, 0)::float8 as conversations, row_security_active(oid) as is_bound
+select greatest(reltuples, 0)::float8 as conversations, row_security_active(oid) as is_bound,
+    pg_relation_size(oid) / current_setting('block_size')::int as blocks
 from pg_class where oid = 'conversation_words'::regclass
 """
 
@@ -61,18 +67,24 @@ class Part:
 class Look:
     """What to look for and what to expect. Shares are of all conversations, from 0 to 1.
 
-    `words` is the tsquery of the words alone, empty where none was given; `query` has the facets as well. No more match
-    than `rarest` says, and `share` if terms meet by chance; `within` is then the share of those that have the facet one
-    walks along. `is_bound`: a user's rows alone can be seen.
+    `words` is the tsquery of the words alone, empty where none was given; `query` has the facets as well, and `asked`
+    is that part of it which the index is asked for. No more match than `rarest` says, and `share` if terms meet by
+    chance; the index finds `share_asked`. `within` is the share of those that have the facet one walks along.
+    `is_guess`: statistics do not name each term. `is_bound`: a user's rows alone can be seen. The table has so many
+    `blocks`.
     """
 
     words: str
     query: str
+    asked: str
     rarest: float
     share: float
+    share_asked: float
     within: float
     terms: int
     conversations: float
+    blocks: int
+    is_guess: bool
     is_bound: bool
 
 
@@ -98,29 +110,49 @@ async def look(
     rows = await connection.fetch(_LOOK.replace(_TABLE, table), *values)
     overall = await connection.fetchrow(_ALL.replace(_TABLE, table))
     assert overall is not None
-    phrases = [_phrase(list(words)) for n, words in groupby(rows, itemgetter("n")) if n > 0]
-    shares = [row["share"] for row in rows if row["n"] >= 0]
+    phrases = [_term(list(words)) for n, words in groupby(rows, itemgetter("n")) if n > 0]
+    terms = [_Term(_quoted(row["lexeme"]), row["share"], row["share"]) for row in rows if row["n"] == 0] + phrases
+    rarest = min((term.rarest for term in terms), default=1.0)
+    asked = [term for term in terms if term.rarest <= max(rarest, _COMMON)]
+    share = prod(term.share for term in terms)
     walked = prod(row["share"] for row in rows if row["n"] < 0)
     return Look(
-        words=" & ".join(phrases),
-        query=" & ".join([*map(_quoted, facets), *phrases]),
-        rarest=min(shares, default=1.0),
-        share=prod(shares),
-        within=min(prod(shares) / walked, 1.0) if walked else 0.0,
-        terms=len(shares),
+        words=_all_of(phrases),
+        query=_all_of(terms),
+        asked=_all_of(asked),
+        rarest=rarest,
+        share=share,
+        share_asked=prod(term.share for term in asked),
+        within=min(share / walked, 1.0) if walked else 0.0,
+        terms=sum(row["n"] >= 0 for row in rows),
         conversations=overall["conversations"],
+        blocks=overall["blocks"],
+        is_guess=any(row["is_guess"] for row in rows if row["n"] >= 0),
         is_bound=overall["is_bound"],
     )
 
 
-def _phrase(words: list[asyncpg.Record]) -> str:
+@dataclass(frozen=True, slots=True)
+class _Term:
+    """A facet or a phrase of a tsquery. No more have it than `rarest` says, and `share` if its words meet by chance."""
+
+    text: str
+    rarest: float
+    share: float
+
+
+def _term(words: Sequence[asyncpg.Record]) -> _Term:
     """Words at the distances at which they stand."""
-    terms = [_quoted(word["lexeme"]) for word in words]
+    texts, shares = [_quoted(word["lexeme"]) for word in words], [word["share"] for word in words]
     if words[-1]["is_stem"]:
-        terms[-1] += ":*"
+        texts[-1] += ":*"
     gaps = [f" <{later['position'] - earlier['position']}> " for earlier, later in pairwise(words)]
-    joined = "".join(term + gap for term, gap in zip(terms, [*gaps, ""], strict=True))
-    return f"({joined})"
+    joined = "".join(text + gap for text, gap in zip(texts, [*gaps, ""], strict=True))
+    return _Term(f"({joined})", min(shares), prod(shares))
+
+
+def _all_of(terms: Sequence[_Term]) -> str:
+    return " & ".join(term.text for term in terms)
 
 
 def _quoted(lexeme: str) -> str:
