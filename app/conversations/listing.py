@@ -211,10 +211,7 @@ async def _total_found(
         newest = newest or await _total_newest(connection, wanted, seen)
         return replace(newest, count=max(newest.count, least))
     sql, values = counting(wanted, seen, far=_COUNTED + 1)
-    async with connection.transaction():
-        # Whether the index is worth it depends on how common the words are; our connections plan without looking.
-        await connection.execute("set local plan_cache_mode = force_custom_plan")
-        return _counted(await connection.fetchval(sql, *values), _COUNTED)
+    return _counted(await connection.fetchval(sql, *values), _COUNTED)
 
 
 async def _total_newest(connection: Connection, wanted: Wanted, seen: Look | None = None) -> Total:

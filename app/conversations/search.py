@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
-from math import prod
+from math import prod, sqrt
 from operator import itemgetter
 
 import asyncpg
@@ -19,9 +19,10 @@ from app.postgres import Connection
 _PART = re.compile(r'"([^"]*)"|([^\s"]+)')
 # Letters before a star. With one it would be a tenth of all words, which no index finds quickly.
 _STEM = 2
-# What is more common than that is not asked of the index, where there is something rarer: its list is long to read, and
-# most of what the rarer one finds has it. "How do I" is in every other question.
-_COMMON = 0.2
+# What nearly all have is not asked of the index where there is something rarer: "how do I" is in every other question.
+# Reading the list of a word costs so many µs for each that has it. Without it more rows have to be looked at until what
+# they say is enough, one for each that has not, and a thousand that have cost so many µs.
+_LISTED_US, _ENOUGH_US = 0.01, 2_500
 _TABLE = "conversation_words"
 
 # The words of each part, in their order, and each one's share of all conversations, as the last ANALYZE has seen it.
@@ -113,7 +114,8 @@ async def look(
     phrases = [_term(list(words)) for n, words in groupby(rows, itemgetter("n")) if n > 0]
     terms = [_Term(_quoted(row["lexeme"]), row["share"], row["share"]) for row in rows if row["n"] == 0] + phrases
     rarest = min((term.rarest for term in terms), default=1.0)
-    asked = [term for term in terms if term.rarest <= max(rarest, _COMMON)]
+    common = sqrt(_ENOUGH_US / _LISTED_US / max(overall["conversations"], 1))
+    asked = [term for term in terms if term.rarest <= max(rarest, common)]
     share = prod(term.share for term in terms)
     walked = prod(row["share"] for row in rows if row["n"] < 0)
     return Look(
