@@ -38,21 +38,20 @@ with terms as (
 common as (
     select most_common_elems::text::text[] as words, most_common_elem_freqs as shares
     from pg_stats where (schemaname, tablename, attname) = ((select relnamespace::regnamespace::text from pg_class
-        where oid = 'conversation_words'::regclass), 'conversation_words', 'words'))
-select t.n, t.lexeme, t.position, t.is_stem, seen.share is null as is_guess, coalesce(
+        where oid = 'conversation_words'::regclass), 'conversation_words', 'words')),
+overall as (
+    select greatest(reltuples, 0)::float8 as conversations, row_security_active(oid) as is_bound,
+        pg_relation_size(oid) / current_setting('block_size')::int as blocks
+    from pg_class where oid = 'conversation_words'::regclass)
+select conversations, is_bound, blocks, t.n, t.lexeme, t.position, t.is_stem, seen.share is null as is_guess, coalesce(
     seen.share,
     (select shares[cardinality(words) + 1] / case when t.n > 0 then 10 else 3 end from common),
     0)::float8 as share
-from terms t cross join lateral (select coalesce(
+from overall left join terms t on true cross join lateral (select coalesce(
     case when t.is_stem then (select sum(share) from common, unnest(words, shares) as s(word, share)
         where starts_with(word, t.lexeme)) end,
     (select shares[array_position(words, t.lexeme)] from common)) as share) seen
 order by t.n, t.position, t.lexeme
-"""
-_ALL = """
-select greatest(reltuples, 0)::float8 as conversations, row_security_active(oid) as is_bound,
-    pg_relation_size(oid) / current_setting('block_size')::int as blocks
-from pg_class where oid = 'conversation_words'::regclass
 """
 
 
@@ -108,9 +107,8 @@ async def look(
     """
     given = parts(query)
     values = ([part.text for part in given], [part.is_stem for part in given], facets, along)
-    rows = await connection.fetch(_LOOK.replace(_TABLE, table), *values)
-    overall = await connection.fetchrow(_ALL.replace(_TABLE, table))
-    assert overall is not None
+    overall, *_ = found = await connection.fetch(_LOOK.replace(_TABLE, table), *values)
+    rows = [row for row in found if row["n"] is not None]
     phrases = [_term(list(words)) for n, words in groupby(rows, itemgetter("n")) if n > 0]
     terms = [_Term(_quoted(row["lexeme"]), row["share"], row["share"]) for row in rows if row["n"] == 0] + phrases
     rarest = min((term.rarest for term in terms), default=1.0)
