@@ -55,12 +55,15 @@ edge as materialized (
 _AMONG = " and said_at between {first} and {last}"
 _AT_EDGE = "coalesce((select said_at from edge), {end})"
 _COUNT_WORDS = "select count(*) from (select from ({found}) all_of_it where {where} limit {far}) counted"
-_MATCHED = "(select count(*) from matching) as matching"
-_BLOCKS = "(select min(place) from matching) as first, (select max(place) from matching) as last"
+_MATCHED = "count(*) as matching, min(place) as first, max(place) as last"
+_IS_ALL = "not exists (select from edge) as is_all"
+_ROWS = "page cross join lateral (select * from conversations where id = page.id offset 0) c"
+# What is told of all that was found stands beside each row, and beside an empty one where the page has none.
+_TOLD = f"(select {{told}} from matching) told left join ({_ROWS}) on true"
 _PAGE = f"""
 with {{page}}
-select {ENTRY}, case when c.source = '{OWN}' then {OWN_IDS} else c.message_ids end as message_ids
-from page cross join lateral (select * from conversations where id = page.id offset 0) c
+select {ENTRY}, case when c.source = '{OWN}' then {OWN_IDS} else c.message_ids end as message_ids{{more}}
+from {{rows}}
 order by page.at {{way}}, page.id {{way}}
 """
 
@@ -84,14 +87,14 @@ def strolling(wanted: Wanted, slice_: Slice, seen: Look | None = None, *, far: i
 def matching(wanted: Wanted, slice_: Slice, seen: Look, *, far: int | None = None) -> tuple[str, list[Any]]:
     """What finds by words and facets: all, or so many, whichever those are.
 
-    Each row has how many those are (`matching`) and the blocks of the first and the last of them (`first`, `last`).
+    Each row has how many those are (`matching`) and the blocks of the first and the last of them (`first`, `last`);
+    without any there is one without an id.
     """
     terms = _Terms()
     found, where = terms.found(wanted, slice_.after, seen)
     if far is not None:
         where += f" limit {terms.add(far)}"
-    sql, values = terms.page(_MATCHING, wanted, slice_, found=found, where=where, is_it=terms.is_it(wanted))
-    return _with(sql, f"{_MATCHED}, {_BLOCKS}"), values
+    return terms.page(_MATCHING, wanted, slice_, _MATCHED, found=found, where=where, is_it=terms.is_it(wanted))
 
 
 def near(wanted: Wanted, slice_: Slice, seen: Look, *, far: int) -> tuple[str, list[Any]]:
@@ -105,14 +108,8 @@ def near(wanted: Wanted, slice_: Slice, seen: Look, *, far: int) -> tuple[str, l
     else:
         last = _AT_EDGE.format(end=last)
     found, where = terms.found(wanted, slice_.after, seen, among=_AMONG.format(first=first, last=last))
-    sql, values = terms.page(f"{edge},{_MATCHING}", wanted, slice_, found=found, where=where, is_it=terms.is_it(wanted))
-    return _with(sql, f"{_MATCHED}, not exists (select from edge) as is_all"), values
-
-
-def reaching(wanted: Wanted, slice_: Slice, *, far: int) -> tuple[str, list[Any]]:
-    """What says whether there are more than so many conversations."""
-    terms = _Terms()
-    return f"with {terms.edge(wanted, slice_, far)} select exists (select from edge)", terms.values
+    which, told = f"{edge},{_MATCHING}", f"{_MATCHED}, {_IS_ALL}"
+    return terms.page(which, wanted, slice_, told, found=found, where=where, is_it=terms.is_it(wanted))
 
 
 def _span(wanted: Wanted, after: Place | None) -> tuple[datetime | None, datetime | None]:
@@ -123,11 +120,6 @@ def _span(wanted: Wanted, after: Place | None) -> tuple[datetime | None, datetim
     elif after is not None:
         since = max(since or after.at, after.at)
     return since, until
-
-
-def _with(sql: str, more: str) -> str:
-    """A page's statement with more columns."""
-    return sql.replace("as message_ids\n", f"as message_ids, {more}\n")
 
 
 def counting_walked(wanted: Wanted, *, words: str, far: int) -> tuple[str, list[Any]]:
@@ -192,8 +184,9 @@ class _Terms(Terms):
         where = self.all_of(self.named(rest), self.has(seen.words if seen else "", "walked.id"))
         return _NEARBY.format(nearby=nearby, way=way, far=self.add(far)), where
 
-    def page(self, which: str, wanted: Wanted, slice_: Slice, **given: str) -> tuple[str, list[Any]]:
+    def page(self, which: str, wanted: Wanted, slice_: Slice, told: str = "", **given: str) -> tuple[str, list[Any]]:
         way = "desc" if wanted.newest_first else "asc"
         limit, offset = self.add(slice_.size + 1), self.add(slice_.skip)
         chosen = which.format(way=way, limit=limit, offset=offset, **given)
-        return _PAGE.format(page=chosen, way=way), self.values
+        more, rows = (", told.*", _TOLD.format(told=told)) if told else ("", _ROWS)
+        return _PAGE.format(page=chosen, way=way, more=more, rows=rows), self.values

@@ -3,13 +3,14 @@
 from dataclasses import replace
 from math import inf, isqrt
 
+import asyncpg
+
 from app.conversations.list_statements import (
     counting,
     counting_newest,
     counting_walked,
     matching,
     near,
-    reaching,
     strolling,
     walking,
 )
@@ -24,10 +25,10 @@ FAR = 10_000
 # What one row costs, in µs: one that the index of words finds, and what it looks through before; one of a walk along
 # the words, and along the conversations of a filter, of which the index says everything; and its words, where they are
 # asked for by its key. In memory that takes 1.2, but each is a page that nobody has asked for ahead. At last, a time
-# that is put beside what the index of words finds.
+# that is put beside what the index of words finds: 0.2, and 0.7 where VACUUM has not been since.
 _FOUND_US, _LOOKED_US = 2.5, 0.2
 _READ_US, _NAMED_US, _ASKED_US = 0.4, 0.3, 3.0
-_TIMED_US = 0.2
+_TIMED_US = 0.3
 # A walk goes as far as costs what the index of words would, and so far at least, as not everything comes evenly. One
 # that would have to be luckier than likely is not begun.
 _SHORT, _LIKELY = 5_000, 1.5
@@ -128,37 +129,41 @@ async def _found(connection: Connection, wanted: Wanted, slice_: Slice, seen: Lo
     total = slice_.total
     if not wanted.along:
         is_blind = seen.is_guess
-        if total is None and not slice_.skip and _is_asked(wanted, seen):
-            few = await _matching(connection, wanted, slice_, seen, far=_COUNTED + 1)
-            if few.total.count <= _COUNTED:
+        # Among few times there may be nothing of what is found at any.
+        is_counted = _is_asked(wanted, seen) or (is_blind and not wanted.is_bounded)
+        if total is None and is_counted:
+            few, told = await _matching(connection, wanted, slice_, seen, far=_COUNTED + 1)
+            if told["matching"] <= _COUNTED:
                 return few
-            total, seen, is_blind = replace(few.total, exact=False), _as_dense_as(few, seen), False
+            total, seen, is_blind = Total(told["matching"], exact=False), _as_dense_as(told, seen), False
         is_much = total is None or total.count > _COUNTED
         if is_much and (is_blind or _near_us(slice_, seen) < _found_us(seen)):
             nearest = await _near(connection, wanted, slice_, seen, total)
             if nearest is not None:
                 return nearest
-    found = await _matching(connection, wanted, slice_, seen)
-    if not found.rows and slice_.skip:
-        return replace(found, total=await _total_found(connection, wanted, seen))
-    return found
+    return (await _matching(connection, wanted, slice_, seen))[0]
 
 
 async def _matching(
     connection: Connection, wanted: Wanted, slice_: Slice, seen: Look, *, far: int | None = None
-) -> Page:
-    """Of all that the index of words finds, or of so many of it. The total is how many those are."""
+) -> tuple[Page, asyncpg.Record]:
+    """Of all that the index of words finds, or of so many of it; and what is told of those."""
     sql, values = matching(wanted, slice_, seen, far=far)
-    rows = await connection.fetch(sql, *values)
-    return Page.of(rows, slice_, Total(rows[0]["matching"] if rows else 0))
+    rows, told = _parted(await connection.fetch(sql, *values))
+    return Page.of(rows, slice_, Total(told["matching"])), told
 
 
-def _as_dense_as(few: Page, seen: Look) -> Look:
+def _parted(rows: list[asyncpg.Record]) -> tuple[list[asyncpg.Record], asyncpg.Record]:
+    """A page's rows, and one that has what is told of all; without an id it stands for an empty page."""
+    return [row for row in rows if row["id"] is not None], rows[0]
+
+
+def _as_dense_as(told: asyncpg.Record, seen: Look) -> Look:
     """How common it is what only some were found of: those are the first ones in the order of the table's blocks."""
     if not seen.conversations:
         return seen
-    (first, _), (last, _) = few.rows[0]["first"], few.rows[0]["last"]
-    share = min(few.total.count / (last - first + 1) * seen.blocks / seen.conversations, 1.0)
+    (first, _), (last, _) = told["first"], told["last"]
+    share = min(told["matching"] / (last - first + 1) * seen.blocks / seen.conversations, 1.0)
     asked = min(share * (seen.share_asked / seen.share if seen.share else 1.0), 1.0)
     return replace(seen, share=share, share_asked=asked, within=share)
 
@@ -167,16 +172,11 @@ async def _near(connection: Connection, wanted: Wanted, slice_: Slice, seen: Loo
     """What the index of words finds among those that come first; None where the page was not full then."""
     far = _how_near(slice_, seen)
     sql, values = near(wanted, slice_, seen, far=far)
-    rows = await connection.fetch(sql, *values)
+    rows, told = _parted(await connection.fetch(sql, *values))
     if len(rows) <= slice_.size:
-        if rows:
-            is_all = rows[0]["is_all"]
-        else:
-            sql, values = reaching(wanted, slice_, far=far)
-            is_all = not await connection.fetchval(sql, *values)
-        if not is_all:
+        if not told["is_all"]:
             return None
-        total = total or Total(rows[0]["matching"] if rows else 0)
+        total = total or Total(told["matching"])
     return Page.of(rows, slice_, total or await _total_found(connection, wanted, seen, least=slice_.needed))
 
 
@@ -185,12 +185,13 @@ def _how_near(slice_: Slice, seen: Look) -> int:
     just full then. Words come in bursts, so that what some of them say is believed less."""
     likely = _SURELY if seen.is_guess else _LIKELY
     fair = isqrt(int(slice_.needed * seen.conversations * (_FOUND_US + _LOOKED_US) / _TIMED_US))
-    return min(int(likely * slice_.needed / seen.share), fair) if seen.share else fair
+    return int(min(likely * slice_.needed / seen.share, fair)) if seen.share else fair
 
 
 def _near_us(slice_: Slice, seen: Look) -> float:
     """What it costs to have the index of words find what is that near."""
-    return _LOOKED_US * seen.rarest * seen.conversations + _TIMED_US * _how_near(slice_, seen)
+    row_us = _TIMED_US + _FOUND_US * seen.share_asked
+    return _LOOKED_US * seen.rarest * seen.conversations + row_us * _how_near(slice_, seen)
 
 
 async def _total(connection: Connection, wanted: Wanted, words: str) -> Total:
@@ -232,8 +233,9 @@ def _is_known(wanted: Wanted, seen: Look) -> bool:
 def _is_asked(wanted: Wanted, seen: Look) -> bool:
     """Whether the index of words is asked for the total: not where that is known, or is looked for along a walk."""
     is_along = seen.rarest * seen.conversations > _LOOKED or ("username" in wanted.along and not seen.words)
-    # It finds what has the words at any time.
-    is_along = is_along or (wanted.is_bounded and not wanted.along)
+    if wanted.is_bounded and not wanted.along:
+        # It finds what has the words at any time.
+        is_along = is_along or seen.rarest * seen.conversations > _SURELY * _COUNTED
     return not (is_along or _is_known(wanted, seen))
 
 

@@ -1,5 +1,6 @@
 """Search: what has the words is found, by whichever way it is looked for; and whatever is asked, nothing breaks."""
 
+import itertools
 from collections import Counter
 from collections.abc import AsyncGenerator
 from dataclasses import replace
@@ -154,6 +155,7 @@ async def test_what_is_near_is_found_without_what_is_far(database: str, monkeypa
     monkeypatch.setattr(listing, "_far", lambda *_: 0)
     monkeypatch.setattr(listing, "_COUNTED", 3)
     monkeypatch.setattr(search, "_ENOUGH_US", 0.5)  # what more than four of ten have is looked for in the rows
+    monkeypatch.setattr(listing, "_near_us", lambda *_: 0.0)
     near, asked, filled = listing._near, Counter[int](), Counter[int]()
 
     async def noted(*given: Any) -> pages.Page | None:
@@ -401,12 +403,12 @@ async def test_statistics_that_do_not_name_a_word_are_not_believed(many: Connect
 async def test_how_common_a_word_is_shows_in_where_it_is_found_first(many: Connection, query: str) -> None:
     """Within a factor of two, from a quarter of it."""
     wanted, seen = pages.Wanted(query=query), await search.look(many, query, [])
-    all_of_it = (await listing._matching(many, wanted, pages.Slice(5), seen)).total.count
-    few = await listing._matching(many, wanted, pages.Slice(5), seen, far=all_of_it // 4)
-    dense = listing._as_dense_as(few, replace(seen, share=1e-6, share_asked=2e-6, is_guess=True))
+    all_of_it = (await listing._matching(many, wanted, pages.Slice(5), seen))[0].total.count
+    _, told = await listing._matching(many, wanted, pages.Slice(5), seen, far=all_of_it // 4)
+    dense = listing._as_dense_as(told, replace(seen, share=1e-6, share_asked=2e-6, is_guess=True))
     assert all_of_it / 2 < dense.share * 20_000 < all_of_it * 2
     assert dense.share <= dense.share_asked == min(2 * dense.share, 1)
-    assert listing._as_dense_as(few, replace(seen, conversations=0)).share == seen.share
+    assert listing._as_dense_as(told, replace(seen, conversations=0)).share == seen.share
 
 
 @pytest.mark.parametrize(("within", "is_walked"), [(0.3, True), (0.045, False)])
@@ -440,6 +442,30 @@ async def test_totals_of_searches_are_counted_so_far(many: Connection, monkeypat
     assert await total(model="m1", chatbot_id="b1") == pages.Total(1_001, exact=False)
     assert await total(model="m1", chatbot_id="b2") == pages.Total(0)
     assert await total(model="m1", chatbot_id="b1", query="w7") == pages.Total(7)
+
+
+async def test_what_is_found_first_may_all_be_gone(many: Connection) -> None:
+    """Or of another name than a facet holds: an empty page of some is no empty page of all."""
+    await many.execute("delete from conversations where id <= 15000")
+    await many.execute("update conversations set model = repeat('m', 100) || (id > 18000)::int")
+    await many.execute(listed.SAVE_WORDS)
+    for model in (None, "m" * 100 + "0", "m" * 100 + "1"):
+        page = await listing.page(many, pages.Wanted(query="common last", model=model), size=50)
+        assert len(page.rows) == 50
+
+
+async def test_a_page_behind_the_end_has_the_total(many: Connection) -> None:
+    await many.execute("update conversations set first_question = 'fresh' where id % 10 = 0")
+    await many.execute(listed.SAVE_WORDS)  # which no statistics name
+    for since, skip in itertools.product((None, BEGAN), (2_000, 9_000)):
+        page = await listing.page(many, pages.Wanted(query="fresh", since=since), size=50, skip=skip)
+        assert not page.rows
+        assert page.total == pages.Total(2_000) or (page.total.count > 1_000 and not page.total.exact)
+
+
+async def test_many_words_are_no_number_too_large(many: Connection) -> None:
+    for count in range(50, 129, 3):
+        assert not (await listing.page(many, pages.Wanted(query=" ".join(["zz"] * count)), size=50)).rows
 
 
 async def test_words_of_what_is_gone_leave_no_hole(many: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
