@@ -38,7 +38,8 @@ async def _all(home: House, size: int) -> list[str]:
 
 
 async def test_chats_are_listed_by_what_was_said_last_and_the_silent_ones_behind(house: Open) -> None:
-    async with house() as home:
+    # The job that compares the index with its chats may be at it while it is deleted, and put back what it misses.
+    async with house(enable_background_jobs=False) as home:
         for n in range(5):
             await sync(home.client, "phone", [put(f"c{n}", f"Chat {n}"), add(f"m{n}", f"c{n}")], first=n + 1)
         await sync(home.client, "phone", [put("z"), put("a"), put("gone", at=1)], [delete("gone", 5)], first=6)
