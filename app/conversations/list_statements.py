@@ -34,7 +34,7 @@ page as materialized (
 _COUNT_NEWEST = "select count(*) filter (where {where}) as found, count(*) as walked from ({walk}) walked"
 # What the index of words finds is put in order by what stands beside the words; `offset 0` keeps another index out of
 # it, which would find half of all. Whether a conversation is gone, or has a longer name than a facet, says its own row.
-_IS = "(select {named} from conversations c where c.id = found.id)"
+_IS = "(select {named} from conversations c where c.id = {of}.id)"
 _ASKED = """
     select conversation, said_at, username, words, ctid from conversation_words where words @@ {asked}{among} offset 0
 """
@@ -80,7 +80,7 @@ def strolling(wanted: Wanted, slice_: Slice, seen: Look | None = None, *, far: i
     terms = _Terms()
     walk, where = terms.nearby(wanted, slice_.after, seen, far)
     if not wanted.along:
-        where += f" and {terms.is_it(wanted).replace('found.', 'walked.')}"
+        where += f" and {terms.is_it(wanted, 'walked')}"
     return terms.page(_STROLL, wanted, slice_, walk=walk, where=where)
 
 
@@ -166,11 +166,9 @@ class _Terms(Terms):
         rest = [f"words @@ {self.add(seen.query)}"] if seen.query != seen.asked else []
         return found, self.all_of([self.spoken(wanted, after)], rest)
 
-    def is_it(self, wanted: Wanted) -> str:
-        return _IS.format(named=self.is_named(wanted))
-
-    def is_named(self, wanted: Wanted) -> str:
-        return self.all_of(self.named({name: value for name, value in wanted.facets.items() if name != "username"}))
+    def is_it(self, wanted: Wanted, of: str = "found") -> str:
+        rest = {name: value for name, value in wanted.facets.items() if name != "username"}
+        return _IS.format(named=self.all_of(self.named(rest)), of=of)
 
     def nearby(self, wanted: Wanted, after: Place | None, seen: Look | None, far: int) -> tuple[str, str]:
         """A walk, and which of its rows are wanted. Words are asked for in what was seen of them."""

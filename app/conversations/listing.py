@@ -30,8 +30,9 @@ _FOUND_US, _LOOKED_US = 2.5, 0.2
 _READ_US, _NAMED_US, _ASKED_US = 0.4, 0.3, 3.0
 _TIMED_US = 0.3
 # A walk goes as far as costs what the index of words would, and so far at least, as not everything comes evenly. One
-# that would have to be luckier than likely is not begun.
-_SHORT, _LIKELY = 5_000, 1.5
+# that would have to be luckier than likely is not begun. Words come in bursts: of one that is only guessed at more is
+# looked through.
+_SHORT, _LIKELY, _BURSTS = 5_000, 1.5, 3
 # How far a total of several filters, or of words, is counted where more than that is found: it would be the dearest
 # part of a first page. Statistics that say so many times more are believed.
 _COUNTED, _SURELY = 1_000, 3
@@ -121,26 +122,24 @@ def _far(wanted: Wanted, slice_: Slice, seen: Look) -> int:
 
 def _found_us(seen: Look, *, most: float = inf) -> float:
     """What it costs to have the index of words find so many."""
-    return _LOOKED_US * seen.rarest * seen.conversations + _FOUND_US * min(seen.share_asked * seen.conversations, most)
+    return _LOOKED_US * seen.most + _FOUND_US * min(seen.share_asked * seen.conversations, most)
 
 
 async def _found(connection: Connection, wanted: Wanted, slice_: Slice, seen: Look) -> Page:
     """What the index of words finds, put in order: all of it where that is little, else what is among the next rows."""
-    total = slice_.total
-    if not wanted.along:
-        is_blind = seen.is_guess
-        # Among few times there may be nothing of what is found at any.
-        is_counted = _is_asked(wanted, seen) or (is_blind and not wanted.is_bounded)
-        if total is None and is_counted:
-            few, told = await _matching(connection, wanted, slice_, seen, far=_COUNTED + 1)
-            if told["matching"] <= _COUNTED:
-                return few
-            total, seen, is_blind = Total(told["matching"], exact=False), _as_dense_as(told, seen), False
-        is_much = total is None or total.count > _COUNTED
-        if is_much and (is_blind or _near_us(slice_, seen) < _found_us(seen)):
-            nearest = await _near(connection, wanted, slice_, seen, total)
-            if nearest is not None:
-                return nearest
+    total, is_blind = slice_.total, seen.is_guess
+    if wanted.along or (total is not None and total.count <= _COUNTED):
+        return (await _matching(connection, wanted, slice_, seen))[0]
+    # Among few times there may be nothing of what is found at any.
+    if total is None and (_is_asked(wanted, seen) or (is_blind and not wanted.is_bounded)):
+        few, told = await _matching(connection, wanted, slice_, seen, far=_COUNTED + 1)
+        if told["matching"] <= _COUNTED:
+            return few
+        total, seen, is_blind = Total(told["matching"], exact=False), _as_dense_as(told, seen), False
+    if is_blind or _near_us(slice_, seen) < _found_us(seen):
+        nearest = await _near(connection, wanted, slice_, seen, total)
+        if nearest is not None:
+            return nearest
     return (await _matching(connection, wanted, slice_, seen))[0]
 
 
@@ -182,8 +181,8 @@ async def _near(connection: Connection, wanted: Wanted, slice_: Slice, seen: Loo
 
 def _how_near(slice_: Slice, seen: Look) -> int:
     """Among how many to look for a page: no farther than where that costs as much as all that is found, if the page is
-    just full then. Words come in bursts, so that what some of them say is believed less."""
-    likely = _SURELY if seen.is_guess else _LIKELY
+    just full then."""
+    likely = _BURSTS if seen.is_guess else _LIKELY
     fair = isqrt(int(slice_.needed * seen.conversations * (_FOUND_US + _LOOKED_US) / _TIMED_US))
     return int(min(likely * slice_.needed / seen.share, fair)) if seen.share else fair
 
@@ -191,7 +190,7 @@ def _how_near(slice_: Slice, seen: Look) -> int:
 def _near_us(slice_: Slice, seen: Look) -> float:
     """What it costs to have the index of words find what is that near."""
     row_us = _TIMED_US + _FOUND_US * seen.share_asked
-    return _LOOKED_US * seen.rarest * seen.conversations + row_us * _how_near(slice_, seen)
+    return _LOOKED_US * seen.most + row_us * _how_near(slice_, seen)
 
 
 async def _total(connection: Connection, wanted: Wanted, words: str) -> Total:
@@ -227,16 +226,16 @@ async def _total_newest(connection: Connection, wanted: Wanted, seen: Look | Non
 def _is_known(wanted: Wanted, seen: Look) -> bool:
     """Whether statistics say that there are more than anybody counts."""
     is_named = seen.terms == 1 and not seen.is_guess
-    return is_named and not wanted.is_bounded and seen.rarest * seen.conversations > _SURELY * _COUNTED
+    return is_named and not wanted.is_bounded and seen.most > _SURELY * _COUNTED
 
 
 def _is_asked(wanted: Wanted, seen: Look) -> bool:
     """Whether the index of words is asked for the total: not where that is known, or is looked for along a walk."""
-    is_along = seen.rarest * seen.conversations > _LOOKED or ("username" in wanted.along and not seen.words)
-    if wanted.is_bounded and not wanted.along:
-        # It finds what has the words at any time.
-        is_along = is_along or seen.rarest * seen.conversations > _SURELY * _COUNTED
-    return not (is_along or _is_known(wanted, seen))
+    if _is_known(wanted, seen) or ("username" in wanted.along and not seen.words):
+        return False
+    # It finds what has the words at any time, which may be much more than between two.
+    is_apart = wanted.is_bounded and not wanted.along
+    return seen.most <= (_SURELY * _COUNTED if is_apart else _LOOKED)
 
 
 def _counted(count: int, far: int) -> Total:

@@ -68,10 +68,10 @@ class Look:
     """What to look for and what to expect. Shares are of all conversations, from 0 to 1.
 
     `words` is the tsquery of the words alone, empty where none was given; `query` has the facets as well, and `asked`
-    is that part of it which the index is asked for. No more match than `rarest` says, and `share` if terms meet by
-    chance; the index finds `share_asked`. `within` is the share of those that have the facet one walks along.
-    `is_guess`: statistics do not name each term. `is_bound`: a user's rows alone can be seen. The table has so many
-    `blocks`.
+    is that part of it which the index is asked for. No more match than `rarest` says, as far as statistics know, and
+    `share` if terms meet by chance; the index finds `share_asked`. `within` is the share of those that have the facet
+    one walks along. `is_guess`: statistics do not name each term. `is_bound`: a user's rows alone can be seen. The
+    table has so many `blocks`.
     """
 
     words: str
@@ -86,6 +86,11 @@ class Look:
     blocks: int
     is_guess: bool
     is_bound: bool
+
+    @property
+    def most(self) -> float:
+        """How many have the rarest term: no more match."""
+        return self.rarest * self.conversations
 
 
 def parts(query: str) -> list[Part]:

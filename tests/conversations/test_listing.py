@@ -177,7 +177,7 @@ from generate_series(1, 20000) n
 async def test_lists_walk_an_index_and_sort_nothing(database: str) -> None:
     connection = await open_connection(database)
     await connection.execute(_MANY)
-    await connection.execute("analyze conversations")
+    await connection.execute("vacuum analyze conversations")
     for filters, index in _PLANS:
         for after in (None, pages.Place(listed.BEGAN, 7, pages.Total(1))):
             wanted = pages.Wanted(**filters)
@@ -187,4 +187,8 @@ async def test_lists_walk_an_index_and_sort_nothing(database: str) -> None:
             walk = plan[plan.index("CTE page") : plan.index("CTE Scan")]
             assert "Sort" not in walk, plan
             assert "Index Only Scan Backward using messages_in_chat" in plan, plan
+        if filters:
+            counted = await listed.plan(connection, list_statements.counting_walked(wanted, words="", far=10_001))
+            assert "Index Only Scan" in counted, counted
+            assert "Seq Scan" not in counted, counted
     await connection.close()

@@ -113,6 +113,18 @@ def _says(row: Row, *terms: str) -> bool:
     return all(any(word.startswith(t[:-1]) if t.endswith("*") else word == t for word in said) for t in terms)
 
 
+def _matching(rows: list[Row], wanted: pages.Wanted) -> set[str]:
+    """What Python finds."""
+    return {
+        row["conversation_id"]
+        for row in rows
+        if _says(row, *(wanted.query or "").split())
+        and all(row[name] == value for name, value in wanted.facets.items())
+        and (wanted.since is None or row["last"] >= wanted.since)
+        and (wanted.until is None or row["last"] < wanted.until)
+    }
+
+
 _COLUMNS = ("username", "model", "chatbot_id", "source")
 
 
@@ -131,17 +143,10 @@ async def test_every_way_finds_the_same(database: str, monkeypatch: pytest.Monke
         given = {name: chance.choice([row[name] for row in rows]) for name in _COLUMNS if chance.random() < 0.4}
         given = {name: value for name, value in given.items() if value}
         since = BEGAN + timedelta(minutes=chance.randrange(60)) if chance.random() < 0.3 else None
-        expected = {
-            row["conversation_id"]
-            for row in rows
-            if _says(row, *terms)
-            and all(row[name] == value for name, value in given.items())
-            and (since is None or row["last"] >= since)
-        }
         wanted = pages.Wanted(**given, since=since, query=" ".join(terms) or None, newest_first=chance.random() < 0.5)
         for far in (0, 1, 100, 1000):
             monkeypatch.setattr(listing, "_far", lambda *_, far=far: far)
-            assert await _all(connection, wanted, chance.randint(1, 50)) == expected
+            assert await _all(connection, wanted, chance.randint(1, 50)) == _matching(rows, wanted)
     await connection.close()
 
 
@@ -170,14 +175,6 @@ async def test_what_is_near_is_found_without_what_is_far(database: str, monkeypa
         model = chance.choice([None, "large"])
         since = BEGAN + timedelta(minutes=chance.randrange(40)) if chance.random() < 0.4 else None
         until = BEGAN + timedelta(minutes=chance.randrange(40, 76)) if chance.random() < 0.4 else None
-        expected = {
-            row["conversation_id"]
-            for row in rows
-            if _says(row, *terms)
-            and model in (None, row["model"])
-            and (since is None or row["last"] >= since)
-            and (until is None or row["last"] < until)
-        }
         wanted = pages.Wanted(
             query=" ".join(terms), model=model, since=since, until=until, newest_first=chance.random() < 0.5
         )
@@ -191,7 +188,7 @@ async def test_what_is_near_is_found_without_what_is_far(database: str, monkeypa
             places = [(row["last_message_at"], row["id"]) for row in found]
             assert places == sorted(places, reverse=wanted.newest_first)
             assert len(places) == len(set(places))
-            assert {row["conversation_id"] for row in found} == expected
+            assert {row["conversation_id"] for row in found} == _matching(rows, wanted)
             assert total.count == len(found) if total.exact else 3 < total.count <= len(found)
     assert 0 < filled[40] < asked[40], (filled, asked)
     assert 0 < filled[1000] == asked[1000], (filled, asked)
