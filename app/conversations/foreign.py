@@ -39,6 +39,7 @@ select coalesce(bool_or(seqincrement < 0), false) as falls,
         or exists (select from pg_subscription_rel where srrelid = $1::text::regclass) as keeps,
     min(case when has_sequence_privilege(seqrelid, 'select')
         then coalesce(pg_sequence_last_value(seqrelid), seqstart - seqincrement) end) as drawn,
+    coalesce(min(seqstart), 1) as first,
     (pg_relation_size($1::text::regclass) / current_setting('block_size')::int)::bigint as pages,
     pg_relation_filenode($1::text::regclass)::bigint as file,
     exists (select from pg_attribute where attrelid = $1::text::regclass and not attisdropped
@@ -82,12 +83,14 @@ _GAPS = 500
 class Standing:
     """What is known of how keys are drawn, and how the table lies on the disk.
 
-    `drawn`: the last key, where it is known. `highest` that can be seen. `is_by_time`: its time has an index.
+    `drawn`: the last key, where it is known, and the `first` there may be. `highest` that can be seen. `is_by_time`:
+    its time has an index.
     """
 
     falls: bool
     keeps: bool
     drawn: int | None
+    first: int
     pages: int
     file: int
     is_by_time: bool

@@ -33,7 +33,7 @@ async def next_batch(
     if highest is not None:
         settled = max(settled, min(highest, position))
     if standing.keeps:
-        settled = max(state.settled, min(settled, _kept_open(seen, state.settled)))
+        settled = max(state.settled, min(settled, _kept_open(seen, state.settled, standing.first)))
     left = [mark for mark in marks if mark.hi > settled and (highest is None or mark.hi >= highest)]
     hi = seen.last(settled) if standing.drawn is None else min(seen.last(settled), standing.drawn)
     if hi > settled and (not left or hi > left[-1].hi):
@@ -82,7 +82,7 @@ async def _read(foreign: Foreign, state: State, bounds: Bounds, until: float) ->
     return batch, ids, position
 
 
-def _kept_open(seen: Ranges, after: int) -> int:
-    """Up to where ids may be settled so that the newest gaps stay open. What is below the first id is none."""
-    gaps = [gap for gap in seen.gaps(after)[:-1] if gap[0] > LEAST]
+def _kept_open(seen: Ranges, after: int, first: int) -> int:
+    """Up to where ids may be settled so that the newest gaps stay open. What is below the `first` id is none."""
+    gaps = [gap for gap in seen.gaps(after)[:-1] if gap[1] > first]
     return gaps[-min(_PATIENCE, len(gaps))][0] if gaps else seen.last(after)

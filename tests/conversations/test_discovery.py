@@ -127,6 +127,20 @@ async def test_an_id_drawn_before_the_lock_is_waited_for(site: Site) -> None:
     await other.close()
 
 
+@pytest.mark.parametrize("first", [1, 1000])
+async def test_the_first_ids_of_a_session_that_keeps_some_are_waited_for(site: Site, first: int) -> None:
+    await site.writer.execute(f"alter sequence chat_id_seq start {first} restart cache 20")
+    await site.writer.execute("begin; insert into chat (session, text) values ('early', 'I'); rollback")
+    other = await asyncpg.connect(site.dsn)
+    await other.execute("insert into chat (session, text) values ('on time', 'you')")
+    for _ in range(3):
+        await site.discover()
+    await site.writer.execute("insert into chat (session, text) values ('early', 'I')")
+    assert (await site.discover()).rows == 1
+    assert await site.agrees()
+    await other.close()
+
+
 async def test_an_id_far_ahead_of_the_sequence_settles_nothing_below_it(site: Site) -> None:
     await site.writer.execute("insert into chat (id, session, text) values (1000000, 'by hand', 'I')")
     for _ in range(3):
