@@ -81,12 +81,14 @@ async def next_batch(
 
 
 async def _under_way(foreign: Foreign, sweep: Sweep, standing: Standing) -> Sweep:
+    if sweep.place is not None and sweep.file == standing.file:
+        return sweep
+    look = await foreign.look()
+    # Pages that were counted before the look are too few for what it takes for read.
+    standing = await foreign.standing()
     if sweep.place is not None:
-        if standing.file == sweep.file:
-            return sweep
         log.warning("sweep_begun_again", table=foreign.shape.table)
         return replace(sweep, place="(0,0)", pages=standing.pages, file=standing.file, is_in_doubt=True)
-    look = await foreign.look()
     # A whole day's rows are looked through again, so one is due only where there is a quicker way for the others.
     is_whole = not (standing.is_by_time and sweep.day) or look.at - sweep.day_at > _DAY_S
     begun = replace(sweep, next=look.oldest, next_at=look.at, is_whole=is_whole)

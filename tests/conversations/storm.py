@@ -117,7 +117,7 @@ class Storm:
                 self.lost += 1
                 connection = None
         if connection is not None:
-            await connection.close()
+            connection.terminate()
 
     async def _transaction(self, connection: asyncpg.Connection, chance: Random, name: str) -> None:
         end = chance.choices(["commit", "rollback", "prepare"], [12, 3, 2])[0]

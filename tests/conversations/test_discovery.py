@@ -16,6 +16,7 @@ from app.conversations.ranges import LEAST
 from app.conversations.source_state import State
 from app.conversations.sources.recognition import newest_first, recognise
 from app.conversations.sources.source import Source
+from app.conversations.watermark import Look
 from app.errors import Conflict
 from app.postgres import Pool, open_pool
 from tests.conversations.plain import MADE, MADE_OF_UUIDS, OF_UUIDS, Plain, as_indexed, indexed, recounted
@@ -263,6 +264,18 @@ async def test_pages_of_stock_tables_descend_the_index_once_per_gap(site: Site) 
         assert index in plan, plan
         assert "Sort" not in plan, plan
         assert "Seq Scan" not in plan, plan
+
+
+async def test_a_sweep_reads_what_was_committed_until_its_look(of_uuids: Site) -> None:
+    class Interrupted(Foreign):
+        async def look(self) -> Look:
+            await of_uuids.writer.execute("insert into chat (session, text) values ('meanwhile', 'I')")
+            return await super().look()
+
+    engine = Discovery(of_uuids.pool, Bounds(grace_s=0))
+    await engine.discover("plain", Interrupted(of_uuids.theirs, of_uuids.shape))
+    await of_uuids.discover()
+    assert await of_uuids.agrees()
 
 
 async def test_without_serial_keys_a_late_row_is_found_and_a_changed_one_is_no_new_one(of_uuids: Site) -> None:
