@@ -163,9 +163,14 @@ class Rebuilt:
 Progress = Callable[[Rebuilt], None]
 
 
+async def is_left(connection: Connection) -> bool:
+    """Whether there is something of a rebuild: of one that is under way, or was killed."""
+    return await connection.fetchval(_LEFT) is True
+
+
 async def clean_up(connection: Connection) -> bool:
     """Take away what a rebuild that was killed has left; whether there was anything. To be called by one at a time."""
-    if not await connection.fetchval(_LEFT):
+    if not await is_left(connection):
         return False
     log.warning("index_rebuild_left")
     await _promptly(connection, lambda: _all(connection, _CLEAN))

@@ -20,7 +20,7 @@ from app.conversations.recount import MOST_FAILED, Failed, Recounted, recount
 from app.conversations.replacement import LONG_S
 from app.conversations.sources.source import all_sources
 from app.errors import Conflict, Unavailable
-from app.postgres import AWAY, Connection, open_connection, retry_conflicts, why
+from app.postgres import AWAY, Connection, Pool, open_connection, retry_conflicts, why
 
 log = structlog.get_logger(__name__)
 
@@ -255,16 +255,25 @@ async def stats(connection: Connection, username: str | None = None) -> Stats:
 class Upkeep:
     """What the leader does: take away what a killed rebuild has left, and build an index of an older schema anew."""
 
+    pool: Pool
     dsn: str
 
     async def run_once(self) -> int:
         """Returns 1 where there was something to do."""
+        # A look is not taken alone: who asks for a sync then would be told that one is under way.
+        async with self.pool.acquire() as connection:
+            if not (await _is_old(connection) or await rebuilding.is_left(connection)):
+                return 0
         try:
             async with alone(self.dsn) as connection:
-                if await connection.fetchval(_OLD, VERSION):
+                if await _is_old(connection):
                     rebuilt = await rebuilding.rebuild(connection)
                     log.info("index_rebuilt", conversations=rebuilt.conversations.total(), messages=rebuilt.messages)
                     return 1
                 return int(await rebuilding.clean_up(connection))
         except Conflict:
             return 0
+
+
+async def _is_old(connection: Connection) -> bool:
+    return await connection.fetchval(_OLD, VERSION) is True

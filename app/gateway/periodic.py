@@ -46,7 +46,7 @@ class Periodic:
         work = {
             "partitions": streaming.partitions.run_once,
             "retention": Retention(pool, expired).run_once,
-            "index": Upkeep(resources.dsn).run_once,
+            "index": Upkeep(pool, resources.dsn).run_once,
             "replicas": streaming.replica.forget_dead,
             "usage": UsageDays(pool).run_once,
             "erasure": answering.erasure.run_once,

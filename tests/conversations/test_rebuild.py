@@ -18,6 +18,7 @@ from app.conversations.rebuild import VERSION, Rebuilt, rebuild
 from app.errors import Conflict
 from tests.conversations.counted import agreed
 from tests.conversations.savers import Saver
+from tests.conversations.test_reconcile import pool_of
 from tests.serving import serving
 
 _CHATS = [Chat(user, f"{user}{number}", "shop") for user in ("ann", "bob") for number in range(10)]
@@ -157,8 +158,18 @@ async def _change(database: str, done: asyncio.Event) -> None:
             await connection.execute("update conversations set message_count = message_count + 1 where source = 'n8n'")
 
 
+async def test_who_finds_nothing_to_look_after_is_in_nobodys_way(
+    database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For so long a sync would be refused."""
+    monkeypatch.setattr(upkeep, "alone", None)
+    async with pool_of(database) as pool:
+        assert await upkeep.Upkeep(pool, database).run_once() == 0
+
+
 async def test_only_one_looks_after_the_index_and_a_killed_one_frees_it(database: str) -> None:
-    async with _connected(database) as watching:
+    async with _connected(database) as watching, pool_of(database) as pool:
+        keeper = upkeep.Upkeep(pool, database)
         with pytest.raises(Conflict, match="under way"):
             async with upkeep.alone(database), upkeep.alone(database):
                 pass
@@ -169,12 +180,12 @@ async def test_only_one_looks_after_the_index_and_a_killed_one_frees_it(database
                 await rebuild(connection, lambda now: _kill(now.phase, connection))
         assert await _shape(watching) != shape, "the trigger is left"
         await Saver(watching, Random(1)).save(_CHATS[0])
-        assert await upkeep.Upkeep(database).run_once() == 1
+        assert await keeper.run_once() == 1
         assert await _shape(watching) == shape
-        assert await upkeep.Upkeep(database).run_once() == 0
+        assert await keeper.run_once() == 0
         await watching.execute("update conversation_words set said_at = now()")  # as the migration leaves it
         await watching.execute("update conversation_index set version = 1")
-        assert await upkeep.Upkeep(database).run_once() == 1, "of an older schema"
+        assert await keeper.run_once() == 1, "of an older schema"
         assert await watching.fetchval("select version from conversation_index") == VERSION
         assert await _shape(watching) == shape
         await agreed(watching)

@@ -116,9 +116,10 @@ async def test_messages_that_are_saved_meanwhile_are_no_drift(database: str) -> 
         async with asyncio.TaskGroup() as tasks:
             for number, connection in enumerate(opened):
                 tasks.create_task(run(connection, Random(number)))
-            found = [await own_round(pool) for _ in range(30)]
+            found = [await own_round(pool)]
+            while len(found) < 30 or found[-1].compared < len(_CHATS):
+                found.append(await own_round(pool))
             done.set()
-        assert max(piece.compared for piece in found) == 6
         assert {(piece.drift, piece.unsure) for piece in found} == {(0, 0)}
 
 
