@@ -9,6 +9,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Coroutine, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -61,33 +62,71 @@ class Server:
         self._thread = threading.Thread(target=self._loop.run_forever, name="test-postgres", daemon=True)
         self._thread.start()
         self._admin: asyncpg.Connection | None = None
+        self._turn = asyncio.Lock()
+        # One database of each template that is made while a test runs, and one that is dropped meanwhile.
+        self._ahead: dict[str, Future[str]] = {}
+        self._dropped: Future[None] | None = None
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return self._start(work).result()
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> "Future[T]":
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def execute(self, sql: str) -> None:
-        if self._admin is None:
-            self._admin = self.run(asyncpg.connect(self.dsn))
-        self.run(self._admin.execute(sql))
+        self.run(self._execute(sql))
+
+    async def _execute(self, sql: str) -> None:
+        async with self._turn:
+            if self._admin is None:
+                self._admin = await asyncpg.connect(self.dsn)
+            await self._admin.execute(sql)
 
     def create(self, *, template: str = "template0") -> str:
         """The name of a new database."""
+        return self.run(self._create(template))
+
+    async def _create(self, template: str) -> str:
         name = f"parley_test_{uuid4().hex}"
-        self.execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+        await self._execute(f"CREATE DATABASE {name} TEMPLATE {template} STRATEGY file_copy")
+        return name
+
+    def take(self, template: str = "template0") -> str:
+        """As `create`, for one after the other: the next one is made while this one is used."""
+        made = self._ahead.pop(template, None) or self._start(self._create(template))
+        name = made.result()
+        self._ahead[template] = self._start(self._create(template))
         return name
 
     def drop(self, name: str) -> None:
-        self.execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
+        self.run(self._drop(name))
+
+    async def _drop(self, name: str) -> None:
+        await self._execute(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
         # Roles belong to the whole server; what this one could do went with the database.
-        self.execute(f"""do $$ declare r text; begin
+        await self._execute(f"""do $$ declare r text; begin
             for r in select rolname from pg_roles where rolname ~ '^parley_users_{name[:40]}_' loop
                 execute format('drop role %I', r);
             end loop; end $$""")
 
+    def leave(self, name: str) -> None:
+        """As `drop`, while the next test runs; it raises what went wrong with the one before."""
+        if self._dropped is not None:
+            self._dropped.result()
+        self._dropped = self._start(self._drop(name))
+
     def dsn_of(self, name: str) -> str:
         return urlunsplit(urlsplit(self.dsn)._replace(path=f"/{name}"))
 
+    def settle(self) -> None:
+        """Drop what was left, and what was made ahead."""
+        if self._dropped is not None:
+            self._dropped.result()
+        while self._ahead:
+            self.drop(self._ahead.popitem()[1].result())
+
     def close(self) -> None:
+        self.settle()
         if self._admin is not None:
             self.run(self._admin.close())
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -133,23 +172,25 @@ def template(server: Server) -> Iterator[str]:
     name = server.create()
     server.run(migrate(server.dsn_of(name)))
     yield name
+    # A role is not dropped while a copy of its database is there.
+    server.settle()
     server.drop(name)
 
 
 @pytest.fixture
 def database(server: Server, template: str) -> Iterator[str]:
     """The DSN of a fresh database at head, dropped afterwards with whoever is still connected."""
-    name = server.create(template=template)
+    name = server.take(template)
     yield server.dsn_of(name)
-    server.drop(name)
+    server.leave(name)
 
 
 @pytest.fixture
 def empty_database(server: Server) -> Iterator[str]:
     """The DSN of a database without any tables, for the tests of migrations."""
-    name = server.create()
+    name = server.take()
     yield server.dsn_of(name)
-    server.drop(name)
+    server.leave(name)
 
 
 @pytest.fixture
