@@ -542,7 +542,7 @@ async def test_apply_to_a_database_without_tables(empty_database: str, tmp_path:
 async def test_demo_provider() -> None:
     async with running("demo-provider", "--port", "0") as process:
         url = (await process.says("The demo provider is ready: ")).rpartition(" ")[2]
-        async with httpx2.AsyncClient(trust_env=False) as client:
+        async with client_of() as client:
             answer = await client.get(f"{url}/models")
         assert "demo" in [model["id"] for model in answer.json()["data"]]
         done = await process.stop(signal.SIGTERM)

@@ -6,6 +6,7 @@ import httpx2
 import pytest
 
 from app.demo import demo_provider
+from tests.serving import client_of
 
 
 @pytest.fixture
@@ -16,5 +17,5 @@ async def demo_url() -> AsyncIterator[str]:
 
 @pytest.fixture
 async def client(demo_url: str) -> AsyncIterator[httpx2.AsyncClient]:
-    async with httpx2.AsyncClient(base_url=demo_url, trust_env=False) as client:
+    async with client_of(demo_url) as client:
         yield client

@@ -16,6 +16,7 @@ import pytest
 from app.demo import demo_provider, faults
 from app.demo.answers import cut, tokens
 from app.demo.wishes import Wishes
+from tests.serving import client_of
 
 
 def asked(question: str, model: str = "demo?delay_ms=0", **more: Any) -> dict[str, Any]:
@@ -159,7 +160,7 @@ async def test_no_body_is_an_accident(client: httpx2.AsyncClient, body: bytes) -
 
 
 async def test_two_demo_providers_live_in_one_loop_and_remember_apart() -> None:
-    async with demo_provider() as one, demo_provider() as other, httpx2.AsyncClient(trust_env=False) as client:
+    async with demo_provider() as one, demo_provider() as other, client_of() as client:
         assert one != other
         await client.post(f"{one}/chat/completions", json=asked("Hi", "demo?tokens=1&delay_ms=0"))
         counts = [
@@ -170,7 +171,7 @@ async def test_two_demo_providers_live_in_one_loop_and_remember_apart() -> None:
 
 
 async def test_it_stops_at_once_under_open_streams_and_frees_its_port() -> None:
-    async with httpx2.AsyncClient(trust_env=False) as client:
+    async with client_of() as client:
         async with demo_provider() as url:
             body = {**asked("Hi", "demo?fault=stall&delay_ms=0"), "stream": True}
             request = client.build_request("POST", f"{url}/chat/completions", json=body)
@@ -186,7 +187,7 @@ async def test_it_stops_at_once_under_open_streams_and_frees_its_port() -> None:
 async def test_signal_handlers_and_current_task_are_left_alone() -> None:
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     tasks = asyncio.all_tasks()
-    async with demo_provider() as url, httpx2.AsyncClient(trust_env=False) as client:
+    async with demo_provider() as url, client_of() as client:
         await client.get(f"{url}/models")
         assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
     assert asyncio.all_tasks() == tasks

@@ -3,12 +3,12 @@
 import asyncio
 from typing import Any
 
-import httpx2
 import yaml
 
 from app.flows import chatbots, file
 from tests.flows.events import only, text
 from tests.house import House, Open
+from tests.serving import client_of
 
 CHATBOT = {
     "flows": {
@@ -26,7 +26,7 @@ CHATBOT = {
 
 async def asked_of(home: House, key: str) -> dict[str, object]:
     root = home.demo.removesuffix("/v1")
-    async with httpx2.AsyncClient(trust_env=False) as client:
+    async with client_of() as client:
         answer = await client.get(f"{root}/demo/requests", params={"key": key, "wait": "1"})
     [record] = answer.json()["requests"]
     body: dict[str, object] = record["body"]
@@ -106,7 +106,7 @@ async def apply_flowise(home: House, flow: dict[str, object]) -> None:
 async def recorded(home: House, key: str) -> list[dict[str, Any]]:
     """The demo's records with this key, as soon as there is one; those under way count."""
     listed: list[dict[str, Any]] = []
-    async with httpx2.AsyncClient(trust_env=False) as client, asyncio.timeout(10):
+    async with client_of() as client, asyncio.timeout(10):
         while not listed:
             answer = await client.get(f"{home.demo.removesuffix('/v1')}/demo/requests", params={"key": key})
             listed = answer.json()["requests"]

@@ -4,12 +4,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from typing import Any
 
-import httpx2
 import pytest
 
 from app.demo import demo_provider
 from app.providers.provider import Deadlines, Provider
 from tests.providers.dialects import Dialect
+from tests.serving import client_of
 
 KEY = "sk-canary-0123456789"
 
@@ -47,7 +47,7 @@ async def connect(demo_url: str, dialect: Dialect) -> AsyncIterator[Connect]:
 @pytest.fixture
 async def remembered(demo_url: str) -> AsyncIterator[Remembered]:
     """The demo's records of the requests with a key, once all of them are over."""
-    async with httpx2.AsyncClient(base_url=demo_url.removesuffix("/v1"), trust_env=False, timeout=15) as client:
+    async with client_of(demo_url.removesuffix("/v1"), timeout=15) as client:
 
         async def records(key: str) -> list[dict[str, Any]]:
             answer = await client.get("/demo/requests", params={"key": key, "wait": "1"})

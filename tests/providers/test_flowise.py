@@ -9,7 +9,6 @@ from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any
 from urllib.parse import unquote
 
-import httpx2
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +21,7 @@ from tests.providers.answers import answered, failed, finish_of, played, prompt,
 from tests.providers.conftest import Connect, Remembered
 from tests.providers.dialects import FLOWISE, Dialect, event
 from tests.providers.wire import HEAD, as_stream, chunked, listener, raw_server, receive, written
+from tests.serving import client_of
 
 FAST = "demo?delay_ms=0&tokens=20"
 STALLED = "demo?delay_ms=0&fault=stall"
@@ -384,7 +384,7 @@ async def test_u17_a_cancelled_answer_is_aborted_at_flowise(
 
 async def chat_of(demo_url: str, key: str) -> str:
     """The chat of the request with this key, once it has arrived."""
-    async with httpx2.AsyncClient(base_url=demo_url.removesuffix("/v1"), trust_env=False) as client, asyncio.timeout(5):
+    async with client_of(demo_url.removesuffix("/v1")) as client, asyncio.timeout(5):
         while not (records := (await client.get("/demo/requests", params={"key": key})).json()["requests"]):
             pass
     chat: str = records[0]["body"]["chatId"]

@@ -23,6 +23,7 @@ from tests.providers.answers import answered, failed, finish_of, prompt, text_of
 from tests.providers.conftest import KEY, Connect, Remembered
 from tests.providers.dialects import DIALECTS, Dialect
 from tests.providers.wire import HEAD, chunked, raw_server, receive, written
+from tests.serving import client_of
 
 FAST = "demo?delay_ms=0&tokens=20"
 SAID = "".join(tokens("Hello", 20))
@@ -315,7 +316,7 @@ async def test_u17_so_does_one_cancelled_before_the_first_token(
 
 
 async def _until_asked(demo_url: str, key: str) -> None:
-    async with httpx2.AsyncClient(base_url=demo_url.removesuffix("/v1"), trust_env=False) as client, asyncio.timeout(5):
+    async with client_of(demo_url.removesuffix("/v1")) as client, asyncio.timeout(5):
         while not (await client.get("/demo/requests", params={"key": key})).json()["requests"]:
             pass
 

@@ -19,7 +19,7 @@ from app.schema import migrate
 from scripts.chaos.postgres import Postgres, running_postgres
 from tests.proxy import Proxy, proxy_to, proxy_to_postgres
 from tests.reader import Reader, ask, assert_whole, poll, reading, text_of
-from tests.serving import apply_demo, serving, until_ready
+from tests.serving import apply_demo, client_of, serving, until_ready
 
 MODELS = {
     "quick": "demo?delay_ms=0&tokens=20",
@@ -150,7 +150,7 @@ async def _assert_gone(client: httpx2.AsyncClient, url: str, cursor: int) -> Non
 
 async def _assert_closed(demo: str) -> None:
     """By us, before the provider was done."""
-    async with httpx2.AsyncClient(base_url=demo.removesuffix("/v1"), trust_env=False) as client:
+    async with client_of(demo.removesuffix("/v1")) as client:
         answer = await client.get("/demo/requests", params={"key": "long", "wait": "1"}, timeout=15)
     assert [request["closed_at"] is not None for request in answer.json()["requests"]] == [True]
 
