@@ -84,8 +84,12 @@ async def page(connection: Connection, wanted: Wanted, *, size: int, after: Plac
 
     A total is that of what was found, and a lower bound where the list was not walked to its end.
     """
-    await require_index(connection)
-    slice_ = Slice(size, after, skip)
+    found = await _page(connection, wanted, Slice(size, after, skip))
+    await require_index(connection, found.rows)
+    return found
+
+
+async def _page(connection: Connection, wanted: Wanted, slice_: Slice) -> Page:
     seen = await look(connection, wanted.query or "", [], table=_TABLE)
     if not seen.words:
         return Page([], Total(0), None)

@@ -11,11 +11,12 @@ from app.conversations.pages import Place, Wanted
 _IDS = 100
 # Always true, and what the index for lists without filters asks for.
 EVERY = "message_count >= 0"
-# Of the conversation `c` at its place of `page`, and the newest messages of one of our own.
+# Of the conversation `c` at its place of `page`, with whether there is an index at all; and the newest messages of one
+# of our own.
 ENTRY = """
     c.id, c.source, c.username, c.conversation_id, c.chatbot_id, c.model, c.client_ip, c.first_message_at,
     c.last_message_at, c.message_count, c.total_tokens, c.first_question, c.last_question, c.created_at, c.updated_at,
-    page.at"""
+    page.at, (select is_there from conversation_index) as index_is_there"""
 OWN_IDS = f"""array(
         select m.id from messages m where m.user_id = c.username and m.chat_id = c.conversation_id and not m.is_deleted
         order by m.position desc limit {_IDS})"""

@@ -70,12 +70,15 @@ async def walk(client: httpx2.AsyncClient, **params: Any) -> list[Row]:
 
 
 async def plan(connection: Connection, statement: tuple[str, list[Any]]) -> str:
-    """As the statement is planned when it is prepared: without its values. (`explain` alone would know them.)"""
+    """As the statement is planned when it is prepared: without its values. (`explain` alone would know them.)
+
+    Without the scan of the one row that says whether there is an index.
+    """
     sql, values = statement
     await connection.execute(f"prepare asked as {sql}")
     rows = await connection.fetch(f"explain execute asked({', '.join(map(_literal, values))})")
     await connection.execute("deallocate asked")
-    return "\n".join(row[0] for row in rows)
+    return "\n".join(row[0] for row in rows if "Seq Scan on conversation_index " not in row[0])
 
 
 def _literal(value: object) -> str:

@@ -147,11 +147,16 @@ async def test_totals_are_counted_so_far_and_no_further(
     assert (page["total"], page["totalIsExact"]) == (12, True)
 
 
-async def test_a_deleted_index_is_said_to_be(client: httpx2.AsyncClient, database: str) -> None:
+@pytest.mark.parametrize("saved_since", [0, 3])
+async def test_a_deleted_index_is_said_to_be(client: httpx2.AsyncClient, database: str, saved_since: int) -> None:
+    await listed.store(database, listed.rows(Random(4), saved_since))
     connection = await asyncpg.connect(database)
     await connection.execute("update conversation_index set is_there = false")
     await connection.close()
-    for path in ("/api/messages/conversations", "/conversations", "/api/messages/conversations/c1"):
+    lists = [
+        "/api/messages/conversations" + query for query in ("", "?username=ann", "?q=first", "?q=zebra", "?page=9")
+    ]
+    for path in (*lists, "/conversations", "/api/messages/conversations/c1"):
         response = await client.get(path)
         assert (response.status_code, response.json()["code"]) == (409, "index_missing")
         assert "/api/sync/init" in response.json()["detail"]
