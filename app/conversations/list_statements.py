@@ -45,6 +45,8 @@ page as materialized (
     select id, at from (select id, at from matching order by at {way}, id {way}) found where {is_it}
     limit {limit} offset {offset})
 """
+# Asked once: behind the end no conversation is looked at, where otherwise all that are found would be.
+_IS_AS_LONG = "(select count(*) from matching) > {skip}"
 # Only what is among so many conversations: the index of times is put beside the index of words before any row is read.
 # Times are asked for from both ends, as only then a plan without values takes them for selective.
 _EDGE = """
@@ -94,7 +96,10 @@ def matching(wanted: Wanted, slice_: Slice, seen: Look, *, far: int | None = Non
     found, where = terms.found(wanted, slice_.after, seen)
     if far is not None:
         where += f" limit {terms.add(far)}"
-    return terms.page(_MATCHING, wanted, slice_, _MATCHED, found=found, where=where, is_it=terms.is_it(wanted))
+    is_it = terms.is_it(wanted)
+    if slice_.skip:
+        is_it = f"{_IS_AS_LONG.format(skip=terms.add(slice_.skip))} and {is_it}"
+    return terms.page(_MATCHING, wanted, slice_, _MATCHED, found=found, where=where, is_it=is_it)
 
 
 def near(wanted: Wanted, slice_: Slice, seen: Look, *, far: int) -> tuple[str, list[Any]]:

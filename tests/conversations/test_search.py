@@ -458,6 +458,12 @@ async def test_a_page_behind_the_end_has_the_total(many: Connection) -> None:
         page = await listing.page(many, pages.Wanted(query="fresh", since=since), size=50, skip=skip)
         assert not page.rows
         assert page.total == pages.Total(2_000) or (page.total.count > 1_000 and not page.total.exact)
+    wanted, seen = pages.Wanted(query="fresh"), replace(_LOOK, query="'fresh'", asked="'fresh'")
+    for skip, is_looked_at in ((1_990, True), (2_000, False)):
+        sql, values = list_statements.matching(wanted, pages.Slice(50, skip=skip), seen)
+        rows = await many.fetch(f"explain (analyze, costs off) {sql}", *values)
+        (looked,) = [row[0] for row in rows if "using conversations_pkey on conversations c " in row[0]][:1]
+        assert ("never executed" not in looked) == is_looked_at, looked
 
 
 async def test_many_words_are_no_number_too_large(many: Connection) -> None:
