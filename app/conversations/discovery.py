@@ -25,8 +25,8 @@ class Discovery:
     async def discover(self, source: str, foreign: Foreign, progress: Progress | None = None) -> Found:
         """One pass over a source, in bounded time; what it has not come to is for the next one."""
         until, found = monotonic() + self.bounds.seconds, Found()
-        standing = await foreign.standing()
         while True:
+            standing = await foreign.standing()
             with suppress(Outrun, *CONFLICT):
                 batch, created = await self._count(source, foreign, standing, until)
                 found.add(batch, created)

@@ -38,6 +38,7 @@ select coalesce(bool_or(seqincrement < 0), false) as falls,
     coalesce(bool_or(seqcache > 1), false)
         or exists (select from pg_subscription_rel where srrelid = $1::text::regclass) as keeps,
     min(case when has_sequence_privilege(seqrelid, 'select')
+        and not exists (select from pg_subscription_rel where srrelid = $1::text::regclass)
         then coalesce(pg_sequence_last_value(seqrelid), seqstart - seqincrement) end) as drawn,
     coalesce(min(seqstart), 1) as first,
     (pg_relation_size($1::text::regclass) / current_setting('block_size')::int)::bigint as pages,

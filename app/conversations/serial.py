@@ -35,7 +35,7 @@ async def next_batch(
     if standing.keeps:
         settled = max(state.settled, min(settled, _kept_open(seen, state.settled, standing.first)))
     left = [mark for mark in marks if mark.hi > settled and (highest is None or mark.hi >= highest)]
-    hi = seen.last(settled) if standing.drawn is None else min(seen.last(settled), standing.drawn)
+    hi = _drawn(seen, settled, standing)
     if hi > settled and (not left or hi > left[-1].hi):
         after = await foreign.look()
         left = marked(left, hi, after, grace_s=bounds.grace_of(after))
@@ -59,9 +59,13 @@ def is_shrunk(state: State, standing: Standing) -> bool:
 
     Where only the last rows were deleted, their ids do not come again.
     """
-    if standing.drawn is not None and standing.drawn >= state.settled:
-        return False
-    return state.settled > LEAST and (standing.highest is None or standing.highest < state.settled)
+    reached = state.settled
+    if standing.drawn is not None:
+        # Nothing is marked that was not drawn. Where that is not known, the last rows may just have been deleted.
+        reached = max([reached, *(mark.hi for mark in state.marks)])
+        if standing.drawn >= reached:
+            return False
+    return reached > LEAST and (standing.highest is None or standing.highest < reached)
 
 
 async def _read(foreign: Foreign, state: State, bounds: Bounds, until: float) -> tuple[Batch, list[int], int]:
@@ -82,7 +86,16 @@ async def _read(foreign: Foreign, state: State, bounds: Bounds, until: float) ->
     return batch, ids, position
 
 
+def _drawn(seen: Ranges, settled: int, standing: Standing) -> int:
+    """Up to which id nobody who begins to write now draws one.
+
+    Where nobody draws them here, as a program sets them, they are believed in the end: `seen` would grow for ever.
+    """
+    last = seen.last(settled)
+    return last if standing.drawn is None or len(seen) > _MOST_RANGES else min(last, standing.drawn)
+
+
 def _kept_open(seen: Ranges, after: int, first: int) -> int:
-    """Up to where ids may be settled so that the newest gaps stay open. What is below the `first` id is none."""
-    gaps = [gap for gap in seen.gaps(after)[:-1] if gap[1] > first]
+    """Up to where ids may be settled so that the newest gaps stay open. Below the `first` id there is none."""
+    gaps = [gap for gap in seen.gaps(after)[:-1] if gap != (LEAST, first)]
     return gaps[-min(_PATIENCE, len(gaps))][0] if gaps else seen.last(after)

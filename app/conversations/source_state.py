@@ -44,7 +44,7 @@ on conflict (source) do update set
 
 
 class Outrun(Exception):
-    """Somebody else has read on from the same place: nothing of this was counted."""
+    """Somebody else has read on from the same place, or written the table anew: nothing of this was counted."""
 
 
 @dataclass(frozen=True, slots=True)

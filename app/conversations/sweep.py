@@ -15,7 +15,7 @@ import structlog
 
 from app.conversations.batch import Batch, Bounds
 from app.conversations.foreign import Extent, Foreign, Standing
-from app.conversations.source_state import State
+from app.conversations.source_state import Outrun, State
 from app.conversations.sources.shape import Skipped
 from app.conversations.summary import KEYS, Said
 from app.postgres import Pool
@@ -64,7 +64,7 @@ class Sweep:
 async def next_batch(
     pool: Pool, source: str, foreign: Foreign, state: State, standing: Standing, *, bounds: Bounds, until: float
 ) -> tuple[Batch, State]:
-    """The next rows, and the state with them."""
+    """The next rows, and the state with them. Raises Outrun where the table was rewritten meanwhile."""
     sweep = await _under_way(foreign, Sweep(**state.sweep), standing)
     batch, extent = Batch.of(foreign.shape), _extent(sweep)
     place, keys = sweep.place, set[str]()
@@ -76,6 +76,9 @@ async def next_batch(
                 break
         else:
             batch.is_complete = True
+    if (await foreign.standing()).file != sweep.file:
+        # Rows may have gone to places that were read before.
+        raise Outrun
     swept = _ended(sweep) if batch.is_complete else replace(sweep, place=place if sweep.is_whole else None)
     return batch, replace(state, sweep=asdict(swept))
 

@@ -1,5 +1,6 @@
 """A table with a conversation's messages in plain columns, its shape, and its count from the beginning."""
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +48,14 @@ BY_SESSION = Plain(session=Session('"session"', "text", '"session" = $1::text', 
 OF_UUIDS = Plain(
     key=Key('"id"', False, '"id" = any($1::text[]::uuid[])'), reads=('"id"::text', '"session"', '"at"', '"text"')
 )
+
+
+async def alone(connection: asyncpg.Connection) -> None:
+    """Wait for all who write on the server, where databases of other tests are made and dropped."""
+    now = await connection.fetchval("select pg_snapshot_xmax(pg_current_snapshot())")
+    async with asyncio.timeout(30):
+        while not await connection.fetchval("select pg_snapshot_xmin(pg_current_snapshot()) >= $1", now):
+            await asyncio.sleep(0.01)
 
 
 async def recounted(connection: asyncpg.Connection, shape: Plain) -> Summaries:

@@ -2,16 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 from uuid import UUID
 
 import asyncpg
 import pytest
 
-from app.conversations import source_state
+from app.conversations import serial, source_state
 from app.conversations.batch import Bounds, Found
 from app.conversations.discovery import Discovery
-from app.conversations.foreign import Foreign
+from app.conversations.foreign import Extent, Foreign, Swept
 from app.conversations.ranges import LEAST
 from app.conversations.source_state import State
 from app.conversations.sources.recognition import newest_first, recognise
@@ -19,7 +20,7 @@ from app.conversations.sources.source import Source
 from app.conversations.watermark import Look
 from app.errors import Conflict
 from app.postgres import Pool, open_pool
-from tests.conversations.plain import MADE, MADE_OF_UUIDS, OF_UUIDS, Plain, as_indexed, indexed, recounted
+from tests.conversations.plain import MADE, MADE_OF_UUIDS, OF_UUIDS, Plain, alone, as_indexed, indexed, recounted
 
 
 @dataclass
@@ -53,6 +54,15 @@ async def site_of(database: str, theirs: str, shape: Plain) -> AsyncGenerator[Si
     await reader.close()
     await writer.close()
     await pool.close()
+
+
+@asynccontextmanager
+async def another(dsn: str) -> AsyncGenerator[asyncpg.Connection, None]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        yield connection
+    finally:
+        connection.terminate()
 
 
 @pytest.fixture
@@ -128,18 +138,58 @@ async def test_an_id_drawn_before_the_lock_is_waited_for(site: Site) -> None:
     await other.close()
 
 
-@pytest.mark.parametrize("first", [1, 1000])
-async def test_the_first_ids_of_a_session_that_keeps_some_are_waited_for(site: Site, first: int) -> None:
-    await site.writer.execute(f"alter sequence chat_id_seq start {first} restart cache 20")
+@pytest.mark.parametrize("start", ["start 1", "start 1000 restart", "start 1000 restart with 1"])
+async def test_the_first_ids_of_a_session_that_keeps_some_are_waited_for(site: Site, start: str) -> None:
+    await site.writer.execute(f"alter sequence chat_id_seq {start} cache 20")
     await site.writer.execute("begin; insert into chat (session, text) values ('early', 'I'); rollback")
-    other = await asyncpg.connect(site.dsn)
-    await other.execute("insert into chat (session, text) values ('on time', 'you')")
+    async with another(site.dsn) as other:
+        await other.execute("insert into chat (session, text) values ('on time', 'you')")
     for _ in range(3):
         await site.discover()
     await site.writer.execute("insert into chat (session, text) values ('early', 'I')")
     assert (await site.discover()).rows == 1
     assert await site.agrees()
-    await other.close()
+
+
+async def test_what_is_below_the_first_id_that_is_drawn_is_not_waited_for(site: Site) -> None:
+    await site.writer.execute("alter sequence chat_id_seq start 1000 restart cache 20")
+    await site.writer.execute("insert into chat (session, text) select n, n from generate_series(1, 9) n")
+    for _ in range(3):
+        await site.discover()
+    assert (await site.state()).settled == 1008
+
+
+async def test_a_table_that_lacks_its_first_ids_is_emptied_and_goes_on(site: Site) -> None:
+    await site.writer.execute("alter sequence chat_id_seq cache 2")
+    await site.writer.execute("insert into chat (session, text) select n, n from generate_series(1, 9) n")
+    await site.writer.execute("delete from chat where id < 3")
+    for _ in range(3):
+        await site.discover()
+    await site.writer.execute("truncate chat restart identity")
+    for _ in range(3):
+        await site.discover()
+    await site.writer.execute("insert into chat (session, text) select 'after', n from generate_series(1, 9) n")
+    assert (await site.discover()).rows == 9
+
+
+@pytest.mark.parametrize("subscribed", [True, False])
+async def test_ids_that_are_drawn_elsewhere_are_settled_in_the_end(
+    site: Site, subscribed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another server, or by a program that sets them itself."""
+    monkeypatch.setattr(serial, "_MOST_RANGES", 100)
+    monkeypatch.setattr(serial, "_PATIENCE", 10)
+    if subscribed:
+        told = "insert into pg_subscription_rel values (1, 'chat'::regclass, 'r', null)"
+        await site.writer.execute(f"set allow_system_table_mods = on; {told}")
+    for part in range(4):
+        rows = f"select {part} * 200 + 2 * n, n, 'I' from generate_series(1, 80) n"
+        await site.writer.execute(f"insert into chat (id, session, text) {rows}")
+        for _ in range(3):
+            await site.discover()
+    state = await site.state()
+    assert len(state.seen) <= (11 if subscribed else 101)
+    assert await site.agrees()
 
 
 async def test_an_id_far_ahead_of_the_sequence_settles_nothing_below_it(site: Site) -> None:
@@ -270,11 +320,50 @@ async def test_a_sweep_reads_what_was_committed_until_its_look(of_uuids: Site) -
     class Interrupted(Foreign):
         async def look(self) -> Look:
             await of_uuids.writer.execute("insert into chat (session, text) values ('meanwhile', 'I')")
+            await alone(of_uuids.theirs)
             return await super().look()
 
     engine = Discovery(of_uuids.pool, Bounds(grace_s=0))
     await engine.discover("plain", Interrupted(of_uuids.theirs, of_uuids.shape))
     await of_uuids.discover()
+    assert await of_uuids.agrees()
+
+
+@pytest.mark.parametrize("reading", [1, 2, 3])
+async def test_a_table_that_is_rewritten_while_it_is_swept_is_read_whole(
+    of_uuids: Site, reading: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the sweep begins, between two of its batches, and in one: rows lie elsewhere afterwards."""
+    monkeypatch.setattr("app.conversations.foreign._PIECE", 20)
+
+    class Interrupted(Foreign):
+        count = 0
+
+        async def look(self) -> Look:
+            await self.rewritten(reading == 1)
+            return await super().look()
+
+        async def swept(self, extent: Extent) -> AsyncGenerator[Swept, None]:
+            self.count += 1
+            await self.rewritten(reading == self.count == 2)
+            async with aclosing(super().swept(extent)) as pages:
+                async for page in pages:
+                    yield page
+                    await self.rewritten(reading == 3 and not page.rows)  # between two pieces of it
+
+        async def rewritten(self, now: bool) -> None:
+            if now and not rewritings:
+                rewritings.append(self.count)
+                await of_uuids.writer.execute("vacuum full chat")
+
+    rewritings: list[int] = []
+    rows = "select n, repeat('x', 500) from generate_series(1, 3000) n"
+    await of_uuids.writer.execute(f"insert into chat (session, text) {rows}")
+    await of_uuids.writer.execute("delete from chat where session::int <= 1000")
+    await alone(of_uuids.theirs)
+    engine = Discovery(of_uuids.pool, Bounds(grace_s=0, rows=700))
+    assert (await engine.discover("plain", Interrupted(of_uuids.theirs, of_uuids.shape))).is_complete
+    assert rewritings
     assert await of_uuids.agrees()
 
 

@@ -33,6 +33,7 @@ from tests.conversations.plain import (
     OF_UUIDS,
     SCANNED,
     Plain,
+    alone,
     as_indexed,
     indexed,
     recounted,
@@ -161,13 +162,6 @@ class Site:
             rows += (await engine.discover("plain", self.foreign)).rows
         return rows
 
-    async def alone(self) -> None:
-        """Wait for all who write on the server, where databases of other tests are made and dropped."""
-        now = await self.theirs.fetchval("select pg_snapshot_xmax(pg_current_snapshot())")
-        async with asyncio.timeout(30):
-            while not await self.theirs.fetchval("select pg_snapshot_xmin(pg_current_snapshot()) >= $1", now):
-                await asyncio.sleep(0.01)
-
     async def compared(self) -> Piece:
         place: Place | None = {}
         compared = drift = unsure = 0
@@ -203,7 +197,7 @@ async def test_drift_of_a_table_is_found_counted_and_put_right(database: str, em
         await site.theirs.execute(_ROWS)
         if is_serial:
             await site.theirs.execute("delete from chat where id in (3, 5)")
-        await site.alone()
+        await alone(site.theirs)
         await site.discover()
         assert await site.agrees()
         assert await site.compared() == Piece(None, 40, 0)
