@@ -111,19 +111,20 @@ class Server:
 
     def leave(self, name: str) -> None:
         """As `drop`, while the next test runs; it raises what went wrong with the one before."""
-        if self._dropped is not None:
-            self._dropped.result()
-        self._dropped = self._start(self._drop(name))
+        dropped, self._dropped = self._dropped, self._start(self._drop(name))
+        if dropped is not None:
+            dropped.result()
 
     def dsn_of(self, name: str) -> str:
         return urlunsplit(urlsplit(self.dsn)._replace(path=f"/{name}"))
 
     def settle(self) -> None:
-        """Drop what was left, and what was made ahead."""
-        if self._dropped is not None:
-            self._dropped.result()
+        """Drop what was made ahead, and wait for what was left."""
+        dropped, self._dropped = self._dropped, None
         while self._ahead:
             self.drop(self._ahead.popitem()[1].result())
+        if dropped is not None:
+            dropped.result()
 
     def close(self) -> None:
         self.settle()
