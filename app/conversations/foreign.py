@@ -24,9 +24,10 @@ select extract(epoch from clock_timestamp())::float8 as at, pg_is_in_recovery() 
 from (select pg_current_snapshot() as now) s
 """
 # Sequences that a column owns, or that its default draws from. `keeps`: a session draws several ids at once and may use
-# them much later, or another server draws them. Where its value may not be read it is not known.
+# them much later, or another server draws them. What was drawn is not known there, nor where it may not be read.
 _STANDING = """
-with drawn as (
+with elsewhere as (select exists (select from pg_subscription_rel where srrelid = $1::text::regclass) as is_it),
+drawn as (
     select s.seqrelid, s.seqcache, s.seqincrement, s.seqstart from pg_sequence s
     join pg_depend d on d.objid = s.seqrelid
     where d.classid = 'pg_class'::regclass and d.refobjid = $1::text::regclass
@@ -35,10 +36,8 @@ with drawn as (
     join pg_depend d on d.classid = 'pg_attrdef'::regclass and d.objid = a.oid
     join pg_sequence s on s.seqrelid = d.refobjid where a.adrelid = $1::text::regclass)
 select coalesce(bool_or(seqincrement < 0), false) as falls,
-    coalesce(bool_or(seqcache > 1), false)
-        or exists (select from pg_subscription_rel where srrelid = $1::text::regclass) as keeps,
-    min(case when has_sequence_privilege(seqrelid, 'select')
-        and not exists (select from pg_subscription_rel where srrelid = $1::text::regclass)
+    coalesce(bool_or(seqcache > 1), false) or (select is_it from elsewhere) as keeps,
+    min(case when has_sequence_privilege(seqrelid, 'select') and not (select is_it from elsewhere)
         then coalesce(pg_sequence_last_value(seqrelid), seqstart - seqincrement) end) as drawn,
     coalesce(min(seqstart), 1) as first,
     (pg_relation_size($1::text::regclass) / current_setting('block_size')::int)::bigint as pages,

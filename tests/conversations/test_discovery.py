@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncGenerator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from uuid import UUID
 
@@ -54,15 +54,6 @@ async def site_of(database: str, theirs: str, shape: Plain) -> AsyncGenerator[Si
     await reader.close()
     await writer.close()
     await pool.close()
-
-
-@asynccontextmanager
-async def another(dsn: str) -> AsyncGenerator[asyncpg.Connection, None]:
-    connection = await asyncpg.connect(dsn)
-    try:
-        yield connection
-    finally:
-        connection.terminate()
 
 
 @pytest.fixture
@@ -142,8 +133,9 @@ async def test_an_id_drawn_before_the_lock_is_waited_for(site: Site) -> None:
 async def test_the_first_ids_of_a_session_that_keeps_some_are_waited_for(site: Site, start: str) -> None:
     await site.writer.execute(f"alter sequence chat_id_seq {start} cache 20")
     await site.writer.execute("begin; insert into chat (session, text) values ('early', 'I'); rollback")
-    async with another(site.dsn) as other:
-        await other.execute("insert into chat (session, text) values ('on time', 'you')")
+    other = await asyncpg.connect(site.dsn)
+    await other.execute("insert into chat (session, text) values ('on time', 'you')")
+    await other.close()
     for _ in range(3):
         await site.discover()
     await site.writer.execute("insert into chat (session, text) values ('early', 'I')")
